@@ -1,0 +1,76 @@
+# make demo   nano answers questions about a picture and a clip      make test     everything a change has to pass
+# make help   all targets                                            PYTHON=...    the Python that makes the environments
+#
+# Only relative paths, and programs called as `.venv/bin/python -m name`: a folder with a space in its name works.
+
+PYTHON ?= python3
+MATRIX ?= 4.57.6 5.0.0 5.10.1 5.19.0 5.23.0
+PYTEST_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP_INSTALL := -m pip install --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test pytest matrix conformance lint format bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 22
+
+demo: $(VENV)/demo.stamp tokenizer.json ## nano answers questions about a picture and a short clip
+	@$(PY) -m minicpmv.demo
+
+test: lint pytest ## lint, all tests, then the tests of the oldest transformers (the newest runs in `pytest`)
+	@$(MAKE) --no-print-directory matrix MATRIX=$(firstword $(MATRIX))
+
+pytest: $(VENV)/dev.stamp tokenizer.json ## all tests with the pinned versions; PYTEST_ARGS="-k name" picks some
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+matrix: $(MATRIX:%=matrix-%) ## tests/matrix on every supported transformers; MATRIX="5.0.0" picks one
+
+matrix-%: .venvs/%/stamp tokenizer.json
+	@echo "== transformers $*"
+	.venvs/$*/bin/python -m pytest tests/matrix -q $(PYTEST_ARGS)
+
+conformance: $(VENV)/dev.stamp tokenizer.json ## the test classes of transformers itself, run on this model
+	$(PY) -m pytest tests/conformance $(PYTEST_ARGS)
+
+lint: $(VENV)/dev.stamp ## ruff check and format check
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(VENV)/dev.stamp ## let ruff rewrite the files
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(VENV)/dev.stamp tokenizer.json ## time the parts of the road on nano
+	@$(PY) -m minicpmv.bench
+
+clean: ## remove environments, caches and the built tokenizer
+	rm -rf .venv .venvs build *.egg-info .pytest_cache .ruff_cache .hypothesis tokenizer.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- environments: a stamp tells that one is complete, and is made anew when the requirements change -------------------
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt | $(PY)
+	$(PY) $(PIP_INSTALL) -c constraints.txt -e ".[tokenizer]"
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(PY)
+	$(PY) $(PIP_INSTALL) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+.venvs/%/stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venvs/$*
+	grep -viE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > .venvs/$*/constraints.txt
+	.venvs/$*/bin/python $(PIP_INSTALL) -q -c .venvs/$*/constraints.txt -e ".[matrix]" "transformers==$*"
+	@touch $@
+.PRECIOUS: .venvs/%/stamp
+
+tokenizer.json: minicpmv/build_tokenizer.py | $(VENV)/demo.stamp
+	$(PY) -m minicpmv.build_tokenizer
+	@touch $@
