@@ -1,0 +1,1 @@
+"""What people do with MiniCPM-V 4.5: data, training, evaluation, serving and apps around the model."""
