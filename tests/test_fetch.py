@@ -1,0 +1,221 @@
+"""`minicpmv fetch` on tiny checkpoints, with a stand-in for the Hub."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
+
+from minicpmv import fetch as fetch_module
+from minicpmv.fetch import (
+    INDEX,
+    DamagedFilesError,
+    FetchError,
+    TensorMismatchError,
+    check_checkpoint,
+    fetch,
+    published_shapes,
+)
+
+
+SHAPES = {"llm.model.embed_tokens.weight": [6, 4], "resampler.query": [2, 4], "vpm.post_layernorm.bias": [4]}
+PARAMETERS = 24 + 8 + 4
+
+
+def write_checkpoint(folder, shapes=SHAPES):
+    """Two shards and their index, named as the Hub names them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted(shapes)
+    shards = {
+        "model-00001-of-00002.safetensors": names[:1],
+        "model-00002-of-00002.safetensors": names[1:],
+    }
+    for file, members in shards.items():
+        save_file({name: torch.zeros(shapes[name], dtype=torch.bfloat16) for name in members}, folder / file)
+    weight_map = {name: file for file, members in shards.items() for name in members}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    folder = tmp_path / "my model.v1"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A repository `hub.source`; `hub.calls` lists the downloads, `hub.stop_after` cuts one off after some files."""
+    hub = SimpleNamespace(source=write_checkpoint(tmp_path / "hub"), calls=[], downloaded=[], stop_after=None)
+
+    def snapshot_download(repo, *, revision, local_dir, allow_patterns):
+        hub.calls.append((repo, revision, allow_patterns))
+        for count, file in enumerate(sorted(hub.source.iterdir())):
+            if count == hub.stop_after:
+                raise LocalEntryNotFoundError("connection lost\nsecond line")
+            if not (local_dir / file.name).exists():
+                shutil.copy(file, local_dir / file.name)
+                hub.downloaded.append(file.name)
+
+    monkeypatch.setattr(fetch_module, "snapshot_download", snapshot_download)
+    return hub
+
+
+def weights_in(folder):
+    return sorted(file.name for file in folder.iterdir() if file.name != "config.json")
+
+
+def test_the_published_list_is_the_8_7_billion_parameter_checkpoint():
+    shapes = published_shapes()
+    assert len(shapes) == 849
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 8_695_895_280
+    assert {name.split(".")[0] for name in shapes} == {"llm", "vpm", "resampler"}
+
+
+def test_fetch_puts_shards_and_index_beside_config_and_leaves_nothing_else(model_folder, hub):
+    assert fetch(model_folder, revision="abc123", expected=SHAPES) == PARAMETERS
+    assert weights_in(model_folder) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        INDEX,
+    ]
+    assert check_checkpoint(model_folder, SHAPES) == PARAMETERS
+
+
+def test_fetch_asks_for_safetensors_only(model_folder, hub):
+    fetch(model_folder, revision="abc123", expected=SHAPES)
+    (repo, revision, patterns) = hub.calls[0]
+    assert (repo, revision) == ("openbmb/MiniCPM-V-4_5", "abc123")
+    assert patterns == ["*.safetensors", "model.safetensors.index.json"]
+
+
+def test_fetch_of_a_complete_folder_downloads_nothing(model_folder, hub):
+    write_checkpoint(model_folder)
+    assert fetch(model_folder, expected=SHAPES) == PARAMETERS
+    assert hub.calls == []
+
+
+def test_a_download_that_was_cut_off_goes_on_where_it_stopped(model_folder, hub):
+    hub.stop_after = 1
+    with pytest.raises(FetchError, match=r"stopped \(connection lost\).*run the same command again"):
+        fetch(model_folder, expected=SHAPES)
+    assert weights_in(model_folder) == [".minicpmv-fetch"]
+    first = list(hub.downloaded)
+
+    hub.stop_after = None
+    fetch(model_folder, expected=SHAPES)
+    assert first and len(hub.downloaded) == len(set(hub.downloaded)) == 3
+    assert ".minicpmv-fetch" not in weights_in(model_folder)
+
+
+def test_an_interrupted_move_is_finished_by_the_next_run(model_folder, hub, monkeypatch):
+    def link_nothing_but_the_first(source, target):
+        if "00002" in target.name:
+            raise KeyboardInterrupt
+        shutil.copy(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fetch_module.os, "link", link_nothing_but_the_first)
+        fetch(model_folder, expected=SHAPES)
+    assert INDEX not in weights_in(model_folder)
+
+    fetch(model_folder, expected=SHAPES)
+    assert check_checkpoint(model_folder, SHAPES) == PARAMETERS
+    assert len(hub.downloaded) == 3
+
+
+def test_files_are_moved_where_the_disk_knows_no_hard_links(model_folder, hub, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(fetch_module.os, "link", refuse)
+    assert fetch(model_folder, expected=SHAPES) == PARAMETERS
+    assert check_checkpoint(model_folder, SHAPES) == PARAMETERS
+
+
+def test_wrong_missing_and_unexpected_tensors_are_named_and_nothing_is_attached(model_folder, hub):
+    other = {**SHAPES, "resampler.query": [3, 4], "audio.weight": [1]}
+    del other["vpm.post_layernorm.bias"]
+    hub.source = write_checkpoint(hub.source.with_name("other"), other)
+
+    with pytest.raises(TensorMismatchError) as caught:
+        fetch(model_folder, repo="someone/else", expected=SHAPES)
+    assert caught.value.missing == ["vpm.post_layernorm.bias"]
+    assert caught.value.unexpected == ["audio.weight"]
+    assert caught.value.wrong_shape == {"resampler.query": ([3, 4], [2, 4])}
+    assert "resampler.query is [3, 4], not [2, 4]" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(model_folder.glob("*.safetensors"))
+
+
+def test_a_file_that_was_cut_off_is_named_and_downloaded_anew(model_folder, hub):
+    shard = hub.source / "model-00002-of-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-3])
+    with pytest.raises(DamagedFilesError, match="model-00002-of-00002.safetensors") as caught:
+        fetch(model_folder, expected=SHAPES)
+    assert caught.value.files == [shard.name]
+
+    shard.write_bytes(whole)
+    assert fetch(model_folder, expected=SHAPES) == PARAMETERS
+    assert hub.downloaded.count("model-00001-of-00002.safetensors") == 1
+
+
+def test_check_names_absent_shards(model_folder):
+    write_checkpoint(model_folder)
+    (model_folder / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(DamagedFilesError, match="missing files: model-00001"):
+        check_checkpoint(model_folder, SHAPES)
+
+
+def test_check_accepts_a_checkpoint_of_one_file(tmp_path):
+    save_file({name: torch.zeros(shape) for name, shape in SHAPES.items()}, tmp_path / "model.safetensors")
+    assert check_checkpoint(tmp_path, SHAPES) == PARAMETERS
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {"a": "../../a.safetensors"}}'])
+def test_check_refuses_an_index_that_is_broken_or_points_elsewhere(tmp_path, content):
+    (tmp_path / INDEX).write_text(content)
+    with pytest.raises(DamagedFilesError, match="index"):
+        check_checkpoint(tmp_path, SHAPES)
+
+
+def test_check_refuses_a_tensor_that_is_not_in_the_file_the_index_names(model_folder):
+    write_checkpoint(model_folder)
+    index = json.loads((model_folder / INDEX).read_text())
+    index["weight_map"]["resampler.query"] = "model-00001-of-00002.safetensors"
+    (model_folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(DamagedFilesError, match="index puts there"):
+        check_checkpoint(model_folder, SHAPES)
+
+
+def test_fetch_needs_the_folder_of_the_repository(tmp_path, hub):
+    with pytest.raises(FetchError, match="has no config.json"):
+        fetch(tmp_path, expected=SHAPES)
+    assert hub.calls == []
+
+
+def test_fetch_refuses_a_folder_with_weights_of_its_own(model_folder, hub):
+    save_file({"a": torch.zeros(1)}, model_folder / "model.safetensors")
+    with pytest.raises(FetchError, match="holds other weights: model.safetensors"):
+        fetch(model_folder, expected=SHAPES)
+    assert hub.calls == []
+
+
+def test_fetch_says_how_much_disk_is_missing_before_it_starts(model_folder, hub, monkeypatch):
+    monkeypatch.setattr(fetch_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2_000_000_000))
+    with pytest.raises(FetchError, match=r"need another 17\.4 GB .* has 2\.0 GB free"):
+        fetch(model_folder)
+    assert hub.calls == []
+
+
+def test_fetch_without_a_network_says_so(model_folder, monkeypatch):
+    """The Hub's own client, kept offline."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FetchError, match="HF_HUB_OFFLINE"):
+        fetch(model_folder, expected=SHAPES)
