@@ -1,0 +1,2 @@
+class ChatMixin:
+    pass

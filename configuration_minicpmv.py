@@ -1,0 +1,206 @@
+"""Configuration of MiniCPM-V 4.5.
+
+What is special:
+- It is flat: the Qwen3 fields of the language model stand at the top level, and `get_text_config()` is the config itself.
+- `vision_config` describes the SigLIP2 tower; `slice_config` how pictures are cut (read by other tools, not by the model).
+- Saving writes `rope_theta` beside `rope_parameters`, because tools older than transformers 5 read only the former.
+"""
+
+from transformers import PretrainedConfig, Qwen3Config
+
+
+RESAMPLER_HEAD_DIM = 128  # width of a resampler head; their number follows from `hidden_size`
+
+
+class MiniCPMVVisionConfig(PretrainedConfig):
+    """Configuration of the vision tower (SigLIP2-400M read as NaViT).
+
+    `image_size` is the side in pixels of the learned position table, which has `(image_size / patch_size) ** 2` rows;
+    pictures may have any size and aspect ratio.
+    """
+
+    model_type = "siglip"
+    base_config_key = "vision_config"
+
+    def __init__(
+        self,
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        num_channels=3,
+        image_size=980,
+        patch_size=14,
+        hidden_act="gelu_pytorch_tanh",
+        layer_norm_eps=1e-6,
+        attention_dropout=0.0,
+        initializer_range=0.02,
+        **kwargs,
+    ):
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_channels = num_channels
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.hidden_act = hidden_act
+        self.layer_norm_eps = layer_norm_eps
+        self.attention_dropout = attention_dropout
+        self.initializer_range = initializer_range
+        super().__init__(**kwargs)
+
+
+class MiniCPMVSliceConfig(PretrainedConfig):
+    """How a picture is cut into slices: at most `max_slice_nums` of about `scale_resolution` ** 2 pixels each."""
+
+    model_type = "minicpmv"
+    base_config_key = "slice_config"
+
+    def __init__(self, patch_size=14, max_slice_nums=9, scale_resolution=448, **kwargs):
+        self.patch_size = patch_size
+        self.max_slice_nums = max_slice_nums
+        self.scale_resolution = scale_resolution
+        super().__init__(**kwargs)
+
+
+class MiniCPMVConfig(Qwen3Config):
+    """Configuration of [`MiniCPMV`]; the defaults are those of the published MiniCPM-V 4.5 checkpoint.
+
+    Args beside those of [`Qwen3Config`]:
+        vision_config (`dict` or [`MiniCPMVVisionConfig`]): the tower.
+        slice_config (`dict` or [`MiniCPMVSliceConfig`]): the slicing.
+        query_num (`int`): tokens that one picture slice, or one group of packed frames, takes in the language model.
+        image_size (`int`): nominal side of a slice in pixels.
+        patch_size (`int`): side of a patch in pixels; the same in `vision_config` and `slice_config`.
+        image_token_id (`int`): the slot token (`<unk>`) whose embeddings the image features replace.
+        vision_batch_size (`int`): slices that go through the tower at a time; bounds its memory.
+        version (`float`): model version; `str(version)` is what serving engines dispatch on.
+        drop_vision_last_layer (`bool`): whether the tower leaves out its last layer.
+        use_image_id, slice_mode, batch_vision_input, batch_3d_resampler (`bool`): kept because other tools read them.
+
+    Raises:
+        ValueError: for fields that contradict each other; the message names both.
+    """
+
+    model_type = "minicpmv"
+    sub_configs = {"vision_config": MiniCPMVVisionConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vision_config=None,
+        slice_config=None,
+        query_num=64,
+        image_size=448,
+        patch_size=14,
+        image_token_id=128244,
+        vision_batch_size=16,
+        version=4.5,
+        drop_vision_last_layer=False,
+        use_image_id=True,
+        slice_mode=True,
+        batch_vision_input=True,
+        batch_3d_resampler=True,
+        vocab_size=151748,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        max_window_layers=36,
+        bos_token_id=151643,
+        eos_token_id=151645,
+        **kwargs,
+    ):
+        # Sub-configs stand before `super().__init__`, which hands them the attention implementation.
+        self.vision_config = _sub_config(MiniCPMVVisionConfig, vision_config)
+        self.slice_config = _sub_config(MiniCPMVSliceConfig, slice_config)
+        self.query_num = query_num
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.image_token_id = image_token_id
+        self.vision_batch_size = vision_batch_size
+        self.version = version
+        self.drop_vision_last_layer = drop_vision_last_layer
+        self.use_image_id = use_image_id
+        self.slice_mode = slice_mode
+        self.batch_vision_input = batch_vision_input
+        self.batch_3d_resampler = batch_3d_resampler
+        if not kwargs.get("rope_parameters"):
+            kwargs.setdefault("rope_theta", 1000000.0)
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=num_key_value_heads,
+            head_dim=head_dim,
+            max_position_embeddings=max_position_embeddings,
+            max_window_layers=max_window_layers,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            **kwargs,
+        )
+        self._check()
+
+    def get_text_config(self, *args, **kwargs):
+        """The config itself: its Qwen3 fields stand at the top level."""
+        return self
+
+    def to_dict(self):
+        """The published flat layout, with `rope_theta` even where this version of transformers keeps it elsewhere."""
+        output = super().to_dict()
+        rope_parameters = output.get("rope_parameters")
+        if rope_parameters:
+            output["rope_theta"] = rope_parameters["rope_theta"]
+        return output
+
+    def _check(self):
+        """Raise a ValueError that names both fields when two of them contradict each other."""
+        for name, sub_config in (("vision_config", self.vision_config), ("slice_config", self.slice_config)):
+            if sub_config.patch_size != self.patch_size:
+                raise ValueError(
+                    f"patch_size ({self.patch_size}) and {name}.patch_size ({sub_config.patch_size}) have to be equal."
+                )
+        if self.hidden_size % RESAMPLER_HEAD_DIM:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) has to be a multiple of the resampler's head width "
+                f"({RESAMPLER_HEAD_DIM})."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) has to be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})."
+            )
+        vision = self.vision_config
+        if vision.hidden_size % vision.num_attention_heads:
+            raise ValueError(
+                f"vision_config.hidden_size ({vision.hidden_size}) has to be a multiple of "
+                f"vision_config.num_attention_heads ({vision.num_attention_heads})."
+            )
+        if vision.image_size % vision.patch_size:
+            raise ValueError(
+                f"vision_config.image_size ({vision.image_size}) has to be a multiple of vision_config.patch_size "
+                f"({vision.patch_size})."
+            )
+        if not 0 <= self.image_token_id < self.vocab_size:
+            raise ValueError(
+                f"image_token_id ({self.image_token_id}) has to be an id below vocab_size ({self.vocab_size})."
+            )
+        for name in ("query_num", "vision_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) has to be at least 1.")
+
+
+def _sub_config(config_class, value):
+    """An instance of `config_class` from None, a dict or a config (perhaps of a twin class loaded from another folder)."""
+    if value is None:
+        return config_class()
+    fields = dict(value) if isinstance(value, dict) else value.to_dict()
+    fields.pop("model_type", None)
+    return config_class(**fields)

@@ -1,0 +1,453 @@
+"""MiniCPM-V 4.5: vision tower -> 3D resampler -> Qwen3.
+
+What is special:
+- One class for everything, named and laid out as the published checkpoint: `vpm`, `resampler`, `llm`.
+- Image features replace the embeddings of the slot token (`config.image_token_id`) in the order of `input_ids`; frames
+  of a clip are pictures that share their slots (`temporal_ids`), so there is one modality, "image".
+- `pixel_values` come as the processors give them, one list of slices a sample, or as one padded tensor.
+- `base_model` is a view of the same module that returns hidden states instead of logits.
+"""
+
+from collections.abc import Mapping
+from itertools import chain
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel, Qwen3ForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
+
+from .chat_minicpmv import ChatMixin
+from .configuration_minicpmv import RESAMPLER_HEAD_DIM, MiniCPMVConfig
+from .resampler import STILL_IMAGE_ID, Resampler
+from .vision_minicpmv import MiniCPMVVisionTransformer
+
+
+VISUAL_INPUTS = ("pixel_values", "tgt_sizes", "temporal_ids")
+# Processors and other software pass these along; the model finds all it needs in `input_ids` and VISUAL_INPUTS.
+UNUSED_INPUTS = ("image_bound", "image_sizes", "mm_token_type_ids")
+TEMPORAL_PADDING_ID = -2  # fills up `temporal_ids` in tensor form
+
+
+def flatten_visual_inputs(pixel_values, tgt_sizes, temporal_ids=None):
+    """Bring every accepted layout of the visual inputs to flat lists.
+
+    Args:
+        pixel_values: one list a sample of slices [3, P, P * patches]; or a flat list of slices; or a tensor
+            [slices, 3, P, W] or [B, slices, 3, P, W], padded on the right.
+        tgt_sizes: (rows, columns) in patches of every slice, in the same nesting; in a padded tensor (0, 0) marks
+            places without a slice.
+        temporal_ids: None when all are still pictures; else one list a sample of units, each a list with one id a
+            frame; or a tensor [B, units, frames] filled up with -2.
+
+    Returns:
+        slices (list of tensors [3, P, P * patches]), sizes (list of (rows, columns)), units (list of lists of ids).
+
+    Raises:
+        ValueError: when the numbers of slices, sizes and temporal ids differ.
+    """
+    if isinstance(pixel_values, torch.Tensor):
+        slices = list(pixel_values.flatten(0, -4))
+    else:
+        slices = []
+        for sample in pixel_values:
+            is_slice = isinstance(sample, torch.Tensor) and sample.dim() == 3
+            slices.extend([sample] if is_slice else [pixels for pixels in sample if pixels.dim() == 3])
+    parts = [tgt_sizes] if isinstance(tgt_sizes, torch.Tensor) else [torch.as_tensor(part) for part in tgt_sizes]
+    parts = [part.reshape(-1, 2).long() for part in parts if part.numel()]
+    # One transfer for all, should they lie on an accelerator.
+    sizes = [tuple(size) for size in torch.cat(parts).tolist()] if parts else []
+    if len(slices) != len(sizes):
+        raise ValueError(f"pixel_values hold {len(slices)} slices, but tgt_sizes {len(sizes)} sizes.")
+    present = [index for index, size in enumerate(sizes) if size != (0, 0)]
+    slices, sizes = [slices[index] for index in present], [sizes[index] for index in present]
+    if isinstance(pixel_values, torch.Tensor):
+        patch_size = pixel_values.shape[-2]
+        slices = [pixels[..., : rows * columns * patch_size] for pixels, (rows, columns) in zip(slices, sizes)]
+
+    if temporal_ids is None:
+        return slices, sizes, [[STILL_IMAGE_ID]] * len(slices)
+    if isinstance(temporal_ids, torch.Tensor):
+        temporal_ids = temporal_ids.tolist()
+    units = []
+    for unit in chain.from_iterable(temporal_ids):
+        unit = unit.tolist() if isinstance(unit, torch.Tensor) else unit
+        frames = [
+            frame for frame in (unit if isinstance(unit, (list, tuple)) else [unit]) if frame != TEMPORAL_PADDING_ID
+        ]
+        if frames:
+            units.append(frames)
+    if sum(map(len, units)) != len(slices):
+        raise ValueError(
+            f"temporal_ids name {sum(map(len, units))} frames, but pixel_values hold {len(slices)} slices. Every slice "
+            "needs an id; a still picture has [-1]."
+        )
+    return slices, sizes, units
+
+
+class MiniCPMVPreTrainedModel(PreTrainedModel):
+    config_class = MiniCPMVConfig
+    base_model_prefix = ""
+    input_modalities = ("image", "text")
+    _no_split_modules = ["Qwen3DecoderLayer", "MiniCPMVVisionEncoderLayer", "Resampler"]
+    _skip_keys_device_placement = ["past_key_values"]
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _init_weights(self, module):
+        # Only functions reached through `nn.init`: transformers guards those against overwriting loaded weights.
+        std = self.config.initializer_range
+        if isinstance(module, Resampler):
+            nn.init.normal_(module.query, std=std)
+            nn.init.normal_(module.proj, std=std)
+        elif isinstance(module, nn.MultiheadAttention):
+            nn.init.normal_(module.in_proj_weight, std=std)
+            nn.init.zeros_(module.in_proj_bias)
+        else:
+            super()._init_weights(module)
+
+
+class Backbone:
+    """The model without its head: called, it returns `last_hidden_state`; everything else is the model's own.
+
+    Trainers that compute the loss in blocks ask `model.base_model(...)` for hidden states and must not pay for logits.
+    """
+
+    def __init__(self, model):
+        self._model = model
+
+    def __call__(self, *args, **kwargs):
+        return self._model.backbone_forward(*args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+
+class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, GenerationMixin):
+    """MiniCPM-V 4.5 for chat and generation over text, pictures and video.
+
+    Source: https://arxiv.org/abs/2509.18154 and the card of openbmb/MiniCPM-V-4_5.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.llm = Qwen3ForCausalLM(config)
+        self.vpm = MiniCPMVVisionTransformer(config.vision_config)
+        if config.drop_vision_last_layer:
+            self.vpm.encoder.layers = self.vpm.encoder.layers[:-1]
+        heads = config.hidden_size // RESAMPLER_HEAD_DIM
+        self.resampler = Resampler(config.query_num, config.hidden_size, heads, config.vision_config.hidden_size)
+        self.post_init()
+        # The flat config carries the rules of its language model without the prefix; those match nothing here.
+        for plan in ("_tp_plan", "_pp_plan"):
+            rules = getattr(self, plan, None) or {}
+            setattr(self, plan, {name: rule for name, rule in rules.items() if name.startswith("llm.")})
+
+    # ---- parts ----
+
+    @property
+    def base_model(self):
+        return Backbone(self)
+
+    def get_input_embeddings(self):
+        return self.llm.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.llm.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.llm.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.llm.set_output_embeddings(value)
+
+    def get_decoder(self):
+        return self.llm.get_decoder()
+
+    def set_decoder(self, decoder):
+        self.llm.set_decoder(decoder)
+
+    def get_encoder(self, modality=None):
+        return self.vpm if modality in (None, "image") else self
+
+    # ---- pictures ----
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values,
+        tgt_sizes,
+        temporal_ids=None,
+        output_attentions=False,
+        output_hidden_states=False,
+        **kwargs,
+    ):
+        """Encode pictures and frames (layouts: [`flatten_visual_inputs`]).
+
+        Returns:
+            [`BaseModelOutputWithPooling`]: `pooler_output` [units, query_num, D] goes into the slots, in order;
+            `last_hidden_state` and `hidden_states` are the packed states of the tower [all patches, D_vision].
+        """
+        slices, sizes, units = flatten_visual_inputs(pixel_values, tgt_sizes, temporal_ids)
+        features, outputs, start = [], [], 0
+        for chunk in self._chunks(units):
+            stop = start + sum(map(len, chunk))
+            vision = self.vpm(slices[start:stop], sizes[start:stop], output_attentions, output_hidden_states)
+            features.append(self.resampler(vision.last_hidden_state, sizes[start:stop], chunk))
+            outputs.append(vision)
+            start = stop
+        if not outputs:
+            embedding = self.get_input_embeddings().weight
+            empty = embedding.new_zeros(0, self.config.query_num, self.config.hidden_size)
+            return BaseModelOutputWithPooling(pooler_output=empty)
+
+        hidden_states = attentions = None
+        if output_hidden_states:
+            hidden_states = tuple(torch.cat(layer) for layer in zip(*(vision.hidden_states for vision in outputs)))
+        if output_attentions:
+            layers = zip(*(vision.attentions for vision in outputs))
+            attentions = tuple(list(chain.from_iterable(layer)) for layer in layers)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=torch.cat([vision.last_hidden_state for vision in outputs]),
+            pooler_output=torch.cat(features),
+            hidden_states=hidden_states,
+            attentions=attentions,
+        )
+
+    def _chunks(self, units):
+        """Split units into chunks of about `vision_batch_size` slices, which bounds the memory of the tower."""
+        chunk, slices = [], 0
+        for unit in units:
+            if chunk and slices + len(unit) > self.config.vision_batch_size:
+                yield chunk
+                chunk, slices = [], 0
+            chunk.append(unit)
+            slices += len(unit)
+        if chunk:
+            yield chunk
+
+    def get_placeholder_mask(self, input_ids, inputs_embeds, image_features=None):
+        """Where the image slots lie: bool [B, L]. Without `input_ids`, where the embeddings are those of the slot token.
+
+        Raises:
+            ValueError: when `image_features` [rows, D] are given and their number is not that of the slots.
+        """
+        if input_ids is not None:
+            mask = input_ids == self.config.image_token_id
+        else:
+            token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        if image_features is not None and int(mask.sum()) != len(image_features):
+            raise ValueError(
+                f"The prompt has {int(mask.sum())} image slots (token {self.config.image_token_id}), but the pictures "
+                f"give {len(image_features)} features. Make both with the same processor call and do not cut the ids."
+            )
+        return mask
+
+    def _embed(
+        self, input_ids, inputs_embeds, pixel_values=None, tgt_sizes=None, temporal_ids=None, mm_encoder_outputs=None
+    ):
+        """Embeddings of the prompt [B, L, D] with image features in their slots."""
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        features = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            if features is not None:
+                raise ValueError("Pass pixel_values or mm_encoder_outputs['image'], not both.")
+            features = self.get_image_features(pixel_values, tgt_sizes, temporal_ids)
+        if features is None:
+            return inputs_embeds + self._zero_gradient() if self._trains_vision() else inputs_embeds
+        features = _feature_rows(features)  # [slots, D]
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds, features)
+        if not len(features):
+            return inputs_embeds + self._zero_gradient() if self._trains_vision() else inputs_embeds
+        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(mask[..., None].to(inputs_embeds.device), features)
+
+    def _trains_vision(self):
+        if not (self.training and torch.is_grad_enabled()):
+            return False
+        return any(p.requires_grad for p in chain(self.vpm.parameters(), self.resampler.parameters()))
+
+    def _zero_gradient(self):
+        """Zero, computed through tower and resampler: in distributed training every rank has to touch every parameter,
+        a rank without pictures too."""
+        patch_size = self.config.patch_size
+        blank = torch.zeros(self.config.vision_config.num_channels, patch_size, patch_size)
+        return (self.get_image_features([[blank]], [[(1, 1)]]).pooler_output * 0).sum()
+
+    # ---- forward ----
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        tgt_sizes=None,
+        temporal_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        mm_encoder_outputs=None,
+        image_bound=None,
+        image_sizes=None,
+        mm_token_type_ids=None,
+        data=None,
+        **kwargs,
+    ):
+        """One pass over a batch.
+
+        Args:
+            input_ids: [B, L]; image slots are `config.image_token_id`.
+            pixel_values, tgt_sizes, temporal_ids: see [`flatten_visual_inputs`].
+            labels: [B, L], -100 where no loss is wanted.
+            logits_to_keep: compute logits of the last so many positions only (0: all).
+            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of pixels.
+            image_bound, image_sizes, mm_token_type_ids: taken because processors give them; not read.
+            data: the older calling style, a dict with the arguments above; arguments given beside it win.
+
+        Returns:
+            [`CausalLMOutputWithPast`] of the language model.
+
+        Raises:
+            ValueError: when slots and features differ in number, or the visual inputs contradict each other.
+        """
+        if isinstance(input_ids, Mapping):
+            input_ids, data = None, input_ids
+        if data is not None:
+            given = {
+                "input_ids": input_ids,
+                "pixel_values": pixel_values,
+                "tgt_sizes": tgt_sizes,
+                "temporal_ids": temporal_ids,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "past_key_values": past_key_values,
+                "inputs_embeds": inputs_embeds,
+                "labels": labels,
+                "use_cache": use_cache,
+                "mm_encoder_outputs": mm_encoder_outputs,
+            }
+            merged = dict(data) | {name: value for name, value in given.items() if value is not None}
+            return self(logits_to_keep=logits_to_keep, **merged, **kwargs)
+        inputs_embeds = self._embed(
+            input_ids, inputs_embeds, pixel_values, tgt_sizes, temporal_ids, mm_encoder_outputs
+        )
+        return self.llm(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids.long() if position_ids is not None else None,
+            past_key_values=past_key_values,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def backbone_forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        tgt_sizes=None,
+        temporal_ids=None,
+        inputs_embeds=None,
+        mm_encoder_outputs=None,
+        image_bound=None,
+        image_sizes=None,
+        mm_token_type_ids=None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """`forward` up to the last hidden states, without the head."""
+        inputs_embeds = self._embed(
+            input_ids, inputs_embeds, pixel_values, tgt_sizes, temporal_ids, mm_encoder_outputs
+        )
+        return self.get_decoder()(inputs_embeds=inputs_embeds, **kwargs)
+
+    def get_vllm_embedding(self, data):
+        """The older way to embed a batch, used by training frameworks; gradients flow.
+
+        Args:
+            data: dict with `input_ids` and, beside other things, the visual inputs, or `vision_hidden_states` (one
+                tensor [units, query_num, D] a sample) in their place.
+
+        Returns:
+            The embeddings [B, L, D], and the features as one tensor [units, query_num, D] a sample.
+        """
+        input_ids, features = data["input_ids"], data.get("vision_hidden_states")
+        if features is None and data.get("pixel_values") is not None:
+            visual = {name: data.get(name) for name in VISUAL_INPUTS}
+            features = self.get_image_features(**visual).pooler_output
+        outputs = {"image": features} if features is not None else None
+        inputs_embeds = self._embed(input_ids, None, mm_encoder_outputs=outputs)
+        if features is None or not len(features):
+            return inputs_embeds, [[] for _ in input_ids]
+        return inputs_embeds, self._split_by_sample(_feature_rows(features), input_ids)
+
+    def _split_by_sample(self, rows, input_ids):
+        """Features [slots, D] to one tensor [units, query_num, D] for each row of `input_ids`."""
+        slots = (input_ids == self.config.image_token_id).sum(-1).tolist()
+        return [part.view(-1, self.config.query_num, rows.shape[-1]) for part in rows.split(slots)]
+
+    # ---- generation ----
+
+    @torch.no_grad()
+    def generate(self, inputs=None, *args, **kwargs):
+        """[`GenerationMixin.generate`] over text, pictures and video; the result starts with the prompt ids.
+
+        Takes everything that the processor returns. `inputs` may also be that dict itself, and
+        `vision_hidden_states=` (the older name) features computed before.
+        """
+        if isinstance(inputs, Mapping):
+            kwargs = dict(inputs) | kwargs
+            inputs = None
+        if inputs is not None and kwargs.get("input_ids") is not None:
+            kwargs.pop("input_ids")  # some callers pass the same ids under both names
+        features = kwargs.pop("vision_hidden_states", None)
+        if features is not None:
+            kwargs["mm_encoder_outputs"] = {"image": features}
+        absent = [name for name in VISUAL_INPUTS if name in kwargs and kwargs[name] is None]
+        for name in (*UNUSED_INPUTS, *absent):
+            kwargs.pop(name, None)
+        return super().generate(inputs, *args, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # Beams and several return sequences: the pictures of a sample are encoded once and repeated as a block. The
+        # generic code would repeat slice by slice (AABB for ABAB), and before transformers 5.23 not know features.
+        features = None
+        if expand_size > 1:
+            visual = {name: model_kwargs.pop(name) for name in VISUAL_INPUTS if name in model_kwargs}
+            features = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
+            if visual.get("pixel_values") is not None:
+                features = self.get_image_features(**visual)
+        if features is not None:
+            samples = self._split_by_sample(_feature_rows(features), input_ids)
+            features = torch.cat([sample for sample in samples for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if features is not None:
+            model_kwargs["mm_encoder_outputs"] = {"image": features}
+        return input_ids, model_kwargs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("use_cache", True):  # the pictures are in the cache from here on
+            for name in (*VISUAL_INPUTS, "mm_encoder_outputs"):
+                model_kwargs.pop(name, None)
+        return model_kwargs
+
+
+def _feature_rows(features):
+    """Features in any accepted form (output object, tensor [..., D], list of tensors) as rows [slots, D]."""
+    features = getattr(features, "pooler_output", features)
+    if not isinstance(features, torch.Tensor):
+        features = torch.cat([part.flatten(0, -2) for part in features])
+    return features.flatten(0, -2)

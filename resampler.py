@@ -1,0 +1,128 @@
+"""The 3D resampler of MiniCPM-V 4.5: all patches of one slice, or of up to six frames of a clip, to `query_num` tokens.
+
+What is special:
+- Learned queries attend once to the patches. Keys carry a 2D sin-cos position and, in a clip, the time of their frame;
+  values carry neither.
+- A unit is one set of queries: a picture slice, or the same slice position of a group of frames. Units of unequal
+  size run packed, as in the tower.
+- Positions are computed for the rows in use. The whole tables would take 80 MB and 1.18 GB and end at 70 patches and
+  72,000 tenths of a second; here neither has an end.
+"""
+
+from functools import lru_cache
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import nn
+
+
+STILL_IMAGE_ID = -1  # the temporal id of a picture that is not part of a clip: no time is added
+
+
+def sincos_positions(positions, dim):
+    """Sin-cos embedding of `positions` (any numbers [n]) in `dim` channels: float32 array [n, dim], sines first.
+
+    The frequencies 1 / 10000 ** (i / (dim / 2)) are numpy float32: torch's power differs by 8e-4 at position 7000.
+    """
+    frequencies = 1.0 / 10000 ** (np.arange(dim // 2, dtype=np.float32) / np.float32(dim / 2))
+    angles = np.asarray(positions, dtype=np.float32)[:, None] * frequencies.astype(np.float32)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+@lru_cache(maxsize=8)
+def axis_positions(count, dim):
+    """Sin-cos embedding of 0 .. count - 1, float32 array [count, dim]; cached, since most slices share a few sides."""
+    return sincos_positions(np.arange(count), dim)
+
+
+class ResamplerAttention(nn.MultiheadAttention):
+    """Cross-attention of one set of queries with packed units; called without `lengths`, the stock module.
+
+    Its parameters keep the names of the checkpoint and it stays a `nn.MultiheadAttention` for exporters and PEFT.
+    """
+
+    def forward(self, query, key, value, *args, lengths=None, **kwargs):
+        """query [Q, D], key and value [patches, D], `lengths` patches of each unit -> [units, Q, D]."""
+        if lengths is None:
+            return super().forward(query, key, value, *args, **kwargs)
+        (w_q, w_k, w_v), (b_q, b_k, b_v) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        query = self._heads(nn.functional.linear(query, w_q, b_q), 1)  # [1, H, Q, d]
+        key = nn.functional.linear(key, w_k, b_k)
+        value = nn.functional.linear(value, w_v, b_v)
+        outputs, start = [], 0
+        for length, group in groupby(lengths):  # runs of equally long units
+            count = len(list(group))
+            run = slice(start, start + count * length)
+            start = run.stop
+            attended = nn.functional.scaled_dot_product_attention(
+                query.expand(count, -1, -1, -1), self._heads(key[run], count), self._heads(value[run], count)
+            )
+            outputs.append(attended.transpose(1, 2).flatten(2))
+        return self.out_proj(torch.cat(outputs))
+
+    def _heads(self, states, count):
+        return states.view(count, -1, self.num_heads, self.head_dim).transpose(1, 2)
+
+
+class Resampler(nn.Module):
+    """`query_num` learned queries that read the patches of a unit.
+
+    Args:
+        num_queries: tokens a unit becomes.
+        embed_dim: width D of the language model.
+        num_heads: attention heads.
+        kv_dim: width of the tower.
+    """
+
+    def __init__(self, num_queries, embed_dim, num_heads, kv_dim):
+        super().__init__()
+        self.num_queries = num_queries
+        self.embed_dim = embed_dim
+        self.query = nn.Parameter(torch.zeros(num_queries, embed_dim))
+        self.kv_proj = nn.Linear(kv_dim, embed_dim, bias=False)
+        self.attn = ResamplerAttention(embed_dim, num_heads)
+        self.ln_q = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.ln_kv = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.ln_post = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.proj = nn.Parameter(torch.zeros(embed_dim, embed_dim))
+
+    def forward(self, hidden_states, tgt_sizes, temporal_ids):
+        """Compress the packed output of the tower.
+
+        Args:
+            hidden_states: [patches, kv_dim], slices one after the other; the frames of a unit stand together.
+            tgt_sizes: list of (rows, columns) in patches, one a slice.
+            temporal_ids: list of units, each a list with one id a frame, in tenths of a second; [-1] for a picture.
+
+        Returns:
+            Tensor [units, num_queries, D].
+        """
+        frames = [frame for unit in temporal_ids for frame in unit]
+        if len(frames) != len(tgt_sizes):
+            raise ValueError(f"temporal_ids name {len(frames)} frames, but there are {len(tgt_sizes)} slices.")
+        patches = iter([rows * columns for rows, columns in tgt_sizes])
+        lengths = [sum(next(patches) for _ in unit) for unit in temporal_ids]
+        values = self.ln_kv(self.kv_proj(hidden_states))  # [patches, D]
+        keys = values + self.positions(tgt_sizes, frames, values.device).to(values.dtype)
+        attended = self.attn(self.ln_q(self.query), keys, values, lengths=lengths)  # [units, Q, D]
+        return self.ln_post(attended) @ self.proj
+
+    def positions(self, tgt_sizes, temporal_ids, device):
+        """Position of every patch, float32 [patches, D]: column, row and, for a frame of a clip, its time."""
+        half = self.embed_dim // 2
+        distinct = dict.fromkeys(tgt_sizes)
+        for rows, columns in distinct:
+            by_row = torch.from_numpy(axis_positions(rows, half)).to(device)
+            by_column = torch.from_numpy(axis_positions(columns, half)).to(device)
+            grid = (by_column.expand(rows, -1, -1), by_row[:, None].expand(-1, columns, -1))
+            distinct[rows, columns] = torch.cat(grid, dim=-1).view(rows * columns, -1)
+        # The first half encodes the column, the second the row.
+        positions = [distinct[size] for size in tgt_sizes]
+        if any(frame != STILL_IMAGE_ID for frame in temporal_ids):
+            times = torch.from_numpy(sincos_positions(temporal_ids, self.embed_dim)).to(device)
+            positions = [
+                position if frame == STILL_IMAGE_ID else position + time
+                for position, frame, time in zip(positions, temporal_ids, times, strict=True)
+            ]
+        return torch.cat(positions)
