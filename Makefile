@@ -44,8 +44,8 @@ format: $(VENV)/dev.stamp ## let ruff rewrite the files
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(VENV)/dev.stamp tokenizer.json ## time the parts of the road on nano
-	@$(PY) -m minicpmv.bench
+bench: $(VENV)/dev.stamp tokenizer.json ## run the measurements in benchmarks/
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(PY) "$$file" || exit 1; done
 
 clean: ## remove environments, caches and the built tokenizer
 	rm -rf .venv .venvs build *.egg-info .pytest_cache .ruff_cache .hypothesis tokenizer.json
@@ -67,7 +67,7 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(PY)
 .venvs/%/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venvs/$*
 	grep -viE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > .venvs/$*/constraints.txt
-	.venvs/$*/bin/python $(PIP_INSTALL) -q -c .venvs/$*/constraints.txt -e ".[matrix]" "transformers==$*"
+	.venvs/$*/bin/python $(PIP_INSTALL) -c .venvs/$*/constraints.txt -e ".[matrix]" "transformers==$*"
 	@touch $@
 .PRECIOUS: .venvs/%/stamp
 
