@@ -17,6 +17,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 HUB_REPOSITORY = "openbmb/MiniCPM-V-4_5"
 
@@ -130,7 +131,7 @@ def backend(vocabulary, merges, config):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-        (folder / "merges.txt").write_text("\n".join(map(" ".join, merges)) + "\n", encoding="utf-8")
+        (folder / "merges.txt").write_text("".join(f"{left} {right}\n" for left, right in merges), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
         return Qwen2TokenizerFast.from_pretrained(folder).backend_tokenizer
 
