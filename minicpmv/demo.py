@@ -76,11 +76,12 @@ def run(model_folder=None):
         raise DemoError(f"{assets / CLIP} was not found; run the demo in a clone of the repository")
     console = Console(highlight=False, soft_wrap=True)
 
+    console.print(f"Loading {escape(folder.name or str(folder))} ...")
     begin = time.perf_counter()
     model, processor = load(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
-        f"\n[bold]{folder.name or folder}[/bold]: {parameters / 1e6:.1f} million parameters on {model.device}, "
+        f"\n[bold]{escape(folder.name or str(folder))}[/bold]: {parameters / 1e6:.1f} million parameters on {model.device}, "
         f"loaded in {time.perf_counter() - begin:.1f} s\n"
     )
 
