@@ -23,7 +23,8 @@ HUB_REPOSITORY = "openbmb/MiniCPM-V-4_5"
 
 RANKS_FILE = "dashscope/resources/qwen.tiktoken"
 RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
-VOCABULARY_SHA256 = "ad061afcfc26a5ff7b7611ace84657fe939d902af56b06ba07d823fec5668050"  # of `fingerprint`: 151,643 tokens and 151,387 merges
+# `fingerprint` of the 151,643 tokens and 151,387 merges
+VOCABULARY_SHA256 = "ad061afcfc26a5ff7b7611ace84657fe939d902af56b06ba07d823fec5668050"
 
 
 class VocabularyError(RuntimeError):
