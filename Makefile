@@ -60,7 +60,7 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(PY)
 	$(PY) $(PIP_INSTALL) -c constraints.txt -e ".[tokenizer]"
 	@touch $@
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(PY)
+$(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(PY) $(PIP_INSTALL) -c constraints.txt -e ".[dev]"
 	@touch $@
 
