@@ -53,10 +53,8 @@ clean: ## remove environments, caches and the built tokenizer
 
 # --- environments: a stamp tells that one is complete, and is made anew when the requirements change -------------------
 
-$(PY):
+$(VENV)/demo.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-
-$(VENV)/demo.stamp: pyproject.toml constraints.txt | $(PY)
 	$(PY) $(PIP_INSTALL) -c constraints.txt -e ".[tokenizer]"
 	@touch $@
 
