@@ -21,9 +21,11 @@ import numbers
 import struct
 import threading
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -44,7 +46,7 @@ class FramePackingError(ValueError):
     """`temporal_ids` that do not describe the pictures they came with."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Geometry. Sizes are (width, height) in pixels; grids are (columns, rows).
 
 
@@ -95,8 +97,8 @@ def best_resize(
 def slice_grid(size: tuple[int, int], max_slice_nums: int = 9, scale_resolution: int = 448) -> tuple[int, int] | None:
     """(columns, rows) whose proportions are nearest to the picture's, or None when it is not sliced.
 
-    The ideal number of slices is the picture's area in squares of `scale_resolution`, at most `max_slice_nums`; grids of
-    one slice more or fewer compete too, by the distance of the logarithms of the aspect ratios.
+    The ideal number of slices is the picture's area in squares of `scale_resolution`, at most `max_slice_nums`; grids
+    of one slice more or fewer compete too, by the distance of the logarithms of the aspect ratios.
 
     Source: LLaVA-UHD (arXiv 2403.11703).
     """
@@ -145,7 +147,7 @@ def slice_layout(
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Loading: anything a caller may hold -> an upright 8-bit RGB picture.
 
 _EXIF_ORIENTATION = 0x0112
@@ -158,6 +160,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 # What Pillow's decoders raise on damaged data.
 _DECODE_ERRORS = (
     OSError,
@@ -184,10 +187,10 @@ def load_image(
     """Turn `image` into an 8-bit RGB Pillow image.
 
     Args:
-        image: Pillow image of any mode; path (str or pathlib.Path); `data:` URL; `http(s)` URL (fetched by transformers);
-            the bytes of a file; numpy array `(H, W)`, `(H, W, C)` or, where it cannot be mistaken, `(C, H, W)`; torch
-            tensor `(H, W)`, `(C, H, W)` or, where it cannot be mistaken, `(H, W, C)`. C is 1 (grey), 2 (grey, alpha),
-            3 (RGB) or 4 (RGBA). uint8, uint16 (0..65535), bool or floating point in [0, 1].
+        image: Pillow image of any mode; path (str or pathlib.Path); `data:` URL; `http(s)` URL (fetched by
+            transformers); the bytes of a file; numpy array `(H, W)`, `(H, W, C)` or, where it cannot be mistaken,
+            `(C, H, W)`; torch tensor `(H, W)`, `(C, H, W)` or, where it cannot be mistaken, `(H, W, C)`. C is 1
+            (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA). uint8, uint16 (0..65535), bool or floating point in [0, 1].
         input_data_format: "channels_first" or "channels_last" for arrays and tensors whose shape leaves a doubt.
         do_exif_transpose: turn the picture upright as its EXIF orientation says.
         background_color: RGB colour under transparent pixels; None drops the alpha channel.
@@ -201,8 +204,7 @@ def load_image(
         image = _array_to_pil(image, input_data_format, channels_last=True)
     elif isinstance(image, torch.Tensor):
         image = image.detach().cpu()
-        if image.dtype == torch.bfloat16:
-            image = image.float()
+        image = image.float() if image.is_floating_point() else image  # numpy has no bfloat16
         image = _array_to_pil(image.numpy(), input_data_format, channels_last=False)
     elif not isinstance(image, Image.Image):
         image = _open_image(image)
@@ -227,11 +229,11 @@ def _open_image(source: Any) -> Image.Image:
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         name, opener = source, load_image_from_url
     elif isinstance(source, str) and source.startswith("data:"):
-        name, source, opener = "data: URL", BytesIO(_decode_data_url(source)), Image.open
+        name, source, opener = "data: URL", BytesIO(_decode_data_url(source)), _open_file
     elif isinstance(source, (bytes, bytearray, memoryview)):
-        name, source, opener = f"{len(source)} bytes", BytesIO(source), Image.open
+        name, source, opener = f"{len(source)} bytes", BytesIO(source), _open_file
     elif isinstance(source, (str, Path)):
-        name, opener = repr(str(source)[:200]), _open_path
+        name, opener = repr(str(source)[:200]), _open_file
     else:
         raise ImageInputError(f"a picture cannot be of type {type(source).__name__}; give {_ACCEPTED}")
     try:
@@ -246,11 +248,13 @@ def _open_image(source: Any) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ImageInputError(f"{name}: not a picture in a format Pillow reads; give {_ACCEPTED}") from error
     except _DECODE_ERRORS as error:
-        raise ImageInputError(f"{name} cannot be opened as a picture: {error}; give {_ACCEPTED}") from error
+        raise ImageInputError(
+            f"{name}: cannot be decoded: {error}; the picture is broken or truncated, give a complete file"
+        ) from error
 
 
-def _open_path(path: str | Path) -> Image.Image:
-    with Image.open(path) as image:
+def _open_file(file: str | Path | BytesIO) -> Image.Image:
+    with Image.open(file) as image:
         image.load()
         return image
 
@@ -331,12 +335,11 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, background_color: tuple[int, int, int] | None) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
+    has_alpha = image.mode in _ALPHA_MODES or "transparency" in image.info
+    if image.mode == "RGB" and not has_alpha:
         return image
-    if image.mode.startswith("I;16"):
-        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
-    if image.mode == "I":
-        # what Pillow's readers give for 16-bit greys; convert() would clip them to white
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # I is what Pillow's readers give for some 16-bit greys; convert() would clip both to white
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ImageInputError(
@@ -346,19 +349,18 @@ def _to_rgb(image: Image.Image, background_color: tuple[int, int, int] | None) -
         return Image.fromarray(_to_uint8(values.astype(np.uint16))).convert("RGB")
     if image.mode == "F":
         return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
-    if background_color is None or not (image.mode in _ALPHA_MODES or "transparency" in image.info):
-        return image.convert("RGB")
-    if image.mode in ("La", "PA"):
-        image = image.convert("LA" if image.mode == "La" else "RGBA")
-    image = image.convert("RGBA")
+    try:
+        if background_color is None or not has_alpha:
+            return image.convert("RGB")
+        # Pillow has no direct way from premultiplied grey to RGBA
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    except ValueError as error:
+        raise ImageInputError(f"pictures of mode {image.mode} are not supported ({error}); convert to RGB") from error
     canvas = Image.new("RGBA", image.size, (*background_color, 255))
     return Image.alpha_composite(canvas, image).convert("RGB")
 
 
-_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Slices and frame packing.
 
 
@@ -386,7 +388,7 @@ def pack_frames(
 
     Args:
         frames: pictures and frames of one sample, in order.
-        temporal_ids: groups of frames that share a unit, one id (tenths of a second) a frame; a still picture is `[-1]`.
+        temporal_ids: groups of frames that share a unit, one id (tenths of a second) a frame; a still is `[-1]`.
 
     Returns:
         `(pixel_values, tgt_sizes, unit_temporal_ids)`. A group of frames with grid (columns, rows) yields
@@ -414,8 +416,8 @@ def pack_frames(
         for frame in members[1:]:
             if (frame.grid, frame.tgt_sizes) != (first.grid, first.tgt_sizes):
                 raise FramePackingError(
-                    f"frames of group {group} have different shapes: picture {first.image_size} with grid {first.grid}, "
-                    f"picture {frame.image_size} with grid {frame.grid}; "
+                    f"frames of group {group} have different shapes: size {first.image_size} with grid {first.grid}, "
+                    f"size {frame.image_size} with grid {frame.grid}; "
                     "resize the frames to one size, or put them into groups of their own"
                 )
         for position in range(len(first.pixel_values)):
@@ -444,17 +446,15 @@ def _check_groups(temporal_ids: Iterable[Iterable[int]]) -> list[list[int]]:
     return groups
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The processor.
 
 
 class MiniCPMVImagesKwargs(ImagesKwargs, total=False):
-    """Keyword arguments of the image processor beyond those of transformers."""
+    """Keyword arguments of `MiniCPMVImageProcessor.preprocess` beyond those of transformers."""
 
     max_slice_nums: int | None
-    temporal_ids: list | None
-    background_color: tuple | list | None
-    do_exif_transpose: bool | None
+    temporal_ids: list | tuple | None
 
 
 class MiniCPMVBatchFeature(BatchFeature):
@@ -479,6 +479,9 @@ class MiniCPMVBatchFeature(BatchFeature):
         self.data = {key: move(value) for key, value in self.data.items()}
         return self
 
+
+# Pictures that are decoded at a time and share one block of memory.
+_PICTURES_PER_BLOCK = 16
 
 # Names under which other code reads or saves a setting -> its name here.
 _SETTING_ALIASES = {
@@ -581,42 +584,14 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         canonical.update({_SETTING_ALIASES.get(key, key): value for key, value in overrides.items()})
         return super().from_dict(canonical, **kwargs)
 
-    # Names that vLLM, SGLang and others read.
-    @property
-    def im_start_token(self) -> str:
-        return self.im_start
-
-    @property
-    def im_end_token(self) -> str:
-        return self.im_end
-
-    @property
-    def slice_start_token(self) -> str:
-        return self.slice_start
-
-    @property
-    def slice_end_token(self) -> str:
-        return self.slice_end
-
-    @property
-    def unk_token(self) -> str:
-        return self.unk
-
-    @property
-    def image_mean(self) -> list[float]:
-        return self.norm_mean
-
-    @property
-    def image_std(self) -> list[float]:
-        return self.norm_std
-
-    @property
-    def mean(self) -> np.ndarray:
-        return np.array(self.norm_mean)
-
-    @property
-    def std(self) -> np.ndarray:
-        return np.array(self.norm_std)
+    # Names under which other code reads the settings.
+    im_start_token = property(attrgetter("im_start"))
+    im_end_token = property(attrgetter("im_end"))
+    slice_start_token = property(attrgetter("slice_start"))
+    slice_end_token = property(attrgetter("slice_end"))
+    unk_token = property(attrgetter("unk"))
+    image_mean = mean = property(attrgetter("norm_mean"))
+    image_std = std = property(attrgetter("norm_std"))
 
     def get_slice_layout(self, image_size: Sequence[int], max_slice_nums: int | None = None) -> SliceLayout:
         """Layout of a picture of `image_size` (width, height; numbers or a tensor) under this processor's settings."""
@@ -695,32 +670,57 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
 
         Raises ImageInputError for a picture that cannot be used.
         """
-        image = load_image(image, input_data_format, self.do_exif_transpose, self.background_color)
-        layout = self.get_slice_layout(image.size, max_slice_nums)
-        pixel_values = self._to_strips(image.resize(layout.source, Image.Resampling.BICUBIC), layout.source)
-        sizes = [layout.source]
-        if layout.grid is not None:
-            pixel_values += self._to_strips(image.resize(layout.refined, Image.Resampling.BICUBIC), layout.slice)
-            sizes += [layout.slice] * (layout.num_slices - 1)
-        tgt_sizes = [(height // self.patch_size, width // self.patch_size) for width, height in sizes]
-        return SlicedImage(image.size, layout.grid, pixel_values, tgt_sizes)
+        return self.slice_all_to_patches([image], max_slice_nums, input_data_format)[0]
 
-    def _to_strips(self, image: Image.Image, slice_size: tuple[int, int]) -> list[torch.Tensor]:
-        """Cut a resized picture into slices of `slice_size`, as float32 strips (3, P, P * patches), row by row."""
+    def slice_all_to_patches(
+        self, images: Sequence[Any], max_slice_nums: int | None = None, input_data_format: str | None = None
+    ) -> list[SlicedImage]:
+        """`slice_to_patches` of several pictures, on at most `torch.get_num_threads()` threads.
+
+        The tensors of a call share memory, by up to 16 pictures: clone one to store it alone.
+        """
+        sliced = []
+        for start in range(0, len(images), _PICTURES_PER_BLOCK):
+            chunk = _map_threaded(
+                lambda image: load_image(image, input_data_format, self.do_exif_transpose, self.background_color),
+                images[start : start + _PICTURES_PER_BLOCK],
+            )
+            layouts = [self.get_slice_layout(image.size, max_slice_nums) for image in chunk]
+            sliced += self._slice_chunk(chunk, layouts)
+        return sliced
+
+    def _slice_chunk(self, images: list[Image.Image], layouts: list[SliceLayout]) -> list[SlicedImage]:
+        slice_sizes = [[x.source] + [x.slice] * (x.num_slices - 1) for x in layouts]
+        lengths = [3 * width * height for sizes in slice_sizes for width, height in sizes]
+        # One block: fresh memory costs as much as the arithmetic, and numpy asks for huge pages from 4 MiB on.
+        block = np.empty(sum(lengths), np.float32)
+        strips = iter(np.split(block, np.cumsum(lengths)[:-1]))
+        views, sliced = [], []
+        for image, layout, sizes in zip(images, layouts, slice_sizes, strict=True):
+            own = [next(strips).reshape(3, self.patch_size, -1) for _ in sizes]
+            views.append((image, layout.source, layout.source, own[:1]))
+            if layout.grid is not None:
+                views.append((image, layout.refined, layout.slice, own[1:]))
+            tgt_sizes = [(height // self.patch_size, width // self.patch_size) for width, height in sizes]
+            sliced.append(SlicedImage(image.size, layout.grid, [torch.from_numpy(strip) for strip in own], tgt_sizes))
+        _map_threaded(lambda view: self._fill_strips(*view), views)
+        return sliced
+
+    def _fill_strips(
+        self, image: Image.Image, view_size: tuple[int, int], slice_size: tuple[int, int], strips: list[np.ndarray]
+    ) -> None:
+        # resize to view_size, cut row by row into slice_size, write the patches of each cut to a strip
         size = self.patch_size
         width, height = slice_size
-        bands = [np.asarray(band) for band in image.split()]  # 3 x [H, W]
-        strips = []
-        for top in range(0, image.height, height):
-            for left in range(0, image.width, width):
-                strip = np.empty((3, size, height // size, width // size, size), np.float32)
-                for channel, (band, mean, std) in enumerate(zip(bands, self.norm_mean, self.norm_std, strict=True)):
-                    cut = band[top : top + height, left : left + width]
-                    cut = cut.reshape(height // size, size, width // size, size)  # [rows, P, columns, P]
-                    np.multiply(cut.transpose(1, 0, 2, 3), np.float32(1 / (255 * std)), out=strip[channel])
-                    strip[channel] -= np.float32(mean / std)
-                strips.append(torch.from_numpy(strip.reshape(3, size, -1)))
-        return strips
+        bands = [np.asarray(band) for band in image.resize(view_size, Image.Resampling.BICUBIC).split()]  # 3 x [H, W]
+        corners = [(x, y) for y in range(0, view_size[1], height) for x in range(0, view_size[0], width)]
+        for (left, top), strip in zip(corners, strips, strict=True):
+            for band, out, mean, std in zip(bands, strip, self.norm_mean, self.norm_std, strict=True):
+                rows = band[top : top + height, left : left + width].reshape(height // size, size, width)
+                # out: [P, rows * columns * P]; numpy, because torch's threads stall on busy cores and gain nothing
+                out.reshape(size, height // size, width)[...] = rows.transpose(1, 0, 2)
+                out *= np.float32(1 / (255 * std))
+                out -= np.float32(mean / std)
 
     def preprocess(
         self,
@@ -740,14 +740,14 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
             max_slice_nums: for this call; the processor's own when None.
             temporal_ids: for one sample a list of groups such as `[[0, 1, 2], [3, 4, 5], [-1]]`, for a batch one such
                 list (or None) a sample. None: every picture is a still. See `pack_frames`.
-            return_tensors: None or "pt" give torch tensors, "np" numpy arrays, in nested lists either way: slices differ
-                in size.
+            return_tensors: None or "pt" give torch tensors, "np" numpy arrays; in nested lists either way, since
+                slices differ in size.
             input_data_format: "channels_first" or "channels_last" for arrays and tensors.
 
         Returns:
-            One entry a sample in each of: `pixel_values`, list of float32 `(3, P, P * patches)`; `image_sizes`, list of
-            (width, height); `tgt_sizes`, integer tensor `(slices, 2)` of (rows, columns) in patches; `temporal_ids`, list
-            of units, each a list of ids, `[-1]` for a still.
+            One entry a sample in each of: `pixel_values`, list of float32 `(3, P, P * patches)`; `image_sizes`, list
+            of (width, height); `tgt_sizes`, int64 `(slices, 2)` of (rows, columns) in patches; `temporal_ids`, list of
+            units, each a list of ids, `[-1]` for a still.
 
         Raises:
             ImageInputError, FramePackingError: pictures or ids that cannot be used.
@@ -759,7 +759,7 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         convert = (lambda tensor: tensor.numpy()) if return_tensors == "np" else (lambda tensor: tensor)
         data: dict[str, list] = {"pixel_values": [], "image_sizes": [], "tgt_sizes": [], "temporal_ids": []}
         for pictures, groups in zip(samples, all_temporal_ids, strict=True):
-            frames = [self.slice_to_patches(picture, max_slice_nums, input_data_format) for picture in pictures]
+            frames = self.slice_all_to_patches(pictures, max_slice_nums, input_data_format)
             groups = [[-1]] * len(frames) if groups is None else groups
             pixel_values, tgt_sizes, unit_temporal_ids = pack_frames(frames, groups)
             data["pixel_values"].append([convert(strip) for strip in pixel_values])
@@ -767,6 +767,15 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
             data["tgt_sizes"].append(convert(torch.tensor(tgt_sizes, dtype=torch.int64).reshape(-1, 2)))
             data["temporal_ids"].append(unit_temporal_ids)
         return MiniCPMVBatchFeature(data)
+
+
+def _map_threaded(function: Callable, items: Sequence) -> list:
+    # Pillow and numpy work outside the GIL; torch's limit keeps data-loader workers to one thread each
+    workers = min(torch.get_num_threads(), len(items))
+    if workers < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(function, items))
 
 
 def _as_samples(images: Any) -> list[list]:
@@ -806,7 +815,10 @@ def _positive_int(name: str, value: Any) -> int:
 
 
 def _three_numbers(name: str, values: Any) -> list[float]:
-    values = [float(value) for value in values]
-    if len(values) != 3:
-        raise ValueError(f"{name}={values} must have 3 values, for R, G and B")
-    return values
+    try:
+        numbers_ = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={values!r} must be 3 numbers, for R, G and B") from error
+    if len(numbers_) != 3 or not all(map(math.isfinite, numbers_)):
+        raise ValueError(f"{name}={values!r} must be 3 finite numbers, for R, G and B")
+    return numbers_
