@@ -54,6 +54,10 @@ TEXT_OPTIONS = {
     "return_tensors",
     "return_mm_token_type_ids",
 }
+# Those that are neither.
+CALL_OPTIONS = {"images", "videos", "temporal_ids", "return_metadata"} | {
+    f"{part}_kwargs" for part in ("images", "videos", "text", "common")
+}
 # Other software passes these along; they change nothing here.
 TOLERATED_OPTIONS = {"add_special_tokens", "device", "do_pad", "load_audio_from_video", "sampling_rate"}
 
@@ -178,19 +182,23 @@ class MiniCPMVProcessor(ProcessorMixin):
             data["video_metadata"] = [sample.video_metadata for sample in samples]
         return MiniCPMVBatchFeature(data)
 
+    @property
+    def option_names(self):
+        """Keyword arguments of `__call__` by the part they concern: {"images": ..., "videos": ..., "text": ...}."""
+        videos = {"start", "end", "video_metadata", *inspect.signature(type(self.video_processor).__init__).parameters}
+        # `use_image_id` is not a video's unless asked of it alone: a number for each picture is the default of images.
+        videos -= {"self", "kwargs", "use_image_id"}
+        return {"images": IMAGE_OPTIONS, "videos": videos, "text": TEXT_OPTIONS}
+
+    def is_option(self, name):
+        """Whether a keyword is an option of this processor (else it may be a variable of the chat template)."""
+        return name in CALL_OPTIONS | TOLERATED_OPTIONS or any(name in names for names in self.option_names.values())
+
     def _sort_options(self, kwargs):
-        """Keyword arguments by the part they concern: {"images": ..., "videos": ..., "text": ...}."""
-        video_options = {
-            "start",
-            "end",
-            "video_metadata",
-            *inspect.signature(type(self.video_processor).__init__).parameters,
-        }
-        # A number for each picture is the image processor's default and never a video's, unless asked of it alone.
-        parts = {"images": IMAGE_OPTIONS, "videos": video_options - {"use_image_id"}, "text": TEXT_OPTIONS}
-        options = {part: dict(kwargs.pop(f"{part}_kwargs", None) or {}) for part in parts}
-        flat = {**(kwargs.pop("common_kwargs", None) or {}), **kwargs}
-        for name, value in flat.items():
+        """Keyword arguments by the part they concern, like `option_names`."""
+        parts = self.option_names
+        options = {part: dict(kwargs.pop(f"{part}_kwargs", None) or {}) for part in (*parts, "common")}
+        for name, value in {**options.pop("common"), **kwargs}.items():
             owners = [part for part, names in parts.items() if name in names]
             for part in owners:
                 options[part].setdefault(name, value)
@@ -425,7 +433,7 @@ class MiniCPMVProcessor(ProcessorMixin):
         options = dict(processor_kwargs or {})
         template_variables = {}
         for name, value in kwargs.items():
-            (options if self._is_option(name) else template_variables)[name] = value
+            (options if self.is_option(name) else template_variables)[name] = value
         is_batched = _is_nested(conversation)
         conversations = conversation if is_batched else [conversation]
         pending = {name: options.pop(name, None) for name in ("images", "videos")}
@@ -459,22 +467,6 @@ class MiniCPMVProcessor(ProcessorMixin):
             **options,
         )
         return output if return_dict else output["input_ids"]
-
-    def _is_option(self, name):
-        """Whether a keyword of `apply_chat_template` is meant for the processor rather than for the template."""
-        parameters = inspect.signature(type(self.video_processor).__init__).parameters
-        own = {
-            "images",
-            "videos",
-            "temporal_ids",
-            "return_metadata",
-            "start",
-            "end",
-            "video_metadata",
-            "common_kwargs",
-        }
-        parts = {"images_kwargs", "videos_kwargs", "text_kwargs"}
-        return name in own | parts | IMAGE_OPTIONS | TEXT_OPTIONS | TOLERATED_OPTIONS or name in parameters
 
     def _fill_in(self, prompts, media, kind, pending, placeholder, as_list):
         """Media of each prompt: those that stood in the messages, or those given beside them."""
