@@ -349,13 +349,10 @@ def _to_rgb(image: Image.Image, background_color: tuple[int, int, int] | None) -
         return Image.fromarray(_to_uint8(values.astype(np.uint16))).convert("RGB")
     if image.mode == "F":
         return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
-    try:
-        if background_color is None or not has_alpha:
-            return image.convert("RGB")
-        # Pillow has no direct way from premultiplied grey to RGBA
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    except ValueError as error:
-        raise ImageInputError(f"pictures of mode {image.mode} are not supported ({error}); convert to RGB") from error
+    if background_color is None or not has_alpha:
+        return image.convert("RGB")
+    # Pillow has no direct way from premultiplied grey to RGBA
+    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     canvas = Image.new("RGBA", image.size, (*background_color, 255))
     return Image.alpha_composite(canvas, image).convert("RGB")
 
@@ -521,6 +518,7 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
 
     model_input_names = ["pixel_values", "image_sizes", "tgt_sizes", "temporal_ids"]
     valid_kwargs = MiniCPMVImagesKwargs
+    background_color = (255, 255, 255)  # transformers saves None only for settings with another class default
 
     def __init__(
         self,
