@@ -26,10 +26,6 @@ class DemoError(RuntimeError):
 
 def load(folder):
     """`(model, processor)` of a model folder."""
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise DemoError(
-            f"{folder} holds no model (config.json and *.safetensors); run the demo in a clone of the repository"
-        )
     from transformers import AutoModel, AutoProcessor
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
@@ -74,6 +70,10 @@ def run(model_folder=None):
     assets = REPOSITORY / "assets"
     if not (assets / CLIP).is_file():
         raise DemoError(f"{assets / CLIP} was not found; run the demo in a clone of the repository")
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise DemoError(
+            f"{folder} holds no model (config.json and *.safetensors); run the demo in a clone of the repository"
+        )
     console = Console(highlight=False, soft_wrap=True)
 
     console.print(f"Loading {escape(folder.name or str(folder))} ...")
