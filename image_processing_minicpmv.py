@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import chain, islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -166,12 +167,14 @@ _DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
     TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    RuntimeError,
     struct.error,
     zlib.error,
+    Image.DecompressionBombError,
 )
 # A lazy Pillow picture may stand in a batch twice, and its decoder is not safe under threads.
 _DECODE_LOCK = threading.Lock()
@@ -188,9 +191,9 @@ def load_image(
 
     Args:
         image: Pillow image of any mode; path (str or pathlib.Path); `data:` URL; `http(s)` URL (fetched by
-            transformers); the bytes of a file; numpy array `(H, W)`, `(H, W, C)` or, where it cannot be mistaken,
-            `(C, H, W)`; torch tensor `(H, W)`, `(C, H, W)` or, where it cannot be mistaken, `(H, W, C)`. C is 1
-            (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA). uint8, uint16 (0..65535), bool or floating point in [0, 1].
+            transformers, which drops alpha); the bytes of a file; numpy array `(H, W)`, `(H, W, C)` or, where it cannot
+            be mistaken, `(C, H, W)`; torch tensor `(H, W)`, `(C, H, W)` or, where it cannot be mistaken, `(H, W, C)`.
+            C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA). uint8, uint16 (0..65535), bool or floating point in [0, 1].
         input_data_format: "channels_first" or "channels_last" for arrays and tensors whose shape leaves a doubt.
         do_exif_transpose: turn the picture upright as its EXIF orientation says.
         background_color: RGB colour under transparent pixels; None drops the alpha channel.
@@ -217,8 +220,8 @@ def load_image(
             image.load()
     except _DECODE_ERRORS as error:
         raise ImageInputError(
-            f"picture of {image.width} x {image.height} pixels ({image.format}) cannot be decoded: {error}; "
-            "it is broken or truncated, give a complete file"
+            f"picture of {image.width} x {image.height} pixels ({image.format}) cannot be decoded ({error}); "
+            "give a complete file that is not damaged"
         ) from error
     if do_exif_transpose:
         image = _turn_upright(image)
@@ -249,7 +252,7 @@ def _open_image(source: Any) -> Image.Image:
         raise ImageInputError(f"{name}: not a picture in a format Pillow reads; give {_ACCEPTED}") from error
     except _DECODE_ERRORS as error:
         raise ImageInputError(
-            f"{name}: cannot be decoded: {error}; the picture is broken or truncated, give a complete file"
+            f"{name}: cannot be read as a picture ({error}); give a complete file that is not damaged"
         ) from error
 
 
@@ -756,8 +759,9 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         all_temporal_ids = _as_sample_ids(temporal_ids, len(samples))
         convert = (lambda tensor: tensor.numpy()) if return_tensors == "np" else (lambda tensor: tensor)
         data: dict[str, list] = {"pixel_values": [], "image_sizes": [], "tgt_sizes": [], "temporal_ids": []}
+        sliced = iter(self.slice_all_to_patches(list(chain(*samples)), max_slice_nums, input_data_format))
         for pictures, groups in zip(samples, all_temporal_ids, strict=True):
-            frames = self.slice_all_to_patches(pictures, max_slice_nums, input_data_format)
+            frames = list(islice(sliced, len(pictures)))
             groups = [[-1]] * len(frames) if groups is None else groups
             pixel_values, tgt_sizes, unit_temporal_ids = pack_frames(frames, groups)
             data["pixel_values"].append([convert(strip) for strip in pixel_values])
@@ -795,15 +799,21 @@ def _as_sample_ids(temporal_ids: Any, number_of_samples: int) -> list:
         return [None] * number_of_samples
     entries = temporal_ids.tolist() if hasattr(temporal_ids, "tolist") else list(temporal_ids)
     entries = [entry.tolist() if hasattr(entry, "tolist") else entry for entry in entries]
-    if not any(entry is None or entry and isinstance(entry[0], (list, tuple)) for entry in entries):
+    if not any(entry is None or _holds_groups(entry) for entry in entries):
         # groups of one sample, unless every entry is a sample without pictures
-        entries = [entries] if any(entries) or not entries else entries
+        entries = entries if entries and all(entry == [] for entry in entries) else [entries]
     if len(entries) != number_of_samples:
         raise FramePackingError(
             f"temporal_ids describe {len(entries)} samples, but images have {number_of_samples}; "
             "give one list of groups for each sample"
         )
     return entries
+
+
+def _holds_groups(entry: Any) -> bool:
+    return isinstance(entry, (list, tuple)) and any(
+        isinstance(group, (list, tuple)) or getattr(group, "ndim", 0) > 0 for group in entry
+    )
 
 
 def _positive_int(name: str, value: Any) -> int:
