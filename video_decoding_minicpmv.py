@@ -2,7 +2,9 @@
 
 What is special:
 - Every decoder is optional and imported by name: decord (or decord2, which has the same import name), PyAV, torchcodec.
-  The same index gives the same frame with each of them.
+- The same index gives the same frame with each of them in MP4, MOV, Matroska, WebM and WMV files. In others (AVI, MPEG,
+  transport streams, FLV) decord 0.6 miscounts frames after a jump, so PyAV goes first there. decord also comes out up
+  to three frames late in streams with open groups of pictures (some HEVC); `backend="pyav"` is exact.
 - Only the frames asked for become pictures, a few at a time. Thumbnails are scaled by the decoder where it can.
 - Nothing is fetched: an address is refused.
 """
@@ -19,11 +21,17 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 DECODERS = ("decord", "pyav", "torchcodec")  # in order of preference
 STILL_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".jp2"}
 PILLOW_SIGNATURES = (b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")  # and RIFF....WEBP
+DECORD_SIGNATURES = (b"\x1aE\xdf\xa3", b"0&\xb2u")  # Matroska and WebM, WMV; and MP4, see _is_exact_in_decord
+MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
+SEEKABLE_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # those whose time stamps are complete
 THUMBNAIL = 32  # side of a thumbnail
 DECODE_CHUNK = 16  # full-size frames held at once; with 1080p about 100 MB
 
@@ -141,51 +149,60 @@ class _PyAV(FrameSource):
     decoder = "pyav"
 
     def __init__(self, source, av):
-        self.av = av
-        try:
-            self.container = av.open(_rewound(source))
-        except (OSError, av.error.FFmpegError) as error:
-            raise VideoInputError(_first_line(error)) from error
-        if not self.container.streams.video:
-            raise VideoInputError("the file has no video track")
-        self.stream = self.container.streams.video[0]
-        self.stream.thread_type = "AUTO"
+        self.av, self.source = av, source
+        self._open()
         # Reading the packets without decoding them gives the exact number of frames, their times and the key frames.
         packets = [packet for packet in self.container.demux(self.stream) if packet.size and not packet.is_discard]
         if not packets:
             raise VideoInputError("the video track is empty")
         self.num_frames = len(packets)
         rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(0)
-        self.pts, self.key_pts = None, []
-        if all(packet.pts is not None for packet in packets):
-            self.pts = sorted(packet.pts for packet in packets)
-            self.key_pts = sorted(packet.pts for packet in packets if packet.is_keyframe)
+        self.pts = sorted(packet.pts for packet in packets if packet.pts is not None)
+        if len(self.pts) == self.num_frames:
             self.times = np.array(self.pts, dtype=np.float64) * float(self.stream.time_base)
-            if not rate and self.num_frames > 1:
+            if not rate and self.times[-1] > self.times[0]:
                 rate = (self.num_frames - 1) / (self.times[-1] - self.times[0])
         self.native_fps = float(rate)
+        self.key_pts = sorted(packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None)
+        self.seekable = self.times is not None and self.container.format.name in SEEKABLE_FORMATS
+
+    def _open(self):
+        try:
+            self.container = self.av.open(_rewound(self.source))
+        except (OSError, self.av.error.FFmpegError) as error:
+            raise VideoInputError(_first_line(error)) from error
+        if not self.container.streams.video:
+            raise VideoInputError("the file has no video track")
+        self.stream = self.container.streams.video[0]
+        self.stream.thread_type = "AUTO"
 
     def frames(self, indices):
         for frame in self._decode(indices):
             image = frame.to_image()
-            rotation = getattr(frame, "rotation", 0) % 360  # degrees against the clock, as phones note it
+            rotation = self._rotation(frame)
             yield image.rotate(rotation, expand=True) if rotation else image
 
     def thumbnails(self, first, stop):
         for frame in self._decode(range(first, stop)):
             yield frame.reformat(THUMBNAIL, THUMBNAIL, "rgb24").to_ndarray()
 
+    def _rotation(self, frame) -> float:
+        """Degrees against the clock by which the picture has to be turned, as phones note it."""
+        if hasattr(frame, "rotation"):  # PyAV 14
+            return frame.rotation % 360
+        return getattr(self.stream, "side_data", {}).get("DISPLAYMATRIX", 0) % 360
+
     def _decode(self, indices):
-        """The decoded frames at `indices`, jumping over what lies before the key frame of the next one."""
         try:
-            yield from self._decode_by_count(indices) if self.pts is None else self._decode_by_time(indices)
+            yield from self._decode_by_time(indices) if self.seekable else self._decode_by_count(indices)
         except self.av.error.FFmpegError as error:
             raise VideoInputError(
                 f"PyAV cannot decode the video ({_first_line(error)}); the file is damaged"
             ) from error
 
     def _decode_by_time(self, indices):
-        decoded, position = None, None  # position: pts of the last frame that came out
+        """Find frames by their time stamps, jumping to a key frame where one lies between here and the next frame."""
+        decoded, position = None, None  # position: time stamp of the last frame that came out
         for index in indices:
             target = self.pts[index]
             key = self.key_pts[max(bisect.bisect_right(self.key_pts, target) - 1, 0)] if self.key_pts else self.pts[0]
@@ -193,8 +210,8 @@ class _PyAV(FrameSource):
                 self.container.seek(key, stream=self.stream, backward=True)
                 decoded = self.container.decode(self.stream)
             frame = next((frame for frame in decoded if frame.pts is not None and frame.pts >= target), None)
-            if frame is None or frame.pts != target:  # a seek that went too far: once more from the start
-                self.container.seek(self.pts[0], stream=self.stream, backward=True)
+            if frame is None or frame.pts != target:  # the jump went too far: once more from the start
+                self._reopen()
                 decoded = self.container.decode(self.stream)
                 frame = next((frame for frame in decoded if frame.pts == target), None)
             if frame is None:
@@ -203,9 +220,9 @@ class _PyAV(FrameSource):
             yield frame
 
     def _decode_by_count(self, indices):
-        """For streams without time stamps (raw H.264, some AVI): one pass from the start."""
+        """Count frames from the start, where time stamps are missing or those of decoding (AVI, MPEG, raw H.264)."""
         wanted, found = set(indices), 0
-        self.container.seek(0)
+        self._reopen()
         for i, frame in enumerate(self.container.decode(self.stream)):
             if i in wanted:
                 found += 1
@@ -215,6 +232,10 @@ class _PyAV(FrameSource):
         raise VideoInputError(
             f"{len(wanted) - found} of {len(wanted)} frames could not be decoded; the file is damaged"
         )
+
+    def _reopen(self):
+        self.container.close()
+        self._open()
 
     def close(self):
         self.container.close()
@@ -277,7 +298,7 @@ def _open_file(source: str | io.IOBase, name: str, backend: str | None, load: Ca
     if header.startswith(PILLOW_SIGNATURES) or (header[:4] == b"RIFF" and header[8:12] == b"WEBP"):
         try:
             return _Pillow(source, load)
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, EOFError, SyntaxError) as error:
             raise VideoInputError(f"{name} is damaged: {_first_line(error)}") from error
     readers: dict[str, Callable] = {"decord": _Decord, "pyav": _PyAV, "torchcodec": _TorchCodec}
     wanted = DECODERS if backend is None else (backend,)
@@ -287,10 +308,15 @@ def _open_file(source: str | io.IOBase, name: str, backend: str | None, load: Ca
             f"no video decoder found for {name} (looked for: {', '.join(wanted)}). "
             "Install one: `pip install decord` (Linux x86, Windows), `pip install av` (everywhere) or `pip install torchcodec`"
         )
+    order = list(modules)
+    if order[0] == "decord" and not _is_exact_in_decord(header):
+        order.append(order.pop(0))
+        if len(order) == 1:
+            logger.warning_once("decord may miscount frames of this kind of file; `pip install av` for exact ones")
     reasons = []
-    for decoder, module in modules.items():
+    for decoder in order:
         try:
-            reader = readers[decoder](source, module)
+            reader = readers[decoder](source, modules[decoder])
             if reader.num_frames < 1:
                 raise VideoInputError("it has no frames")
             return reader
@@ -299,6 +325,10 @@ def _open_file(source: str | io.IOBase, name: str, backend: str | None, load: Ca
     raise VideoInputError(
         f"{name} cannot be read as a video ({'; '.join(reasons)}). Check that it is a whole file with a picture track"
     )
+
+
+def _is_exact_in_decord(header: bytes) -> bool:
+    return header.startswith(DECORD_SIGNATURES) or header[4:8] in MP4_BOXES
 
 
 def _read_header(path: str) -> bytes:
@@ -364,7 +394,8 @@ def _is_frame(item: Any) -> bool:
 def flatten_videos(videos: Any) -> list:
     """All videos of one call in order: a single video, a list of them, or one list per conversation.
 
-    A list that begins with a picture (also an array of one frame, or the path of a still picture) is one video.
+    A list that begins with a picture (also an array of one frame, or the path of a file named as a still picture) is
+    one video. Animated WebP and PNG files are therefore given one by one, not in a list.
     """
     if not isinstance(videos, (list, tuple)) or (len(videos) and _is_frame(videos[0])):
         return [videos]

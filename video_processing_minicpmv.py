@@ -369,7 +369,7 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
         for name, allowed in (("frame_selection", FRAME_SELECTIONS), ("backend", (None, *DECODERS))):
             if settings[name] not in allowed:
                 raise FrameSamplingError(f"{name}={settings[name]!r} is unknown; give one of {allowed}")
-        if not settings["time_scale"] > 0:
+        if not 0 < settings["time_scale"] < math.inf:
             raise FrameSamplingError(f"time_scale={settings['time_scale']} must be a positive number of seconds")
         return settings
 
@@ -381,9 +381,11 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
         num_frames = settings["num_frames"] if settings["do_sample_frames"] else count
         native_fps = (video_metadata or {}).get("fps")
         times = source.times if native_fps is None else None
+        if times is not None and not (np.diff(times) >= 0).all():  # as decord gives them where the file has none
+            times = None
         if native_fps is None and source.native_fps is None:  # frames without a clock: taken as sampled already
             native_fps, num_frames = settings["fps"], num_frames or min(count, limit)
-        native_fps = source.native_fps if native_fps is None else native_fps
+        native_fps = float(source.native_fps if native_fps is None else native_fps)
         options = {key: settings[key] for key in ("fps", "max_num_frames", "max_num_packing", "force_packing")}
         _check_plan_options(count, native_fps, num_frames=settings["num_frames"], **options)
 
@@ -447,18 +449,17 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
         """Build from saved settings. Those of an image processor do not decide how frames are sliced and numbered."""
-        if "video_processor_type" not in image_processor_dict:
-            image_processor_dict = {
-                key: value
-                for key, value in image_processor_dict.items()
-                if key not in ("max_slice_nums", "use_image_id")
-            }
-        return super().from_dict(image_processor_dict, **kwargs)
+        if "image_processor_type" in image_processor_dict or "max_num_packing" not in image_processor_dict:
+            of_images = ("image_processor_type", "max_slice_nums", "use_image_id")
+            image_processor_dict = {key: v for key, v in image_processor_dict.items() if key not in of_images}
+        # Overrides of the parent's settings go through __init__ and its checks, like those of this class.
+        inherited = inspect.signature(MiniCPMVImageProcessor.__init__).parameters
+        overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in inherited}
+        return super().from_dict({**image_processor_dict, **overrides}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        output = super().to_dict()
-        output.pop("image_processor_type", None)
-        return {**output, "video_processor_type": type(self).__name__}
+        # No "video_processor_type" either: without torchvision, transformers 4 fails on it.
+        return {key: value for key, value in super().to_dict().items() if key != "image_processor_type"}
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoVideoProcessor"):

@@ -281,10 +281,31 @@ def test_pieces_far_apart_are_found_by_seeking(clips, backend):
     source.close()
 
 
-def test_pyav_decodes_streams_without_time_stamps_by_counting(clips, monkeypatch):
+@pytest.mark.parametrize("suffix", [".avi", ".ts", ".h264", ".flv", ".mpg", ".mkv", ".mov"])
+def test_pyav_finds_the_frames_of_any_container(processor, tmp_path, suffix):
+    path = write_clip(tmp_path / f"clip{suffix}", [numbered(i) for i in range(60)], rate=25)
+    sampled = processor.sample_video(path, fps=6, backend=None if suffix in (".mkv", ".mov") else "pyav")
+    assert [number_of(frame) for frame in sampled.frames] == sampled.metadata.frames_indices
+    assert sum(sampled.temporal_ids, []) == temporal_ids_of(sampled.metadata.frames_indices, 25, total_num_frames=60)
+    assert (
+        processor.sample_video(path, fps=6, backend="pyav").metadata.frames_indices == sampled.metadata.frames_indices
+    )
+
+
+@pytest.mark.skipif(len(INSTALLED) < 2, reason="needs two decoders")
+@pytest.mark.parametrize(
+    "suffix, decoder", [(".avi", "pyav"), (".ts", "pyav"), (".mkv", "decord"), (".mp4", "decord")]
+)
+def test_decord_goes_first_where_it_counts_right(processor, tmp_path, suffix, decoder):
+    path = write_clip(tmp_path / f"clip{suffix}", [numbered(i) for i in range(30)])
+    assert processor.sample_video(path).metadata.video_backend == decoder
+
+
+def test_pyav_starts_again_where_a_jump_went_too_far(clips):
     source = video_decoding.open_video(clips / "count.mp4", "pyav", None)
-    source.pts = None
-    assert [number_of(frame) for frame in source.frames([2, 60, 119])] == [2, 60, 119]
+    source.key_pts = source.pts[1::2]  # half of them are no key frames
+    wanted = [5, 30, 31, 80]
+    assert [number_of(frame) for frame in source.frames(wanted)] == wanted
     source.close()
 
 
@@ -612,6 +633,8 @@ def test_settings_of_the_image_processor_leave_frames_whole(model_folder):
         assert type(loaded).__name__ == "MiniCPMVVideoProcessor"
         assert (loaded.max_slice_nums, loaded.use_image_id, loaded.scale_resolution) == (1, False, 224)
     assert auto_load(model_folder, max_slice_nums=2, fps=5).max_slice_nums == 2
+    with pytest.raises(ValueError, match="scale_resolution=0"):
+        auto_load(model_folder, scale_resolution=0)
 
 
 def test_saving_leaves_the_image_settings_alone_and_loads_again(model_folder):
@@ -620,7 +643,7 @@ def test_saving_leaves_the_image_settings_alone_and_loads_again(model_folder):
     processor.save_pretrained(model_folder)
     assert (model_folder / "preprocessor_config.json").read_text() == before
     saved = json.loads((model_folder / "video_preprocessor_config.json").read_text())
-    assert saved["video_processor_type"] == "MiniCPMVVideoProcessor"
+    assert "image_processor_type" not in saved
     assert saved["auto_map"]["AutoVideoProcessor"] == "video_processing_minicpmv.MiniCPMVVideoProcessor"
     again = auto_load(model_folder)
     assert (again.fps, again.max_num_packing, again.max_slice_nums, again.scale_resolution) == (5, 6, 2, 224)
