@@ -381,8 +381,6 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
         num_frames = settings["num_frames"] if settings["do_sample_frames"] else count
         native_fps = (video_metadata or {}).get("fps")
         times = source.times if native_fps is None else None
-        if times is not None and not (np.diff(times) >= 0).all():  # as decord gives them where the file has none
-            times = None
         if native_fps is None and source.native_fps is None:  # frames without a clock: taken as sampled already
             native_fps, num_frames = settings["fps"], num_frames or min(count, limit)
         native_fps = float(source.native_fps if native_fps is None else native_fps)
@@ -391,7 +389,11 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
 
         clock = np.arange(count) / native_fps  # seconds
         # Within half a frame the rate is constant, and the ids are those of the published recipe.
-        variable = times is not None and bool(np.abs(times - times[0] - clock).max() > 0.5 / native_fps)
+        variable = (
+            times is not None
+            and _is_clock(times, native_fps)
+            and bool(np.abs(times - times[0] - clock).max() > 0.5 / native_fps)
+        )
         if variable:
             clock = times - times[0]
         first, stop = _part(clock, count / native_fps, settings["start"], settings["end"])
@@ -464,6 +466,12 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoVideoProcessor"):
         super().register_for_auto_class(auto_class)
+
+
+def _is_clock(times: np.ndarray, native_fps: float) -> bool:
+    """Whether time stamps are real: decord makes some up where the file has none (AVI, MPEG)."""
+    average = (times[-1] - times[0]) * native_fps / max(len(times) - 1, 1)  # 1 if they agree with the rate
+    return bool(np.isfinite(times).all() and (np.diff(times) >= 0).all() and 0.5 < average < 2)
 
 
 def _part(clock: np.ndarray, duration: float, start: float | None, end: float | None) -> tuple[int, int]:

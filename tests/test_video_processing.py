@@ -378,6 +378,19 @@ def test_a_variable_frame_rate_uses_the_real_time_stamps(processor, clips):
     assert ids[:10] == [0, 0, 1, 1, 2, 2, 2, 3, 3, 4] and ids[10] == 34
 
 
+@pytest.mark.parametrize("times", [[0.0] * 10, [-9e18, *range(9)], [math.nan] * 10, [0, 2, 1, *range(3, 10)]])
+def test_time_stamps_made_up_by_a_decoder_are_not_believed(processor, monkeypatch, times):
+    class Source(video_decoding._FrameList):
+        native_fps = 10.0
+
+    Source.times = np.array(times, dtype=np.float64)
+    frames = [Image.new("RGB", (40, 30))] * 10
+    monkeypatch.setattr(video_processing, "open_video", lambda video, backend, load: Source(frames, load))
+    sampled = processor.sample_video("clip", do_sample_frames=False)
+    assert not sampled.metadata.variable_frame_rate
+    assert sum(sampled.temporal_ids, []) == temporal_ids_of(range(10), 10, total_num_frames=10)
+
+
 # --- animations, lists, folders, arrays -----------------------------------------------------------------------------------------
 
 
