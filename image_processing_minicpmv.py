@@ -191,9 +191,10 @@ def load_image(
 
     Args:
         image: Pillow image of any mode; path (str or pathlib.Path); `data:` URL; `http(s)` URL (fetched by
-            transformers, which drops alpha); the bytes of a file; numpy array `(H, W)`, `(H, W, C)` or, where it cannot
-            be mistaken, `(C, H, W)`; torch tensor `(H, W)`, `(C, H, W)` or, where it cannot be mistaken, `(H, W, C)`.
-            C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA). uint8, uint16 (0..65535), bool or floating point in [0, 1].
+            transformers, which drops alpha); the bytes of a file; numpy array `(H, W)`, `(H, W, C)` or, where it
+            cannot be mistaken, `(C, H, W)`; torch tensor `(H, W)`, `(C, H, W)` or, where it cannot be mistaken,
+            `(H, W, C)`. C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA). Values are uint8, uint16 (0..65535),
+            bool, or floating point in [0, 1].
         input_data_format: "channels_first" or "channels_last" for arrays and tensors whose shape leaves a doubt.
         do_exif_transpose: turn the picture upright as its EXIF orientation says.
         background_color: RGB colour under transparent pixels; None drops the alpha channel.
