@@ -1,8 +1,20 @@
 """What several test files share."""
 
+import hashlib
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+REPOSITORY = Path(__file__).parents[1]
+FIXTURES = Path(__file__).parent / "fixtures"
+GREEDY = {"sampling": False, "num_beams": 1, "repetition_penalty": 1.0}
 
 
 @pytest.fixture(scope="session")
@@ -10,7 +22,7 @@ def repository():
     """The model folder, with its tokenizer.json built."""
     from minicpmv.build_tokenizer import build
 
-    return build(Path(__file__).parents[1])[0].parent
+    return build(REPOSITORY)[0].parent
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +30,67 @@ def tokenizer(repository):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(repository, trust_remote_code=True)
+
+
+@pytest.fixture(scope="session")
+def processor(repository):
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(repository, trust_remote_code=True)
+
+
+def wave_picture(width, height, k):
+    """The synthetic picture [width, height, k] of the golden values."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    red = 127.5 + 127.5 * np.sin(x / (7 + k) + y / (11 + 2 * k))
+    green = 127.5 + 127.5 * np.cos(x * y / (5000 + 997 * k))
+    blue = (x * 3 + y * 5 + k * 17) % 256
+    return Image.fromarray(np.stack([red, green, blue], -1).astype(np.uint8))
+
+
+def tiny_config(**changes):
+    """The published configuration with two small layers."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(REPOSITORY, trust_remote_code=True)
+    fields = config.to_dict() | {
+        "hidden_size": 256,
+        "head_dim": 64,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "max_window_layers": 2,
+    }
+    fields.pop("layer_types", None)
+    fields["vision_config"] |= {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+    }
+    return type(config)(**fields | changes)
+
+
+def name_seeded_model(config, attn_implementation="sdpa"):
+    """A float32 model whose parameters are functions of their names, as in the golden values."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_config(
+        config, trust_remote_code=True, attn_implementation=attn_implementation, dtype=torch.float32
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little")
+            values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.05
+            is_norm = name.endswith("norm.weight") or (
+                name.endswith("weight") and any(part in name for part in ("layernorm", ".ln_", "layer_norm"))
+            )
+            parameter.copy_(1 + values if is_norm else values)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def golden_model():
+    """The tiny model behind the golden values. Tests leave its parameters as they are."""
+    return name_seeded_model(tiny_config())

@@ -1,0 +1,155 @@
+"""The tower and the resampler: positions, packing, attention kernels."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES, name_seeded_model, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+SIZES = [(7, 5), (7, 5), (3, 11), (1, 1), (6, 6), (1, 75)]
+
+
+def modules_of(model):
+    """The modules that the model's remote code was loaded into."""
+    import sys
+
+    package = type(model).__module__.rsplit(".", 1)[0]
+    return tuple(sys.modules[f"{package}.{name}"] for name in ("vision_minicpmv", "resampler"))
+
+
+def random_slices(sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(3, 14, 14 * rows * columns, generator=generator) for rows, columns in sizes]
+
+
+@pytest.mark.parametrize("case", json.loads((FIXTURES / "position_ids.json").read_text()), ids=lambda c: str(c["grid"]))
+def test_position_ids_equal_the_published_ones(case, golden_model):
+    vision, _ = modules_of(golden_model)
+    ids = vision.position_ids([tuple(case["grid"])], 70).reshape(case["grid"])
+    np.testing.assert_array_equal(ids, np.add.outer(np.array(case["rows"]) * 70, case["cols"]))
+
+
+def test_resampler_positions_equal_the_published_tables(golden_model):
+    _, resampler = modules_of(golden_model)
+    tables = np.load(FIXTURES / "pos_embed.npz")
+    grid = resampler.Resampler(1, 256, 2, 8).positions([(70, 70)], [-1], "cpu").view(70, 70, 256)
+    np.testing.assert_allclose(grid[::7, ::9, ::5], tables["pos_2d"], atol=1e-6)
+    times = [0, 1, 2, 5, 9, 100, 999, 7200, 71999]
+    np.testing.assert_allclose(resampler.sincos_positions(times, 256)[:, ::5], tables["temporal"], atol=1e-6)
+
+
+def test_grids_and_times_beyond_the_published_tables_work(golden_model):
+    with torch.no_grad():
+        outputs = golden_model.get_image_features([random_slices([(4, 227)])], [[(4, 227)]], [[[500_000]]])
+    assert outputs.pooler_output.shape == (1, 64, 256) and outputs.pooler_output.isfinite().all()
+
+
+def test_packed_slices_equal_slices_one_by_one(golden_model):
+    slices = random_slices(SIZES)
+    with torch.no_grad():
+        together = golden_model.get_image_features([slices], [SIZES]).pooler_output
+        alone = [golden_model.get_image_features([[s]], [[size]]).pooler_output for s, size in zip(slices, SIZES)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+
+
+def test_sdpa_equals_eager(golden_model):
+    eager = name_seeded_model(tiny_config(), "eager")
+    slices = random_slices(SIZES)
+    with torch.no_grad():
+        ours = golden_model.get_image_features([slices], [SIZES]).pooler_output
+        reference = eager.get_image_features([slices], [SIZES]).pooler_output
+    torch.testing.assert_close(ours, reference, atol=1e-4, rtol=0)
+
+
+def test_vision_batch_size_changes_nothing_but_memory(golden_model):
+    slices, units = random_slices([(5, 4)] * 7), [[[0, 1, 2], [3, 4, 5], [6]]]
+    sizes = [[(5, 4)] * 7]
+    with torch.no_grad():
+        at_once = golden_model.get_image_features([slices], sizes, units).pooler_output
+        golden_model.config.vision_batch_size = 2
+        try:
+            in_parts = golden_model.get_image_features([slices], sizes, units).pooler_output
+        finally:
+            golden_model.config.vision_batch_size = 16
+    torch.testing.assert_close(at_once, in_parts, atol=1e-5, rtol=0)
+
+
+def test_attentions_and_hidden_states_on_request():
+    model = name_seeded_model(tiny_config(), "eager")
+    sizes = [(3, 4), (2, 2), (2, 2)]
+    with torch.no_grad():
+        outputs = model.get_image_features(
+            [random_slices(sizes)], [sizes], output_attentions=True, output_hidden_states=True
+        )
+    assert [weights.shape for weights in outputs.attentions[0]] == [(4, 12, 12), (4, 4, 4), (4, 4, 4)]
+    assert len(outputs.attentions) == 2 and len(outputs.hidden_states) == 3
+    assert outputs.last_hidden_state.shape == (20, 64)
+    torch.testing.assert_close(outputs.attentions[1][0].sum(-1), torch.ones(4, 12))
+
+
+def test_attentions_of_a_kernel_without_them_are_refused(golden_model):
+    with pytest.raises(ValueError, match="eager"):
+        golden_model.get_image_features([random_slices([(2, 2)])], [[(2, 2)]], output_attentions=True)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = name_seeded_model(tiny_config()).train()
+    slices, sizes = random_slices([(3, 4), (2, 2)]), [(3, 4), (2, 2)]
+
+    def gradients():
+        model.zero_grad()
+        model.get_image_features([slices], [sizes]).pooler_output.square().sum().backward()
+        return model.vpm.encoder.layers[0].mlp.fc1.weight.grad.clone()
+
+    plain = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.testing.assert_close(gradients(), plain)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4), st.data())
+def test_padded_tensor_and_nested_lists_give_the_same_features(golden_model, sizes, data):
+    frames = [data.draw(st.integers(-1, 50)) for _ in sizes]
+    slices = random_slices(sizes)
+    width = max(pixels.shape[-1] for pixels in slices) + 28
+    padded = torch.zeros(1, len(slices) + 1, 3, 14, width)  # one place more than there are slices
+    for place, pixels in enumerate(slices):
+        padded[0, place, :, :, : pixels.shape[-1]] = pixels
+    padded_sizes = torch.tensor([[*sizes, (0, 0)]])
+    padded_ids = torch.tensor([[[frame, -2] for frame in frames] + [[-2, -2]]])
+    with torch.no_grad():
+        nested = golden_model.get_image_features([slices], [sizes], [[[frame] for frame in frames]])
+        tensor = golden_model.get_image_features(padded, padded_sizes, padded_ids)
+    torch.testing.assert_close(nested.pooler_output, tensor.pooler_output, atol=1e-5, rtol=0)
+
+
+def test_contradicting_visual_inputs_are_named(golden_model):
+    slices = random_slices([(2, 2), (2, 3)])
+    with pytest.raises(ValueError, match="2 slices, but tgt_sizes 1"):
+        golden_model.get_image_features([slices], [[(2, 2)]])
+    with pytest.raises(ValueError, match="Slice 1 is 84 pixels long.*need 56"):
+        golden_model.get_image_features([slices], [[(2, 2), (2, 2)]])
+    with pytest.raises(ValueError, match="name 3 frames, but pixel_values hold 2"):
+        golden_model.get_image_features([slices], [[(2, 2), (2, 3)]], [[[0, 1], [2]]])
+
+
+def test_construction_computes_nothing_large():
+    import tracemalloc
+
+    from transformers import AutoModel
+
+    config = tiny_config()
+    with torch.device("meta"):
+        AutoModel.from_config(config, trust_remote_code=True)  # imports are not what is measured
+        tracemalloc.start()
+        model = AutoModel.from_config(config, trust_remote_code=True)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    # numpy and Python allocations; tensors live on the meta device, but for buffers made on purpose elsewhere
+    assert peak < 1_000_000
+    sizes = [buffer.numel() * buffer.element_size() for buffer in model.buffers() if buffer.device.type != "meta"]
+    assert sum(sizes) < 1_000_000
