@@ -1,0 +1,1 @@
+"""Data: synthetic tasks that the repository draws itself, and batches for training."""

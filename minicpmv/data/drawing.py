@@ -1,0 +1,165 @@
+"""Pictures drawn with Pillow alone: coloured shapes and large print on plain backgrounds.
+
+What is special:
+- every drawing keeps an object map beside the picture (which object lies under each pixel), so labels for each patch are free;
+- text uses Pillow's built-in typeface, in two weights, so that no font file is needed;
+- all chance comes from the `random.Random` that is handed in.
+"""
+
+import math
+import random
+import string
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+COLORS = {
+    "red": (214, 40, 40),
+    "orange": (245, 140, 20),
+    "yellow": (245, 220, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 210),
+    "purple": (140, 50, 170),
+}
+SHAPES = ("circle", "square", "triangle", "star")
+CHARACTERS = string.digits + string.ascii_uppercase
+# Classes of the labels for each patch; 0 is the background. Black or white print has the color class "neutral".
+KIND_CLASSES = ("background", *SHAPES, *CHARACTERS)
+COLOR_CLASSES = ("background", *COLORS, "neutral")
+
+
+@dataclass
+class Thing:
+    """One shape or character in a drawing; the box is (left, top, right, bottom) in pixels."""
+
+    kind: str
+    color: str
+    box: tuple[float, float, float, float]
+
+    @property
+    def center(self) -> tuple[float, float]:
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+
+@dataclass
+class Drawing:
+    """A picture, the things in it, and `object_map` (height, width): 0, or 1 + the index of the thing at that pixel."""
+
+    image: Image.Image
+    object_map: Image.Image
+    things: list[Thing] = field(default_factory=list)
+
+
+def jitter(color: tuple[int, int, int], rng: random.Random, amount: int = 18) -> tuple[int, int, int]:
+    return tuple(min(255, max(0, value + rng.randint(-amount, amount))) for value in color)
+
+
+def muted(rng: random.Random, dark: bool) -> tuple[int, int, int]:
+    """A greyish color, far enough from the colors of things."""
+    level = rng.randint(10, 60) if dark else rng.randint(185, 245)
+    return jitter((level,) * 3, rng, 10)
+
+
+def draw_background(size: tuple[int, int], rng: random.Random) -> tuple[Image.Image, bool]:
+    """A flat, graded or two-part (sky and ground) background, at times with light noise; and whether it is dark."""
+    width, height = size
+    dark = rng.random() < 0.3
+    style = rng.choice(("flat", "gradient", "horizon"))
+    top, bottom = muted(rng, dark), muted(rng, dark)
+    if style == "flat":
+        image = Image.new("RGB", size, top)
+    elif style == "gradient":
+        ends = np.array([top, bottom], dtype=np.uint8).reshape(2, 1, 3)
+        if rng.random() < 0.5:
+            ends = ends.transpose(1, 0, 2)
+        image = Image.fromarray(np.ascontiguousarray(ends)).resize(size, Image.Resampling.BILINEAR)
+    else:
+        image = Image.new("RGB", size, top)
+        horizon = int(height * rng.uniform(0.4, 0.8))
+        ImageDraw.Draw(image).rectangle((0, horizon, width, height), fill=bottom)
+    if rng.random() < 0.3:
+        grain = np.random.default_rng(rng.getrandbits(64)).integers(0, 25, (height // 2 + 1, width // 2 + 1, 1))
+        grain = Image.fromarray(grain.astype(np.uint8)[..., 0]).resize(size, Image.Resampling.NEAREST)
+        # Grain lightens dark backgrounds and darkens light ones, so that it never saturates.
+        pixels, grain = np.asarray(image), np.asarray(grain)[..., None]
+        image = Image.fromarray(pixels + grain if dark else pixels - grain)
+    return image, dark
+
+
+def shape_outline(kind: str, center: tuple[float, float], radius: float) -> list[tuple[float, float]]:
+    x, y = center
+    if kind == "square":
+        side = radius * 0.85
+        return [(x - side, y - side), (x + side, y - side), (x + side, y + side), (x - side, y + side)]
+    if kind == "triangle":
+        return [(x, y - radius), (x + radius, y + radius * 0.75), (x - radius, y + radius * 0.75)]
+    points = []
+    for i in range(10):
+        reach = radius * 1.1 if i % 2 == 0 else radius * 0.45
+        angle = math.pi * (i / 5 - 0.5)
+        points.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
+    return points
+
+
+def add_shape(drawing: Drawing, kind: str, color: str, center, radius: float, rgb: tuple[int, int, int]) -> None:
+    x, y = center
+    drawing.things.append(Thing(kind, color, (x - radius, y - radius, x + radius, y + radius)))
+    for canvas, fill in ((drawing.image, rgb), (drawing.object_map, len(drawing.things))):
+        pen = ImageDraw.Draw(canvas)
+        if kind == "circle":
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+        else:
+            pen.polygon(shape_outline(kind, center, radius), fill=fill)
+
+
+@lru_cache(maxsize=512)
+def typeface(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def add_text(
+    drawing: Drawing, text: str, color: str, corner, size: int, bold: bool, rgb: tuple[int, int, int]
+) -> None:
+    """Write `text` from its upper left corner, each character as a thing of its own; `size` in pixels."""
+    font, stroke = typeface(size), max(1, size // 24) if bold else 0
+    x, y = corner
+    picture_pen, map_pen = ImageDraw.Draw(drawing.image), ImageDraw.Draw(drawing.object_map)
+    map_pen.fontmode = "1"  # an antialiased object map would invent objects
+    for character in text:
+        box = font.getbbox(character, stroke_width=stroke)
+        drawing.things.append(Thing(character, color, (x + box[0], y + box[1], x + box[2], y + box[3])))
+        picture_pen.text((x, y), character, fill=rgb, font=font, stroke_width=stroke)
+        map_pen.text((x, y), character, fill=len(drawing.things), font=font, stroke_width=stroke)
+        x += font.getlength(character) + 2 * stroke
+
+
+def text_width(text: str, size: int, bold: bool) -> float:
+    font, stroke = typeface(size), max(1, size // 24) if bold else 0
+    return sum(font.getlength(character) + 2 * stroke for character in text)
+
+
+def patch_labels(
+    drawing: Drawing, crop: tuple[float, float, float, float], grid: tuple[int, int], patch_size: int = 14
+):
+    """Labels of a slice's patches: two int64 arrays (rows * cols,), indices into KIND_CLASSES and COLOR_CLASSES.
+
+    `crop` is the part of the picture that the slice shows (left, top, right, bottom in pixels), `grid` its
+    (rows, cols) of patches. A patch belongs to the thing that covers most of it; -100 (ignored) if that is under 10 %.
+    """
+    rows, cols = grid
+    size = (cols * patch_size, rows * patch_size)
+    pixels = np.asarray(drawing.object_map.resize(size, Image.Resampling.NEAREST, box=crop))
+    pixels = pixels.reshape(rows, patch_size, cols, patch_size).transpose(0, 2, 1, 3).reshape(rows * cols, -1)
+    bins = len(drawing.things) + 1
+    offsets = np.arange(rows * cols)[:, None] * bins
+    counts = np.bincount((pixels + offsets).ravel(), minlength=rows * cols * bins).reshape(rows * cols, bins)
+    kinds = np.array([0] + [KIND_CLASSES.index(thing.kind) for thing in drawing.things])
+    colors = np.array([0] + [COLOR_CLASSES.index(thing.color) for thing in drawing.things])
+    owner = counts[:, 1:].argmax(1) + 1 if bins > 1 else np.zeros(rows * cols, dtype=int)
+    covered = np.take_along_axis(counts, owner[:, None], 1)[:, 0] if bins > 1 else np.zeros(rows * cols)
+    owner = np.where(covered > 0, owner, 0)
+    faint = (covered > 0) & (covered < 0.1 * patch_size**2)
+    return np.where(faint, -100, kinds[owner]), np.where(faint, -100, colors[owner])

@@ -1,0 +1,1 @@
+"""Evaluation: questions with known answers, and how many a model gets right."""

@@ -1,0 +1,1 @@
+../resampler.py
