@@ -63,7 +63,9 @@ def flatten_visual_inputs(pixel_values, tgt_sizes, temporal_ids=None):
     slices, sizes = [slices[index] for index in present], [sizes[index] for index in present]
     if isinstance(pixel_values, torch.Tensor):
         patch_size = pixel_values.shape[-2]
-        slices = [pixels[..., : rows * columns * patch_size] for pixels, (rows, columns) in zip(slices, sizes, strict=True)]
+        slices = [
+            pixels[..., : rows * columns * patch_size] for pixels, (rows, columns) in zip(slices, sizes, strict=True)
+        ]
 
     if temporal_ids is None:
         return slices, sizes, [[STILL_IMAGE_ID]] * len(slices)
@@ -207,7 +209,9 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, GenerationMixin):
 
         hidden_states = attentions = None
         if output_hidden_states:
-            hidden_states = tuple(torch.cat(layer) for layer in zip(*(vision.hidden_states for vision in outputs), strict=True))
+            hidden_states = tuple(
+                torch.cat(layer) for layer in zip(*(vision.hidden_states for vision in outputs), strict=True)
+            )
         if output_attentions:
             layers = zip(*(vision.attentions for vision in outputs), strict=True)
             attentions = tuple(list(chain.from_iterable(layer)) for layer in layers)

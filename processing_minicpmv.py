@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import BatchFeature, ProcessorMixin
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .image_processing_minicpmv import FramePackingError, ImageInputError, MiniCPMVBatchFeature, pack_frames
+from .image_loading_minicpmv import ImageInputError
+from .image_processing_minicpmv import FramePackingError, MiniCPMVBatchFeature, pack_frames
 from .video_decoding_minicpmv import flatten_videos
 from .video_processing_minicpmv import MiniCPMVVideoProcessor
 
@@ -91,6 +92,7 @@ class MiniCPMVProcessor(ProcessorMixin):
     """
 
     attributes = ["image_processor", "tokenizer", "video_processor"]
+    audio_tokenizer = None  # transformers 4.57 reads it when saving
     image_token = "<unk>"
 
     def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
@@ -223,7 +225,9 @@ class MiniCPMVProcessor(ProcessorMixin):
                 f"temporal_ids name {sum(map(len, groups))} frames, but the prompt has {len(images)} pictures. Give an "
                 "id for each; a still picture is a group [-1] of its own."
             )
-        images, videos, groups = iter(images), iter(videos), iter(groups)
+        limit, data_format = options["images"].get("max_slice_nums"), options["images"].get("input_data_format")
+        frames = iter(self.image_processor.slice_all_to_patches(images, limit, data_format))
+        videos, groups = iter(videos), iter(groups)
         sample = ExpandedPrompt("")
         lengths = [len(text) + len(kind) for text, kind in zip(texts, [*kinds, ""], strict=True)]
         old_starts = [0, *accumulate(lengths)]
@@ -242,7 +246,7 @@ class MiniCPMVProcessor(ProcessorMixin):
                         f"The frames of group {group} do not stand together in the prompt: {between.strip()[:40]!r} or a "
                         "video is between them. Put the frames of a group next to each other."
                     )
-                units = self._add_pictures(sample, [next(images) for _ in group], group, pictures, options["images"])
+                units = self._add_pictures(sample, [next(frames) for _ in group], group, pictures, options["images"])
                 pictures += len(group)
                 if group != [-1] and following < len(kinds) and not texts[following].strip():
                     texts[following] = "\n"
@@ -255,16 +259,16 @@ class MiniCPMVProcessor(ProcessorMixin):
             sample.spans.append(tuple(end - old + new for end, (old, new) in pieces))
         return sample
 
-    def _add_pictures(self, sample, images, group, number, options):
+    def _add_pictures(self, sample, frames, group, number, options):
         """Add the frames of one group (a still picture: one frame, id -1); returns the text with its slots."""
-        processor, limit = self.image_processor, options.get("max_slice_nums")
-        frames = [processor.slice_to_patches(image, limit, options.get("input_data_format")) for image in images]
         for target, new in zip(
             (sample.pixel_values, sample.tgt_sizes, sample.temporal_ids), pack_frames(frames, [group]), strict=True
         ):
             target.extend(new)
         sample.image_sizes.extend(frame.image_size for frame in frames)
-        return processor.get_slice_image_placeholder(frames[0].image_size, number, limit, options.get("use_image_id"))
+        return self.image_processor.get_slice_image_placeholder(
+            frames[0].image_size, number, options.get("max_slice_nums"), options.get("use_image_id")
+        )
 
     def _add_video(self, sample, video, options):
         """Add the sampled frames of one video; returns the text with its slots, a line for each group."""
@@ -531,6 +535,14 @@ class MiniCPMVProcessor(ProcessorMixin):
                 for height, width in image_sizes
             ],
         )
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # transformers 4 wants the class of each part named here, transformers 5 warns when it is.
+        from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # a dummy at the top level
+
+        loaders = (AutoImageProcessor, AutoTokenizer, AutoVideoProcessor)
+        return [loader.from_pretrained(pretrained_model_name_or_path, **kwargs) for loader in loaders]
 
     def check_argument_for_proper_class(self, argument_name, argument):
         # transformers looks up video processors in a mapping that is empty without torchvision.

@@ -22,7 +22,8 @@ from PIL import Image
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from .image_processing_minicpmv import MiniCPMVBatchFeature, MiniCPMVImageProcessor, load_image, pack_frames
+from .image_loading_minicpmv import load_image
+from .image_processing_minicpmv import MiniCPMVBatchFeature, MiniCPMVImageProcessor, pack_frames
 from .video_decoding_minicpmv import DECODERS, VideoInputError, flatten_videos, open_video
 
 
@@ -345,7 +346,7 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
         reports = []
         for video, metadata in zip(videos, video_metadata, strict=True):
             frames, temporal_ids, report_of = self._sample(video, metadata, settings)
-            sliced = [self.slice_to_patches(frame, settings["max_slice_nums"]) for frame in frames]
+            sliced = self.slice_all_to_patches(frames, settings["max_slice_nums"])
             pixel_values, tgt_sizes, unit_temporal_ids = pack_frames(sliced, temporal_ids)
             data["pixel_values"].append([convert(strip) for strip in pixel_values])
             data["image_sizes"].append([frame.image_size for frame in sliced])

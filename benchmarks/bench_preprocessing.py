@@ -9,7 +9,6 @@ normalising cost beside the bicubic resizes that no implementation can leave out
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +17,7 @@ from statistics import median
 import numpy as np
 import torch
 from PIL import Image
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from image_processing_minicpmv import MiniCPMVImageProcessor  # noqa: E402
+from transformers import AutoImageProcessor
 
 
 def synthetic_picture(width: int, height: int, seed: int) -> Image.Image:
@@ -36,7 +31,7 @@ def seconds(function: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def resize_only(processor: MiniCPMVImageProcessor, pictures: list[Image.Image], max_slice_nums: int | None) -> None:
+def resize_only(processor, pictures: list[Image.Image], max_slice_nums: int | None) -> None:
     for picture in pictures:
         layout = processor.get_slice_layout(picture.size, max_slice_nums)
         picture.resize(layout.source, Image.Resampling.BICUBIC)
@@ -54,7 +49,7 @@ def main() -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
 
-    processor = MiniCPMVImageProcessor()
+    processor = AutoImageProcessor.from_pretrained(Path(__file__).resolve().parents[1], trust_remote_code=True)
     cases = {
         "picture 1920x1440": ([synthetic_picture(1920, 1440, 0)], None),
         "36 frames 640x360": ([synthetic_picture(640, 360, seed) for seed in range(36)], 1),

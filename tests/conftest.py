@@ -1,7 +1,10 @@
 """What several test files share."""
 
 import hashlib
+import importlib
 import os
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REPOSITORY = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
 GREEDY = {"sampling": False, "num_beams": 1, "repetition_penalty": 1.0}
+
+
+def ground_floor(name):
+    """A module of the model repository, which is a flat folder without a package of its own."""
+    package = sys.modules.setdefault("minicpmv_hub", types.ModuleType("minicpmv_hub"))
+    package.__path__ = [str(REPOSITORY)]
+    return importlib.import_module(f"minicpmv_hub.{name}")
 
 
 @pytest.fixture(scope="session")

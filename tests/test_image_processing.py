@@ -7,32 +7,24 @@ import io
 import json
 import math
 import pickle
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import FIXTURES, REPOSITORY, ground_floor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoImageProcessor
 
 
-ROOT = Path(__file__).resolve().parents[1]
-FIXTURES = Path(__file__).resolve().parent / "fixtures"
-sys.path.insert(0, str(ROOT))
-
-from image_processing_minicpmv import (  # noqa: E402
-    FramePackingError,
-    ImageInputError,
-    MiniCPMVImageProcessor,
-    best_resize,
-    load_image,
-    pack_frames,
-    slice_grid,
-    slice_layout,
-)
+image_loading = ground_floor("image_loading_minicpmv")
+image_processing = ground_floor("image_processing_minicpmv")
+ImageInputError, load_image = image_loading.ImageInputError, image_loading.load_image
+FramePackingError = image_processing.FramePackingError
+MiniCPMVImageProcessor = image_processing.MiniCPMVImageProcessor
+best_resize, slice_grid = image_processing.best_resize, image_processing.slice_grid
+pack_frames, slice_layout = image_processing.pack_frames, image_processing.slice_layout
 
 
 SIZES = st.tuples(st.integers(1, 9000), st.integers(1, 9000))
@@ -334,7 +326,7 @@ def test_paths_bytes_and_data_urls_agree(tmp_path):
 
 
 def test_web_addresses_go_through_transformers(monkeypatch):
-    monkeypatch.setattr("image_processing_minicpmv.load_image_from_url", lambda url: Image.new("RGB", (3, 2), url[8:]))
+    monkeypatch.setattr(image_loading, "load_image_from_url", lambda url: Image.new("RGB", (3, 2), url[8:]))
     assert (pixels("https://red") == (255, 0, 0)).all()
 
 
@@ -393,7 +385,7 @@ def jpeg_cut_short():
         ({"type": "image"}, "type dict"),
         ("no/such/picture.png", "no such file"),
         ("x" * 5000, "cannot be read"),
-        (ROOT, "cannot be read"),
+        (REPOSITORY, "cannot be read"),
         (b"", "not a picture"),
         (b"plain text", "not a picture"),
         ("data:image/png;base64", "no comma"),
@@ -563,8 +555,8 @@ def test_to_casts_nested_floats_and_leaves_integers(tiny):
 
 
 def test_repository_settings_are_the_defaults():
-    loaded = MiniCPMVImageProcessor.from_pretrained(ROOT)
-    published = json.loads((ROOT / "preprocessor_config.json").read_text())
+    loaded = MiniCPMVImageProcessor.from_pretrained(REPOSITORY)
+    published = json.loads((REPOSITORY / "preprocessor_config.json").read_text())
     assert {key: getattr(loaded, key) for key in published if hasattr(loaded, key)}.items() <= published.items()
     fresh = MiniCPMVImageProcessor().to_dict()
     assert {key: loaded.to_dict()[key] for key in fresh if not key.startswith("_")}.items() <= fresh.items()
@@ -572,7 +564,7 @@ def test_repository_settings_are_the_defaults():
 
 
 def test_auto_class_loads_the_repository():
-    loaded = AutoImageProcessor.from_pretrained(ROOT, trust_remote_code=True, max_slice_nums=2)
+    loaded = AutoImageProcessor.from_pretrained(REPOSITORY, trust_remote_code=True, max_slice_nums=2)
     assert type(loaded).__name__ == "MiniCPMVImageProcessor" and loaded.max_slice_nums == 2
 
 

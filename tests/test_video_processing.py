@@ -9,11 +9,11 @@ import struct
 import sys
 import types
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY, ground_floor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,18 +21,8 @@ from PIL import Image
 
 av = pytest.importorskip("av")
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def _module(name: str):
-    """A module of the model repository, which is a flat folder without a package of its own."""
-    package = sys.modules.setdefault("minicpmv_hub", types.ModuleType("minicpmv_hub"))
-    package.__path__ = [str(ROOT)]
-    return importlib.import_module(f"minicpmv_hub.{name}")
-
-
-video_processing = _module("video_processing_minicpmv")
-video_decoding = _module("video_decoding_minicpmv")
+video_processing = ground_floor("video_processing_minicpmv")
+video_decoding = ground_floor("video_decoding_minicpmv")
 FrameSamplingError = video_processing.FrameSamplingError
 VideoInputError = video_processing.VideoInputError
 plan_frames = video_processing.plan_frames
@@ -317,16 +307,16 @@ def test_only_the_frames_needed_become_pictures(processor, clips, monkeypatch):
         def frames(self, indices):
             for frame in super().frames(indices):
                 converted.append(frame.size)
-                held.append(len(converted) - len(sliced))
+                held.append(len(converted) - sum(sliced))
                 yield frame
 
     sliced = []
-    slice_to_patches = processor.slice_to_patches
+    slice_chunk = processor._slice_chunk
     monkeypatch.setattr(video_decoding, "_PyAV", Counting)
-    monkeypatch.setattr(processor, "slice_to_patches", lambda *args: sliced.append(1) or slice_to_patches(*args))
-    processor.preprocess(clips / "count.mp4", fps=1, backend="pyav")
-    assert len(converted) == len(sliced) == 4
-    assert max(held) == 1  # each frame is sliced before the next one is converted
+    monkeypatch.setattr(processor, "_slice_chunk", lambda *args: sliced.append(len(args[0])) or slice_chunk(*args))
+    processor.preprocess(clips / "count.mp4", fps=6, backend="pyav")
+    assert len(converted) == sum(sliced) == 24
+    assert max(held) == 16  # frames are sliced, a block at a time, before the next ones are converted
 
 
 def test_torchcodec_is_read_in_chunks(processor, clips, monkeypatch):
@@ -505,7 +495,7 @@ def test_impossible_parts_are_refused(processor, clips, part, words):
 def test_features_are_those_of_the_image_processor_on_the_same_frames(processor, clips):
     features = processor.preprocess(clips / "count.mp4", fps=5, force_packing=3, return_metadata=True)
     sampled = processor.sample_video(clips / "count.mp4", fps=5, force_packing=3)
-    images = _module("image_processing_minicpmv").MiniCPMVImageProcessor(max_slice_nums=1)
+    images = ground_floor("image_processing_minicpmv").MiniCPMVImageProcessor(max_slice_nums=1)
     expected = images.preprocess([sampled.frames], temporal_ids=[sampled.temporal_ids])
     assert features["temporal_ids"] == expected["temporal_ids"] == [sampled.temporal_ids]
     assert features["image_sizes"] == expected["image_sizes"]
@@ -617,9 +607,9 @@ def test_other_unusable_inputs_are_refused(processor, video, words):
 def model_folder(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    for name in ("image_processing", "video_processing", "video_decoding", "configuration"):
-        shutil.copy(ROOT / f"{name}_minicpmv.py", folder)
-    shutil.copy(ROOT / "config.json", folder)
+    for name in ("image_loading", "image_processing", "video_processing", "video_decoding", "configuration"):
+        shutil.copy(REPOSITORY / f"{name}_minicpmv.py", folder)
+    shutil.copy(REPOSITORY / "config.json", folder)
     settings = {
         "image_processor_type": "MiniCPMVImageProcessor",
         "auto_map": {
@@ -666,5 +656,5 @@ def test_saving_leaves_the_image_settings_alone_and_loads_again(model_folder):
 def test_settings_do_not_depend_on_optional_packages():
     transformers_imports = importlib.import_module("transformers.dynamic_module_utils").get_imports
     for name in ("video_processing", "video_decoding"):
-        needed = set(transformers_imports(ROOT / f"{name}_minicpmv.py")) - set(sys.stdlib_module_names)
+        needed = set(transformers_imports(REPOSITORY / f"{name}_minicpmv.py")) - set(sys.stdlib_module_names)
         assert needed <= {"numpy", "PIL", "torch", "transformers"}
