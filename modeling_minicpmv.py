@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel, Qwen3ForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .chat_minicpmv import ChatMixin
 from .configuration_minicpmv import RESAMPLER_HEAD_DIM, MiniCPMVConfig
@@ -184,8 +185,8 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, GenerationMixin):
         pixel_values,
         tgt_sizes,
         temporal_ids=None,
-        output_attentions=False,
-        output_hidden_states=False,
+        output_attentions=None,
+        output_hidden_states=None,
         **kwargs,
     ):
         """Encode pictures and frames (layouts: [`flatten_visual_inputs`]).
@@ -208,11 +209,11 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, GenerationMixin):
             return BaseModelOutputWithPooling(pooler_output=empty)
 
         hidden_states = attentions = None
-        if output_hidden_states:
+        if outputs[0].hidden_states is not None:
             hidden_states = tuple(
                 torch.cat(layer) for layer in zip(*(vision.hidden_states for vision in outputs), strict=True)
             )
-        if output_attentions:
+        if outputs[0].attentions is not None:
             layers = zip(*(vision.attentions for vision in outputs), strict=True)
             attentions = tuple(list(chain.from_iterable(layer)) for layer in layers)
         return BaseModelOutputWithPooling(
@@ -305,7 +306,7 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, GenerationMixin):
         image_sizes=None,
         mm_token_type_ids=None,
         data=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ):
         """One pass over a batch.
 

@@ -232,17 +232,22 @@ class MiniCPMVVisionTransformer(PreTrainedModel):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        # transformers guesses this from the text of the module, by a pattern that is not the same in all its versions.
+        return True
+
     def get_input_embeddings(self):
         return self.embeddings.patch_embedding
 
-    def forward(self, pixel_values, tgt_sizes, output_attentions=False, output_hidden_states=False):
+    def forward(self, pixel_values, tgt_sizes, output_attentions=None, output_hidden_states=None):
         """Encode slices.
 
         Args:
             pixel_values: list of tensors [3, P, P * patches], one a slice.
             tgt_sizes: list of (rows, columns) in patches, one a slice.
-            output_attentions: also return the weights of every layer (eager attention only).
-            output_hidden_states: also return the input of the first layer and the output of every layer.
+            output_attentions: also return the weights of every layer (eager attention only). None: as the config says.
+            output_hidden_states: also return the input of the first layer and the output of every layer. None: likewise.
 
         Returns:
             [`BaseModelOutput`] whose `last_hidden_state` and `hidden_states` are packed, [all patches, D]; each entry
@@ -252,6 +257,10 @@ class MiniCPMVVisionTransformer(PreTrainedModel):
             ValueError: when a slice does not hold rows * columns patches, or attentions are asked of a kernel that
                 does not have them.
         """
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
         if output_attentions and self.config._attn_implementation != "eager":
             raise ValueError(
                 f"output_attentions=True needs attn_implementation='eager'; the tower runs "
