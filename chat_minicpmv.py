@@ -176,7 +176,7 @@ class ChatMixin:
                     local_files_only=True,
                     revision=None if os.path.isdir(folder) else getattr(self.config, "_commit_hash", None),
                 )
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: the folder has a config, but no processor
                 raise ValueError(
                     f"No processor is stored with the model in {folder!r}, and chat() does not download one. Pass "
                     "processor=AutoProcessor.from_pretrained(...)."

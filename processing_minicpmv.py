@@ -56,7 +56,7 @@ TEXT_OPTIONS = {
     "return_mm_token_type_ids",
 }
 # Those that are neither.
-CALL_OPTIONS = {"images", "videos", "temporal_ids", "return_metadata"} | {
+CALL_OPTIONS = {"images", "videos", "temporal_ids", "return_metadata", "pad_pixel_values"} | {
     f"{part}_kwargs" for part in ("images", "videos", "text", "common")
 }
 # Other software passes these along; they change nothing here.
@@ -94,6 +94,8 @@ class MiniCPMVProcessor(ProcessorMixin):
     attributes = ["image_processor", "tokenizer", "video_processor"]
     audio_tokenizer = None  # transformers 4.57 reads it when saving
     image_token = "<unk>"
+    # Lists of one entry a prompt: pictures have slices of unequal size and number.
+    skip_tensor_conversion = "pixel_values image_sizes tgt_sizes temporal_ids image_bound video_metadata".split()
 
     def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
         if video_processor is None and image_processor is not None:
@@ -136,6 +138,9 @@ class MiniCPMVProcessor(ProcessorMixin):
             return_tensors: "pt" (default), "np" or None (lists).
             return_mm_token_type_ids: also give 1 for slots and 0 for text.
             return_metadata: also give `video_metadata`, one report a video.
+            pad_pixel_values: give tensors instead of nested lists, for trainers that insist on them: `pixel_values`
+                [B, slices, 3, P, W] padded with zeros, `tgt_sizes` [B, slices, 2] with (0, 0) where there is no slice,
+                `temporal_ids` [B, units, frames] padded with -2.
 
         Returns:
             [`BatchFeature`] with `input_ids` and `attention_mask` [B, L]. With pictures or videos, one entry a prompt
@@ -151,6 +156,8 @@ class MiniCPMVProcessor(ProcessorMixin):
         if audio:
             raise ValueError("audio was given, but this model reads text, pictures and videos only.")
         prompts = [text] if isinstance(text, str) else text
+        if prompts is None and images is None:
+            raise ValueError("Pass text, images, or both; videos need a text that names their places.")
         if prompts is None:  # pictures alone, as one sample after the other
             pictures = images if _is_nested(images) else [images]
             prompts = [IMAGE_PLACEHOLDER * len(_as_list(sample)) for sample in pictures]
@@ -162,7 +169,17 @@ class MiniCPMVProcessor(ProcessorMixin):
                 data.pop(name, None)
         return data
 
-    def _process(self, prompts, images, videos, temporal_ids=None, spans=None, return_metadata=False, **kwargs):
+    def _process(
+        self,
+        prompts,
+        images,
+        videos,
+        temporal_ids=None,
+        spans=None,
+        return_metadata=False,
+        pad_pixel_values=False,
+        **kwargs,
+    ):
         """`__call__` on one list of pictures and one of videos a prompt (None: no such modality in the batch)."""
         options = self._sort_options(kwargs)
         nothing = [[]] * len(prompts)
@@ -178,6 +195,8 @@ class MiniCPMVProcessor(ProcessorMixin):
             data["image_sizes"] = [sample.image_sizes for sample in samples]
             if any(unit != [-1] for sample in samples for unit in sample.temporal_ids):
                 data["temporal_ids"] = [sample.temporal_ids for sample in samples]
+            if pad_pixel_values:
+                data |= _padded(samples, "temporal_ids" in data)
         else:
             data.pop("image_bound")
         if return_metadata or options["videos"].get("return_metadata"):
@@ -555,6 +574,28 @@ class MiniCPMVProcessor(ProcessorMixin):
         files = super().save_pretrained(save_directory, *args, **kwargs)
         self.image_processor.save_pretrained(save_directory)
         return files
+
+
+def _padded(samples, with_temporal_ids):
+    """The visual inputs of `samples` as tensors, padded to the most slices, units and frames."""
+    slices = [pixels for sample in samples for pixels in sample.pixel_values]
+    width, patch_size = max(pixels.shape[-1] for pixels in slices), slices[0].shape[1]
+    most = max(len(sample.pixel_values) for sample in samples)
+    pixel_values = torch.zeros(len(samples), most, 3, patch_size, width)
+    tgt_sizes = torch.zeros(len(samples), most, 2, dtype=torch.long)
+    for row, sample in enumerate(samples):
+        for place, (pixels, size) in enumerate(zip(sample.pixel_values, sample.tgt_sizes, strict=True)):
+            pixel_values[row, place, :, :, : pixels.shape[-1]] = pixels
+            tgt_sizes[row, place] = torch.tensor(size)
+    data = {"pixel_values": pixel_values, "tgt_sizes": tgt_sizes}
+    if with_temporal_ids:
+        units = max(len(sample.temporal_ids) for sample in samples)
+        frames = max(len(unit) for sample in samples for unit in sample.temporal_ids)
+        data["temporal_ids"] = torch.full((len(samples), units, frames), -2)
+        for row, sample in enumerate(samples):
+            for place, unit in enumerate(sample.temporal_ids):
+                data["temporal_ids"][row, place, : len(unit)] = torch.tensor(unit)
+    return data
 
 
 def _typed(token):

@@ -1,12 +1,20 @@
 """The model as transformers, PEFT and trainers use it."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, name_seeded_model, tiny_config, wave_picture
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    TextIteratorStreamer,
+    pipeline,
+)
 
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "max_new_tokens": 6}
@@ -251,6 +259,18 @@ def test_pipeline_equals_the_plain_path(model, processor, tmp_path):
     assert answer[0]["generated_text"] == processor.decode(new_ids(model, one)[0], skip_special_tokens=True)
 
 
+def test_a_streamer_of_transformers_equals_the_plain_path(model, processor):
+    one = processor.apply_chat_template(
+        [{"role": "user", "content": [wave_picture(300, 200, 0), "What! 你好"]}], **encoding()
+    )
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    thread = threading.Thread(target=lambda: model.generate(**one, **GREEDY, streamer=streamer))
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text == processor.decode(new_ids(model, one)[0], skip_special_tokens=True)
+
+
 # ---- training ----
 
 
@@ -311,6 +331,35 @@ def test_weights_on_disk_are_brought_in_when_needed(model, inputs, tmp_path):
     )
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(**inputs[1]).logits, model(**inputs[1]).logits, atol=1e-4, rtol=0)
+
+
+def test_fused_head_of_trl_gives_the_same_loss(inputs):
+    utils = pytest.importorskip("trl.trainer.utils")
+    if not hasattr(utils, "add_fused_lm_head"):
+        pytest.skip("this version of TRL has no fused head")
+    batch, model = inputs[1], name_seeded_model(tiny_config())
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        expected = model(**batch, labels=labels).loss
+        utils.add_fused_lm_head(model)
+        fused = model(**batch, labels=labels, fused_lm_head=True)
+    torch.testing.assert_close(fused.loss, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_padded_tensors_for_trainers_give_the_same_logits(model, inputs, processor):
+    conversations, batch = inputs
+    padded = processor.apply_chat_template(conversations, **encoding(pad_pixel_values=True))
+    assert padded["pixel_values"].shape[:2] == (3, 5) and padded["tgt_sizes"].shape == (3, 5, 2)
+    assert all(isinstance(padded[name], torch.Tensor) for name in ("pixel_values", "tgt_sizes", "input_ids"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**padded).logits, model(**batch).logits)
+    clip = [{"role": "user", "content": [REPOSITORY / "assets" / "star.mp4", "?"]}]
+    options = encoding(fps=2, force_packing=3)
+    with torch.no_grad():
+        plain = model(**processor.apply_chat_template(clip, **options)).logits
+        tensors = processor.apply_chat_template(clip, pad_pixel_values=True, **options)
+        assert isinstance(tensors["temporal_ids"], torch.Tensor)
+        torch.testing.assert_close(model(**tensors).logits, plain)
 
 
 def test_lora_and_resampler_save_and_load(trainable, inputs, tmp_path):

@@ -72,6 +72,39 @@ def test_sdpa_equals_eager(golden_model):
     torch.testing.assert_close(ours, reference, atol=1e-4, rtol=0)
 
 
+def test_variable_length_kernels_get_the_bounds_of_the_slices(golden_model):
+    """Flash attention needs a GPU; a stand-in with its interface checks what it would be handed."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def variable_length(
+        module, query, key, value, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, **kwargs
+    ):
+        assert attention_mask is None and torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+        assert cu_seq_lens_q.dtype == torch.int32 and max_length_q == max(rows * columns for rows, columns in SIZES)
+        lengths = cu_seq_lens_q.diff().tolist()
+        parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+        outputs = [torch.nn.functional.scaled_dot_product_attention(*part, scale=kwargs["scaling"]) for part in parts]
+        return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+    slices = random_slices(SIZES)
+    with torch.no_grad():
+        expected = golden_model.get_image_features([slices], [SIZES]).pooler_output
+        ALL_ATTENTION_FUNCTIONS.register("flash_stand_in", variable_length)
+        golden_model.vpm.config._attn_implementation = "flash_stand_in"
+        try:
+            packed = golden_model.get_image_features([slices], [SIZES]).pooler_output
+        finally:
+            golden_model.vpm.config._attn_implementation = "sdpa"
+    torch.testing.assert_close(packed, expected, atol=1e-5, rtol=0)
+
+
+def test_one_kernel_for_the_tower_and_another_for_the_language_model():
+    model = name_seeded_model(tiny_config(), {"": "sdpa", "vision_config": "eager"})
+    assert (model.llm.config._attn_implementation, model.vpm.config._attn_implementation) == ("sdpa", "eager")
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == model.vpm.config._attn_implementation == "eager"
+
+
 def test_vision_batch_size_changes_nothing_but_memory(golden_model):
     slices, units = random_slices([(5, 4)] * 7), [[[0, 1, 2], [3, 4, 5], [6]]]
     sizes = [[(5, 4)] * 7]
