@@ -657,7 +657,8 @@ def _as_list(value):
 
 
 def _is_single_video(video):
-    return not isinstance(video, (list, tuple)) or flatten_videos(video) == [video]
+    # By identity: `==` on arrays gives an array.
+    return not isinstance(video, (list, tuple)) or any(item is video for item in flatten_videos(video))
 
 
 def _share_out(prompts, media, placeholder, name, as_list):
