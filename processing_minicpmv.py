@@ -4,7 +4,7 @@ What is special:
 - One road for every prompt: messages -> rendered prompt -> placeholders replaced by slots -> ids. `chat()`, training
   and serving all come through here.
 - Pictures and clips go into the same lists, in the order of their places in the text; a clip's frames share slots.
-- Where messages become ids, text that a user typed never turns into control tokens (`<image>`, `<|im_end|>`, ...).
+- Text that a user typed never turns into control tokens: see `messages_minicpmv`.
 - Batches are padded on the left with the pad token, and the mask comes from lengths: id 0 is "!", an ordinary token.
 """
 
@@ -12,20 +12,18 @@ import difflib
 import inspect
 import re
 from bisect import bisect_right
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from os import PathLike
-from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .image_loading_minicpmv import ImageInputError
+# transformers 4 copies only the files that are named in this one.
+from .image_loading_minicpmv import ImageInputError  # noqa: F401
 from .image_processing_minicpmv import FramePackingError, MiniCPMVBatchFeature, pack_frames
+from .messages_minicpmv import encode_prompt, mark_typed, read_message
 from .video_decoding_minicpmv import flatten_videos
 from .video_processing_minicpmv import MiniCPMVVideoProcessor
 
@@ -35,15 +33,6 @@ logger = logging.get_logger(__name__)
 IMAGE_PLACEHOLDER = "(<image>./</image>)"
 VIDEO_PLACEHOLDER = "(<video>./</video>)"
 PLACEHOLDERS = re.compile("|".join(re.escape(text) for text in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)))
-# Stands after the first character of a control token that a user typed, from the message to the tokenizer. Unicode
-# keeps this code point for such uses inside a program.
-TYPED = "\ufdd0"
-# What an assistant's turn may hold as real tokens, because the model itself writes them.
-ASSISTANT_TOKENS = frozenset(
-    f"<{slash}{name}>" for name in ("think", "tool_call", "ref", "box", "quad", "point") for slash in ("", "/")
-)
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".gif"}
-
 # Keyword arguments of a call, by the part they concern; those of the video processor are its own parameters.
 IMAGE_OPTIONS = {"max_slice_nums", "use_image_id", "input_data_format"}
 TEXT_OPTIONS = {
@@ -319,11 +308,11 @@ class MiniCPMVProcessor(ProcessorMixin):
         return_mm_token_type_ids=False,
     ):
         """Ids, mask and slot bounds of expanded prompts; with `with_masks` also what the assistant wrote."""
-        encoded = [self._encode(sample.text) for sample in samples]
-        query_num = self.image_processor.image_feature_size
+        encoded = [encode_prompt(self.tokenizer, sample.text) for sample in samples]
+        query_num, slot = self.image_processor.image_feature_size, self.image_token_id
         rows = []
         for index, (sample, (ids, offsets)) in enumerate(zip(samples, encoded, strict=True)):
-            slots = [place for place, token in enumerate(ids) if token == self.image_token_id]
+            slots = [place for place, token in enumerate(ids) if token == slot]
             if len(slots) != query_num * len(sample.temporal_ids):
                 raise ValueError(
                     f"Prompt {index} has {len(slots)} {self.image_token} tokens, but its pictures take "
@@ -345,7 +334,7 @@ class MiniCPMVProcessor(ProcessorMixin):
                         int(any(first <= start < last for first, last in sample.spans)) for start, _ in offsets
                     ],
                     "bounds": [(start, start + query_num) for start in starts],
-                    "mm_token_type_ids": [int(token == self.image_token_id) for token in ids],
+                    "mm_token_type_ids": [int(token == slot) for token in ids],
                 }
             )
         if padding is None:
@@ -375,40 +364,6 @@ class MiniCPMVProcessor(ProcessorMixin):
             torch.tensor(row["bounds"]).reshape(-1, 2).long() + shift for row, shift in zip(rows, before, strict=True)
         ]
         return data
-
-    def _encode(self, text):
-        """Ids of a prompt, and the (start, end) in `text` of each. Control tokens count, but not those users typed."""
-        if TYPED not in text:
-            encoded = self.tokenizer(
-                text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-            )
-            return encoded["input_ids"], encoded["offset_mapping"]
-        backend = self.tokenizer.backend_tokenizer
-        plain = Tokenizer(backend.model)  # the same vocabulary, in which control tokens are not looked for
-        plain.normalizer, plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
-        control = self._control_tokens()
-        typed = re.compile("|".join(re.escape(_typed(token)) for token in self.tokenizer.get_added_vocab()))
-        ids, offsets, start = [], [], 0
-        for match in [*control.finditer(text), None]:
-            stop = match.start() if match else len(text)
-            stretch, marks = text[start:stop], [found.start() + 1 for found in typed.finditer(text[start:stop])]
-            unmarked = "".join(stretch[a:b] for a, b in zip([0, *(m + 1 for m in marks)], [*marks, None], strict=True))
-            removed = [mark - index for index, mark in enumerate(marks)]  # in the unmarked text
-            encoding = plain.encode(unmarked, add_special_tokens=False)
-            ids += encoding.ids
-            offsets += [
-                tuple(start + place + bisect_right(removed, place) for place in span) for span in encoding.offsets
-            ]
-            if match:
-                ids.append(self.tokenizer.convert_tokens_to_ids(match[0]))
-                offsets.append(match.span())
-                start = match.end()
-        return ids, offsets
-
-    def _control_tokens(self):
-        """Pattern of all added tokens, longest first."""
-        tokens = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, tokens)))
 
     # ---- messages -> inputs ----
 
@@ -461,15 +416,15 @@ class MiniCPMVProcessor(ProcessorMixin):
         conversations = conversation if is_batched else [conversation]
         pending = {name: options.pop(name, None) for name in ("images", "videos")}
         media = [{"image": [], "video": []} for _ in conversations]
+        guard = self.tokenizer if tokenize and sanitize_control_tokens else None
         rendered_messages = [
-            [self._read_message(message, found, tokenize and sanitize_control_tokens) for message in messages]
+            [read_message(message, found, guard) for message in messages]
             for messages, found in zip(conversations, media, strict=True)
         ]
-        mark = self._mark_typed if tokenize and sanitize_control_tokens else (lambda value: value)
         prompts, spans = render_jinja_template(
             conversations=rendered_messages,
-            tools=mark(tools),
-            documents=mark(documents),
+            tools=mark_typed(tools, guard),
+            documents=mark_typed(documents, guard),
             chat_template=template,
             return_assistant_tokens_mask=return_assistant_tokens_mask,
             continue_final_message=continue_final_message,
@@ -499,41 +454,6 @@ class MiniCPMVProcessor(ProcessorMixin):
             return _share_out(prompts, pending, placeholder, f"{kind}s", as_list)
         return [found[kind] for found in media] if any(found[kind] for found in media) else None
 
-    def _read_message(self, message, media, sanitize):
-        """A message as the template reads it; its pictures and videos are appended to `media`."""
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise ValueError(f"A message is a dict with 'role' and 'content', not {_short(message)}.")
-        allowed = ASSISTANT_TOKENS if message["role"] == "assistant" else frozenset()
-        mark = (lambda value: self._mark_typed(value, allowed)) if sanitize else (lambda value: value)
-        rendered = {name: mark(value) for name, value in message.items() if name != "content" and value is not None}
-        content = message.get("content")
-        if content is None:
-            return rendered
-        if isinstance(content, str):
-            return rendered | {"content": mark(content)}
-        parts = []
-        for part in content if isinstance(content, (list, tuple)) else [content]:
-            kind, value = _read_part(part)
-            if kind == "text":
-                parts.append({"type": "text", "text": mark(value)})
-            else:
-                parts.append({"type": kind})
-                if value is not None:
-                    media[kind].append(value)
-        return rendered | {"content": parts}
-
-    def _mark_typed(self, value, allowed=frozenset()):
-        """`value` (text, or lists and dicts of it) with every control token marked as typed, but for the `allowed`."""
-        if isinstance(value, str):
-            return self._control_tokens().sub(
-                lambda found: found[0] if found[0] in allowed else _typed(found[0]), value
-            )
-        if isinstance(value, Mapping):
-            return {name: self._mark_typed(item, allowed) for name, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self._mark_typed(item, allowed) for item in value]
-        return value
-
     # ---- for other software ----
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
@@ -548,7 +468,7 @@ class MiniCPMVProcessor(ProcessorMixin):
             for height, width in image_sizes
         ]
         return MultiModalData(
-            num_image_tokens=[len(self._encode(text)[0]) for text in texts],
+            num_image_tokens=[len(encode_prompt(self.tokenizer, text)[0]) for text in texts],
             num_image_patches=[
                 self.image_processor.get_number_of_image_patches(height, width, kwargs)
                 for height, width in image_sizes
@@ -596,43 +516,6 @@ def _padded(samples, with_temporal_ids):
             for place, unit in enumerate(sample.temporal_ids):
                 data["temporal_ids"][row, place, : len(unit)] = torch.tensor(unit)
     return data
-
-
-def _typed(token):
-    return token[0] + TYPED + token[1:]
-
-
-def _short(value):
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _read_part(part):
-    """("text" | "image" | "video", value) of one part of a message; value None: it comes by `images=` or `videos=`."""
-    if isinstance(part, str):
-        return "text", part
-    if isinstance(part, PathLike):
-        return "video" if Path(part).suffix.lower() in VIDEO_SUFFIXES else "image", part
-    if not isinstance(part, Mapping):
-        return "image", part
-    kind = part.get("type")
-    if kind == "text" and isinstance(part.get("text"), str):
-        return "text", part["text"]
-    if kind in ("image_url", "video_url"):
-        source = part.get(kind)
-        source = source.get("url") if isinstance(source, Mapping) else source
-        if source is not None:
-            return kind.removesuffix("_url"), source
-    if kind in ("image", "video"):
-        for name in (kind, "url", "path", "base64"):
-            if part.get(name) is not None:
-                value = part[name]
-                return kind, f"data:;base64,{value}" if name == "base64" else value
-        return kind, None
-    raise ImageInputError(
-        f"A content part is a string, a picture, or a dict of type text, image, image_url, video or video_url with its "
-        f"data, not {_short(part)}."
-    )
 
 
 def _is_text(value):

@@ -1,0 +1,148 @@
+"""Messages of a conversation, and what users may write in them.
+
+What is special:
+- A content part is a string, a picture or a dict; a string is always text, never a path.
+- Where messages become ids, text that a user typed never turns into control tokens (`<image>`, `<|im_end|>`, ...): each
+  of them is marked before the template sees it, and the marks are taken out when the prompt is encoded. All other text
+  keeps exactly the ids of the whole prompt tokenized at once, as merges cross the borders of its parts.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from .image_loading_minicpmv import ImageInputError
+
+
+# Stands after the first character of a control token that a user typed, from the message to the tokenizer. Unicode keeps
+# this code point for such uses inside a program.
+TYPED = "\ufdd0"
+# What an assistant's turn may hold as real tokens, because the model itself writes them.
+ASSISTANT_TOKENS = frozenset(
+    f"<{slash}{name}>" for name in ("think", "tool_call", "ref", "box", "quad", "point") for slash in ("", "/")
+)
+VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".gif"}
+
+
+def read_message(message, media, guard=None):
+    """A message as the template reads it; its pictures and videos are appended to `media`.
+
+    Args:
+        message: `{"role", "content", ...}`; content as `MiniCPMVProcessor.apply_chat_template` describes it.
+        media: `{"image": list, "video": list}`.
+        guard: a tokenizer, whose control tokens are marked as typed; None leaves them.
+
+    Raises:
+        ValueError: it is no message, or a part of its content is none.
+    """
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise ValueError(f"A message is a dict with 'role' and 'content', not {_short(message)}.")
+    allowed = ASSISTANT_TOKENS if message["role"] == "assistant" else frozenset()
+    rendered = {
+        name: mark_typed(value, guard, allowed)
+        for name, value in message.items()
+        if name != "content" and value is not None
+    }
+    content = message.get("content")
+    if content is None:
+        return rendered
+    if isinstance(content, str):
+        return rendered | {"content": mark_typed(content, guard, allowed)}
+    parts = []
+    for part in content if isinstance(content, (list, tuple)) else [content]:
+        kind, value = read_part(part)
+        if kind == "text":
+            parts.append({"type": "text", "text": mark_typed(value, guard, allowed)})
+        else:
+            parts.append({"type": kind})
+            if value is not None:
+                media[kind].append(value)
+    return rendered | {"content": parts}
+
+
+def read_part(part):
+    """("text" | "image" | "video", value) of one part of a message; value None: it comes by `images=` or `videos=`."""
+    if isinstance(part, str):
+        return "text", part
+    if isinstance(part, PathLike):
+        return "video" if Path(part).suffix.lower() in VIDEO_SUFFIXES else "image", part
+    if not isinstance(part, Mapping):
+        return "image", part
+    kind = part.get("type")
+    if kind == "text" and isinstance(part.get("text"), str):
+        return "text", part["text"]
+    if kind in ("image_url", "video_url"):
+        source = part.get(kind)
+        source = source.get("url") if isinstance(source, Mapping) else source
+        if source is not None:
+            return kind.removesuffix("_url"), source
+    if kind in ("image", "video"):
+        for name in (kind, "url", "path", "base64"):
+            if part.get(name) is not None:
+                value = part[name]
+                return kind, f"data:;base64,{value}" if name == "base64" else value
+        return kind, None
+    raise ImageInputError(
+        f"A content part is a string, a picture, or a dict of type text, image, image_url, video or video_url with its "
+        f"data, not {_short(part)}."
+    )
+
+
+def mark_typed(value, guard, allowed=frozenset()):
+    """`value` (text, or lists and dicts of it) with every control token of the tokenizer `guard` marked as typed, but for
+    the `allowed` ones; None as guard leaves everything."""
+    if guard is None:
+        return value
+    if isinstance(value, str):
+        return _control_tokens(guard).sub(lambda found: found[0] if found[0] in allowed else _typed(found[0]), value)
+    if isinstance(value, Mapping):
+        return {name: mark_typed(item, guard, allowed) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [mark_typed(item, guard, allowed) for item in value]
+    return value
+
+
+def encode_prompt(tokenizer, text):
+    """Ids of a prompt, and the (start, end) in `text` of each. Control tokens count, but not those marked as typed."""
+    if TYPED not in text:
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        )
+        return encoded["input_ids"], encoded["offset_mapping"]
+    backend = tokenizer.backend_tokenizer
+    plain = Tokenizer(backend.model)  # the same vocabulary, in which control tokens are not looked for
+    plain.normalizer, plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    typed = re.compile("|".join(re.escape(_typed(token)) for token in tokenizer.get_added_vocab()))
+    ids, offsets, start = [], [], 0
+    for match in [*_control_tokens(tokenizer).finditer(text), None]:
+        stop = match.start() if match else len(text)
+        stretch = text[start:stop]
+        marks = [found.start() + 1 for found in typed.finditer(stretch)]
+        unmarked = "".join(stretch[a:b] for a, b in zip([0, *(m + 1 for m in marks)], [*marks, None], strict=True))
+        removed = [mark - index for index, mark in enumerate(marks)]  # where in the unmarked text
+        encoding = plain.encode(unmarked, add_special_tokens=False)
+        ids += encoding.ids
+        offsets += [tuple(start + place + bisect_right(removed, place) for place in span) for span in encoding.offsets]
+        if match:
+            ids.append(tokenizer.convert_tokens_to_ids(match[0]))
+            offsets.append(match.span())
+            start = match.end()
+    return ids, offsets
+
+
+def _control_tokens(tokenizer):
+    """Pattern of all added tokens, longest first."""
+    return re.compile("|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True))))
+
+
+def _typed(token):
+    return token[0] + TYPED + token[1:]
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
