@@ -17,8 +17,11 @@ from itertools import accumulate
 
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.image_utils import ImageInput
+from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.video_utils import VideoInput
 
 # transformers 4 copies only the files that are named in this one.
 from .image_loading_minicpmv import ImageInputError  # noqa: F401
@@ -105,7 +108,15 @@ class MiniCPMVProcessor(ProcessorMixin):
 
     # ---- rendered prompts -> inputs ----
 
-    def __call__(self, text=None, images=None, videos=None, audio=None, temporal_ids=None, **kwargs):
+    def __call__(
+        self,
+        text: TextInput | list[TextInput] | None = None,
+        images: ImageInput | None = None,
+        videos: VideoInput | None = None,
+        audio=None,
+        temporal_ids=None,
+        **kwargs,
+    ):
         """Turn rendered prompts with pictures and videos into the inputs of the model.
 
         Control tokens in `text` count; what users typed comes by way of `apply_chat_template`.
@@ -210,6 +221,9 @@ class MiniCPMVProcessor(ProcessorMixin):
         options = {part: dict(kwargs.pop(f"{part}_kwargs", None) or {}) for part in (*parts, "common")}
         for name, value in {**options.pop("common"), **kwargs}.items():
             owners = [part for part, names in parts.items() if name in names]
+            # For one of several parts a dict may say otherwise than the keyword; for the only part it contradicts it.
+            if len(owners) == 1 and name in kwargs and name in options[owners[0]]:
+                raise ValueError(f"{name!r} was given twice: as a keyword and in {owners[0]}_kwargs. Give it once.")
             for part in owners:
                 options[part].setdefault(name, value)
             if not owners and name not in TOLERATED_OPTIONS:
@@ -457,23 +471,20 @@ class MiniCPMVProcessor(ProcessorMixin):
     # ---- for other software ----
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
-        """Tokens and patches that pictures of `image_sizes` (height, width) take; read by serving engines."""
+        """Slots and slices that pictures of `image_sizes` (height, width) take.
+
+        Serving engines split the places where `mm_token_type_ids` is 1 by these numbers: the tokens around the slots of
+        a picture do not count.
+        """
         from transformers.processing_utils import MultiModalData
 
         if image_sizes is None:
             return MultiModalData()
-        limit, use_id = kwargs.get("max_slice_nums"), kwargs.get("use_image_id")
-        texts = [
-            self.image_processor.get_slice_image_placeholder((width, height), 0, limit, use_id)
-            for height, width in image_sizes
+        slices = [
+            self.image_processor.get_number_of_image_patches(height, width, kwargs) for height, width in image_sizes
         ]
-        return MultiModalData(
-            num_image_tokens=[len(encode_prompt(self.tokenizer, text)[0]) for text in texts],
-            num_image_patches=[
-                self.image_processor.get_number_of_image_patches(height, width, kwargs)
-                for height, width in image_sizes
-            ],
-        )
+        query_num = self.image_processor.image_feature_size
+        return MultiModalData(num_image_tokens=[query_num * count for count in slices], num_image_patches=slices)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):

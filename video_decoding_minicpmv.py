@@ -4,7 +4,7 @@ What is special:
 - Every decoder is optional and imported by name: decord (or decord2, which has the same import name), PyAV, torchcodec.
 - The same index gives the same frame with each of them in MP4, MOV, Matroska, WebM and WMV files. In others (AVI, MPEG,
   transport streams, FLV) decord 0.6 miscounts frames after a jump, so PyAV goes first there. decord also comes out up
-  to three frames late in streams with open groups of pictures (some HEVC); `backend="pyav"` is exact.
+  to three frames late in streams with open groups of pictures (some HEVC); `video_backend="pyav"` is exact.
 - Only the frames asked for become pictures, a few at a time. Thumbnails are scaled by the decoder where it can.
 - Nothing is fetched: an address is refused.
 """
@@ -133,7 +133,7 @@ class _Decord(FrameSource):
             except (RuntimeError, self.decord.DECORDError) as error:
                 raise VideoInputError(
                     f"decord cannot decode the video after frame {indices[start]} ({_first_line(error)}); "
-                    "the file is damaged or its codec too new, try backend='pyav'"
+                    "the file is damaged or its codec too new, try video_backend='pyav'"
                 ) from error
 
     def frames(self, indices):
@@ -263,7 +263,7 @@ class _TorchCodec(FrameSource):
             except (RuntimeError, IndexError) as error:
                 raise VideoInputError(
                     f"torchcodec cannot decode the video after frame {chunk[0]} ({_first_line(error)}); "
-                    "try backend='pyav'"
+                    "try video_backend='pyav'"
                 ) from error
             for frame in frames:
                 yield Image.fromarray(frame.permute(1, 2, 0).numpy())

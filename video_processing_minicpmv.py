@@ -220,7 +220,7 @@ class MiniCPMVVideosKwargs(VideosKwargs, total=False):
     force_packing: int | None
     time_scale: float | None
     frame_selection: str | None
-    backend: str | None
+    video_backend: str | None
     max_slice_nums: int | None
     use_image_id: bool | None
     start: float | None
@@ -242,7 +242,7 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
             same packing, but those that differ most from the frame before them (cuts first). It decodes the whole
             clip once, in small.
         do_sample_frames: False keeps every frame (the caller has chosen them).
-        backend: force "decord", "pyav" or "torchcodec"; by default the first that is installed and can open the file.
+        video_backend: force "decord", "pyav" or "torchcodec"; by default the first that is installed and can open the file.
         max_slice_nums: slices a frame may be cut into; 1 keeps a frame whole.
         use_image_id: whether frames get `<image_id>` numbers in the prompt.
         kwargs: those of the image processor.
@@ -267,7 +267,7 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
         time_scale: float = 0.1,
         frame_selection: str = "uniform",
         do_sample_frames: bool = True,
-        backend: str | None = None,
+        video_backend: str | None = None,
         max_slice_nums: int = 1,
         use_image_id: bool = False,
         **kwargs,
@@ -282,7 +282,7 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
         self.time_scale = time_scale
         self.frame_selection = frame_selection
         self.do_sample_frames = do_sample_frames
-        self.backend = backend
+        self.video_backend = video_backend
 
     def __call__(self, videos, **kwargs) -> MiniCPMVBatchFeature:
         return self.preprocess(videos, **kwargs)
@@ -367,7 +367,7 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
                 raise TypeError(f"unknown video option {name!r}; did you mean {nearest!r}? All: {', '.join(settings)}")
             if value is not None:
                 settings[name] = value
-        for name, allowed in (("frame_selection", FRAME_SELECTIONS), ("backend", (None, *DECODERS))):
+        for name, allowed in (("frame_selection", FRAME_SELECTIONS), ("video_backend", (None, *DECODERS))):
             if settings[name] not in allowed:
                 raise FrameSamplingError(f"{name}={settings[name]!r} is unknown; give one of {allowed}")
         if not 0 < settings["time_scale"] < math.inf:
@@ -376,7 +376,7 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
 
     def _sample(self, video, video_metadata: Mapping | None, settings: dict[str, Any]):
         """The chosen frames (an iterator that decodes them), their groups of ids, and a maker of the report."""
-        source = open_video(video, settings["backend"], self._load_upright)
+        source = open_video(video, settings["video_backend"], self._load_upright)
         count = source.num_frames
         limit = settings["max_num_frames"] * settings["max_num_packing"]
         num_frames = settings["num_frames"] if settings["do_sample_frames"] else count

@@ -272,7 +272,8 @@ def test_number_of_tokens_can_be_asked_without_pictures(processor):
         sizes, counted.num_image_tokens, counted.num_image_patches, strict=True
     ):
         inputs = processor("(<image>./</image>)", [Image.new("RGB", (width, height))])
-        assert (inputs["input_ids"].shape[1], len(inputs["pixel_values"][0])) == (tokens, patches)
+        slots = int((inputs["input_ids"] == processor.image_token_id).sum())
+        assert (slots, len(inputs["pixel_values"][0])) == (tokens, patches)
 
 
 def test_inputs_move_between_devices_and_types(processor, picture):

@@ -233,7 +233,7 @@ def test_options_out_of_range_name_value_limit_and_remedy(options, words):
 
 @pytest.mark.parametrize("backend", INSTALLED)
 def test_each_decoder_gives_the_frames_asked_for(processor, clips, backend):
-    sampled = processor.sample_video(clips / "count.mp4", fps=5, backend=backend)
+    sampled = processor.sample_video(clips / "count.mp4", fps=5, video_backend=backend)
     assert sampled.metadata.video_backend == backend
     assert sampled.metadata.frames_indices == list(range(3, 120, 6))
     assert [number_of(frame) for frame in sampled.frames] == sampled.metadata.frames_indices
@@ -245,7 +245,8 @@ def test_each_decoder_gives_the_frames_asked_for(processor, clips, backend):
 @pytest.mark.parametrize("selection", ["uniform", "keyframes"])
 def test_decoders_agree_frame_by_frame(processor, clips, clip, selection):
     one, two = (
-        processor.sample_video(clips / clip, backend=backend, frame_selection=selection) for backend in INSTALLED[:2]
+        processor.sample_video(clips / clip, video_backend=backend, frame_selection=selection)
+        for backend in INSTALLED[:2]
     )
     assert one.temporal_ids == two.temporal_ids
     assert one.metadata.frames_indices == two.metadata.frames_indices
@@ -257,7 +258,7 @@ def test_decoders_agree_frame_by_frame(processor, clips, clip, selection):
 
 @pytest.mark.parametrize("backend", INSTALLED)
 def test_phone_videos_stand_upright(processor, clips, backend):
-    sampled = processor.sample_video(clips / "rotated.mp4", backend=backend)
+    sampled = processor.sample_video(clips / "rotated.mp4", video_backend=backend)
     assert sampled.frames[0].size == (32, 64)
     rows = np.asarray(sampled.frames[0].convert("L"), np.int16).mean(axis=1)
     assert rows[-1] - rows[0] > 200  # left to right has become top to bottom
@@ -274,11 +275,12 @@ def test_pieces_far_apart_are_found_by_seeking(clips, backend):
 @pytest.mark.parametrize("suffix", [".avi", ".ts", ".h264", ".flv", ".mpg", ".mkv", ".mov"])
 def test_pyav_finds_the_frames_of_any_container(processor, tmp_path, suffix):
     path = write_clip(tmp_path / f"clip{suffix}", [numbered(i) for i in range(60)], rate=25)
-    sampled = processor.sample_video(path, fps=6, backend=None if suffix in (".mkv", ".mov") else "pyav")
+    sampled = processor.sample_video(path, fps=6, video_backend=None if suffix in (".mkv", ".mov") else "pyav")
     assert [number_of(frame) for frame in sampled.frames] == sampled.metadata.frames_indices
     assert sum(sampled.temporal_ids, []) == temporal_ids_of(sampled.metadata.frames_indices, 25, total_num_frames=60)
     assert (
-        processor.sample_video(path, fps=6, backend="pyav").metadata.frames_indices == sampled.metadata.frames_indices
+        processor.sample_video(path, fps=6, video_backend="pyav").metadata.frames_indices
+        == sampled.metadata.frames_indices
     )
 
 
@@ -314,7 +316,7 @@ def test_only_the_frames_needed_become_pictures(processor, clips, monkeypatch):
     slice_chunk = processor._slice_chunk
     monkeypatch.setattr(video_decoding, "_PyAV", Counting)
     monkeypatch.setattr(processor, "_slice_chunk", lambda *args: sliced.append(len(args[0])) or slice_chunk(*args))
-    processor.preprocess(clips / "count.mp4", fps=6, backend="pyav")
+    processor.preprocess(clips / "count.mp4", fps=6, video_backend="pyav")
     assert len(converted) == sum(sliced) == 24
     assert max(held) == 16  # frames are sliced, a block at a time, before the next ones are converted
 
@@ -354,7 +356,7 @@ def test_the_next_decoder_takes_over_where_one_is_missing(processor, clips, monk
     with pytest.raises(ImportError, match="pip install av"):
         processor.sample_video(clips / "count.mp4")
     with pytest.raises(ImportError, match="looked for: torchcodec"):
-        processor.sample_video(clips / "count.mp4", backend="torchcodec")
+        processor.sample_video(clips / "count.mp4", video_backend="torchcodec")
     assert len(processor.sample_video(clips / "six.gif").frames) == 4
 
 
@@ -450,7 +452,9 @@ def test_exif_turns_a_frame_once(processor):
 
 @pytest.mark.parametrize("backend", INSTALLED)
 def test_keyframes_land_on_the_cuts(processor, clips, backend):
-    sampled = processor.sample_video(clips / "cuts.mp4", num_frames=5, frame_selection="keyframes", backend=backend)
+    sampled = processor.sample_video(
+        clips / "cuts.mp4", num_frames=5, frame_selection="keyframes", video_backend=backend
+    )
     assert sampled.metadata.frames_indices == [0, 17, 40, 51, 81]
     assert sampled.temporal_ids == [[i] for i in temporal_ids_of([0, 17, 40, 51, 81], 30)]
 
@@ -537,8 +541,8 @@ def test_no_video_is_no_error_but_a_video_without_frames_is(processor):
 def test_an_unknown_option_names_the_nearest(processor, clips):
     with pytest.raises(TypeError, match="'max_num_frame'; did you mean 'max_num_frames'"):
         processor.preprocess(clips / "one.mp4", max_num_frame=4)
-    with pytest.raises(FrameSamplingError, match="backend='opencv'"):
-        processor.preprocess(clips / "one.mp4", backend="opencv")
+    with pytest.raises(FrameSamplingError, match="video_backend='opencv'"):
+        processor.preprocess(clips / "one.mp4", video_backend="opencv")
     with pytest.raises(FrameSamplingError, match="frame_selection='best'"):
         processor.preprocess(clips / "one.mp4", frame_selection="best")
 
@@ -580,7 +584,7 @@ def broken(clips, tmp_path_factory):
 )
 def test_unusable_files_are_refused(processor, broken, name, words, backend):
     with pytest.raises(VideoInputError, match=words):
-        processor.preprocess(broken / name, backend=backend)
+        processor.preprocess(broken / name, video_backend=backend)
 
 
 @pytest.mark.parametrize(

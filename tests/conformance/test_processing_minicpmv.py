@@ -39,11 +39,9 @@ class MiniCPMVProcessorTest(ProcessorTesterMixin, unittest.TestCase):
             for loader in (AutoImageProcessor, AutoTokenizer, AutoVideoProcessor)
         ]
         images, videos = MODALITY_TEST_SPECS["images"], MODALITY_TEST_SPECS["videos"]
-        # `backend` is the decoder of a video here, and the name of a tokenizer's setting too.
-        call = {**videos["call_time_kwargs"], "backend": None}
         patches += [
             patch.dict(images, init_time_kwargs=IMAGE_OPTIONS),
-            patch.dict(videos, init_time_kwargs=VIDEO_OPTIONS, call_time_kwargs=call),
+            patch.dict(videos, init_time_kwargs=VIDEO_OPTIONS),
         ]
         for started in patches:
             started.start()
