@@ -38,6 +38,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 # What Pillow's decoders raise on damaged data.
 _DECODE_ERRORS = (
@@ -212,7 +213,12 @@ def _turn_upright(image: Image.Image) -> Image.Image:
     except (SyntaxError, struct.error):  # unreadable metadata says nothing about the pixels
         return image
     method = _UPRIGHT.get(orientation)
-    return image if method is None else image.transpose(method)
+    if method is None:
+        return image
+    image = image.transpose(method)
+    for name in _ORIENTATION_SOURCES:  # else whoever loads the result again would turn it again
+        image.info.pop(name, None)
+    return image
 
 
 def _to_rgb(image: Image.Image, background_color: tuple[int, int, int] | None) -> Image.Image:

@@ -434,12 +434,7 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
         return decode(), group_temporal_ids(ids, plan.packing), report_of
 
     def _load_upright(self, picture: Any) -> Image.Image:
-        """An upright RGB picture without metadata, so that slicing does not turn it a second time."""
-        picture = load_image(picture, None, self.do_exif_transpose, self.background_color)
-        if picture.info:
-            picture = picture.copy()
-            picture.info = {}
-        return picture
+        return load_image(picture, None, self.do_exif_transpose, self.background_color)
 
     # Saving and loading: a file of its own (video_preprocessor_config.json), or the image processor's settings.
 

@@ -302,6 +302,8 @@ def test_exif_orientation_is_applied(orientation, format):
     got = load_image(data)
     assert got.size == (48, 32)
     assert np.abs(np.asarray(got).astype(int) - np.asarray(upright)).max() < 40
+    once = load_image(data)
+    assert load_image(once).tobytes() == once.tobytes() and load_image(once).size == once.size
     assert load_image(data, do_exif_transpose=False).size == stored.size
     assert MiniCPMVImageProcessor(do_exif_transpose=False).slice_to_patches(data).image_size == stored.size
 
