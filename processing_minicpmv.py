@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
@@ -488,8 +488,10 @@ class MiniCPMVProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        # transformers 4 wants the class of each part named here, transformers 5 warns when it is.
-        from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # a dummy at the top level
+        # transformers 4 wants the class of each part named here, transformers 5 warns when it is. At the top level the
+        # loaders of pictures and videos may be dummies that ask for torchvision.
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+        from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
         loaders = (AutoImageProcessor, AutoTokenizer, AutoVideoProcessor)
         return [loader.from_pretrained(pretrained_model_name_or_path, **kwargs) for loader in loaders]

@@ -15,7 +15,7 @@ from conftest import FIXTURES, REPOSITORY, ground_floor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
 image_loading = ground_floor("image_loading_minicpmv")
