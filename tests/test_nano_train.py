@@ -200,3 +200,14 @@ def test_an_answer_counts_only_as_a_whole():
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="safetensors"):
         load(str(tmp_path))
+
+
+def test_the_shipped_weights_are_small_and_answer_what_they_were_taught():
+    assert (NANO / "model.safetensors").stat().st_size < 16 * 2**20
+    model, processor = load(str(NANO))
+    for condition, task in (("picture", "shape"), ("slices", "number"), ("clip", "only_shape")):
+        asked = questions(condition, task, 12, seed=1)
+        right = [
+            exact_match(a, s.turns[0].answer) for a, s in zip(answer(model, processor, asked), asked, strict=True)
+        ]
+        assert sum(right) >= 10, f"{task}: {sum(right)} of {len(right)}"

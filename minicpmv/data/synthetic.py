@@ -58,7 +58,6 @@ PHRASES = {
     "last": ("Which color comes last?", "What color comes last?", "What is the last color?"),
     "flash": ("How many times does the shape appear?", "How many times does it flash?", "Count the flashes."),
 }
-TASKS = tuple(PHRASES)
 
 
 class UnknownSplitError(ValueError):
