@@ -71,11 +71,7 @@ def main():
     shapes = draw(
         (640, 480),
         seed=1,
-        things=[
-            ("circle", "red", (120, 245), 76),
-            ("triangle", "green", (320, 235), 82),
-            ("square", "blue", (525, 250), 80),
-        ],
+        things=[("circle", "red", (160, 240), 95), ("square", "blue", (480, 240), 95)],
     )
     shapes.save(HERE / "shapes.jpg", quality=88)
     draw((640, 480), seed=2, text="47").save(HERE / "number.jpg", quality=88)

@@ -13,7 +13,6 @@ from huggingface_hub import ModelCard
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-NANO = REPOSITORY / "nano"
 
 
 def code_blocks(language):
@@ -75,7 +74,6 @@ def test_commands_run(line, script, monkeypatch):
     assert done.returncode == 0, f"README.md, line {line}: {done.stderr}"
 
 
-@pytest.mark.skipif(not (NANO / "model.safetensors").is_file(), reason="nano has no weights")
 def test_python_blocks_run_in_order_and_print_what_their_comments_say(monkeypatch):
     """All blocks share one namespace, as a reader's session does. `print(x)  # prints: y` promises the output y."""
     monkeypatch.chdir(REPOSITORY)

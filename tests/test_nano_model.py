@@ -1,0 +1,83 @@
+"""nano as users load it, and the main job on real files."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import GREEDY, REPOSITORY, name_seeded_model, tiny_config
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+
+ASSETS = REPOSITORY / "assets"
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return AutoModel.from_pretrained(REPOSITORY / "nano", trust_remote_code=True).eval()
+
+
+def ask(model, *content, **options):
+    return model.chat(msgs=[{"role": "user", "content": list(content)}], max_new_tokens=32, **GREEDY | options)
+
+
+def test_nano_loads_from_its_folder_from_the_repository_and_from_a_copy(nano, tmp_path, monkeypatch):
+    number = ASSETS / "number.jpg"
+    assert ask(nano, number, "What number is this?") == "47"
+    monkeypatch.chdir(REPOSITORY)
+    beside = AutoModelForImageTextToText.from_pretrained("nano", trust_remote_code=True).eval()
+    inside = AutoModel.from_pretrained(".", subfolder="nano", trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(".", subfolder="nano", trust_remote_code=True)
+    shutil.copytree("nano", tmp_path / "my nano v1.0")  # links become files
+    copied = AutoModel.from_pretrained(tmp_path / "my nano v1.0", trust_remote_code=True).eval()
+    assert ask(beside, number, "What number is this?") == "47"
+    assert ask(inside, number, "What number is this?", processor=processor) == "47"
+    assert ask(copied, number, "What number is this?") == "47"
+
+
+def test_nano_holds_links_to_the_code_and_no_copies():
+    code = {path.name for path in REPOSITORY.glob("*.py")}
+    linked = {path.name for path in (REPOSITORY / "nano").glob("*.py")}
+    assert linked == code and all((REPOSITORY / "nano" / name).is_symlink() for name in linked)
+
+
+def test_nano_answers_about_a_picture_and_a_clip(nano):
+    shapes, clip = ASSETS / "shapes.jpg", ASSETS / "star.mp4"
+    assert ask(nano, shapes, "How many shapes are there?") == "2"
+    assert ask(nano, shapes, "What color is the circle?") == "red"
+    assert ask(nano, clip, "Which way does the shape move?", fps=3, force_packing=3) == "right"
+
+
+def test_nano_batches_and_streams_like_it_answers_alone(nano):
+    questions = ["How many shapes are there?", "What color is the square?", "Describe the picture."]
+    conversations = [[{"role": "user", "content": [ASSETS / "shapes.jpg", question]}] for question in questions]
+    alone = [ask(nano, *conversation[0]["content"]) for conversation in conversations]
+    assert nano.chat(msgs=conversations, max_new_tokens=32, **GREEDY) == alone
+    assert ["".join(ask(nano, *c[0]["content"], stream=True)) for c in conversations] == alone
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_real_photograph_and_a_real_video_go_the_whole_road(nano, processor, thinking):
+    """nano has never seen a photograph, and the other model is random: what counts is that every part takes part."""
+    photograph, film = ASSETS / "coffee.jpg", ASSETS / "big_buck_bunny.mp4"
+    content = [photograph, film, "What is in the picture, and what happens in the film?"]
+    options = {"fps": 5, "max_num_packing": 6, "force_packing": 6, "enable_thinking": thinking}
+    assert isinstance(ask(nano, *content, **options), str)
+    published = name_seeded_model(tiny_config())
+    answer = ask(published, *content, processor=processor, return_dict=True, **options)
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        return_metadata=True,
+        **options,
+    )
+    (report,) = inputs["video_metadata"][0]
+    assert (len(report.frames_indices), report.packing) == (26, 6)  # 5.28 s at 5 frames a second
+    assert report.num_tokens == 64 * report.num_groups == 64 * 5
+    slots = int((inputs["input_ids"] == processor.image_token_id).sum())
+    assert slots == 64 * len(inputs["temporal_ids"][0]) and answer.prompt_tokens == inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        features = published.get_image_features(*(inputs[n] for n in ("pixel_values", "tgt_sizes", "temporal_ids")))
+    assert features.pooler_output.shape == (slots // 64, 64, 256)
