@@ -155,7 +155,13 @@ class MiniCPMVVisionAttention(nn.Module):
         """Attention of `shape` (sequences, length) on flat projections; the output is [sequences * length, D]."""
         query, key, value = (state.view(*shape, self.num_heads, self.head_dim).transpose(1, 2) for state in states)
         implementation = self.config._attn_implementation
-        if implementation == "sdpa" and self._runs_faster_in_parts(query) and attention_mask is None:
+        runs_faster_in_parts = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+        if (
+            implementation == "sdpa"
+            and runs_faster_in_parts
+            and attention_mask is None
+            and not torch.is_grad_enabled()
+        ):
             return cpu_attention(query, key, value, self.scaling).reshape(-1, self.embed_dim), None
         attention = eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         dropout = self.dropout if self.training else 0.0
@@ -163,11 +169,6 @@ class MiniCPMVVisionAttention(nn.Module):
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, is_causal=False, **kwargs
         )
         return output.reshape(-1, self.embed_dim), weights
-
-    @staticmethod
-    def _runs_faster_in_parts(query):
-        is_half = query.dtype in (torch.bfloat16, torch.float16)
-        return is_half and query.device.type == "cpu" and not query.requires_grad
 
 
 class MiniCPMVVisionMLP(nn.Module):
