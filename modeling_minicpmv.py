@@ -264,14 +264,11 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, GenerationMixin):
             if features is not None:
                 raise ValueError("Pass pixel_values or mm_encoder_outputs['image'], not both.")
             features = self.get_image_features(pixel_values, tgt_sizes, temporal_ids)
-        if features is None:
-            return inputs_embeds + self._zero_gradient() if self._trains_vision() else inputs_embeds
-        features = _feature_rows(features)  # [slots, D]
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds, features)
-        if not len(features):
-            return inputs_embeds + self._zero_gradient() if self._trains_vision() else inputs_embeds
-        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(mask[..., None].to(inputs_embeds.device), features)
+        rows = None if features is None else _feature_rows(features)  # [slots, D]
+        mask = None if rows is None else self.get_placeholder_mask(input_ids, inputs_embeds, rows)
+        if rows is None or not len(rows):
+            return inputs_embeds + self._zero_gradient().to(inputs_embeds) if self._trains_vision() else inputs_embeds
+        return inputs_embeds.masked_scatter(mask[..., None].to(inputs_embeds.device), rows.to(inputs_embeds))
 
     def _trains_vision(self):
         if not (self.training and torch.is_grad_enabled()):
