@@ -66,6 +66,7 @@ class ChatMixin:
         use_image_id=None,
         temporal_ids=None,
         enable_thinking=False,
+        thinking_budget=None,
         seed=None,
         return_dict=False,
         **kwargs,
@@ -89,6 +90,7 @@ class ChatMixin:
             stream: return a generator of text instead of the text; closing it stops the model.
             max_slice_nums, use_image_id, temporal_ids: see `MiniCPMVProcessor.__call__`.
             enable_thinking: True lets the model think first; the text then begins with "<think>\\n".
+            thinking_budget: not yet available, nor is enable_thinking="auto": a NotImplementedError.
             seed: makes sampling repeatable, without touching the global random state.
             return_dict: return [`ChatOutput`], with the thought apart, instead of text.
             kwargs: arguments of `generate` (temperature, num_beams, stop_strings, ...), and options of the video
@@ -103,7 +105,13 @@ class ChatMixin:
             ValueError: for messages that cannot be read, and for combinations that do not exist.
         """
         if enable_thinking not in (True, False):
-            raise NotImplementedError(f"enable_thinking={enable_thinking!r}: choose True or False.")
+            raise NotImplementedError(
+                f"enable_thinking={enable_thinking!r} is not yet available: choose True or False."
+            )
+        if thinking_budget is not None:
+            raise NotImplementedError(
+                "thinking_budget is not yet available: bound the whole answer by max_new_tokens."
+            )
         processor = self._chat_processor(processor, tokenizer)
         conversations, is_batch = read_conversations(msgs, image, system_prompt)
         if stream and (is_batch or return_dict):

@@ -145,6 +145,8 @@ def test_thought_and_answer_apart(ask, processor):
     )
     with pytest.raises(NotImplementedError, match="auto"):
         ask("?", enable_thinking="auto")
+    with pytest.raises(NotImplementedError, match="max_new_tokens"):
+        ask("?", enable_thinking=True, thinking_budget=100)
 
 
 def test_exclamation_marks_survive_in_answers(ask, golden_model, processor, monkeypatch):
