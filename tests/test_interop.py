@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import GREEDY, REPOSITORY, name_seeded_model, tiny_config, wave_picture
 from PIL import Image
+from transformers import AutoModel, AutoProcessor
 
 
 PICTURES = [wave_picture(300, 200, 0), wave_picture(1000, 700, 3)]
@@ -154,3 +155,44 @@ def test_trl_gives_lists_of_parts_in_every_role(processor, padding_side):
     assert processor(text=[text.replace(PLACE, "")], images=None, padding=True)["input_ids"].shape[0] == 1
     ids = processor.apply_chat_template(messages, tokenize=True, images=[PICTURES[0]])
     assert ids[0] == inputs["input_ids"][0][inputs["attention_mask"][0].bool()].tolist()
+
+
+@pytest.mark.parametrize("trainer", ["SFT", "DPO"])
+def test_trl_trainers_step(trainer, tmp_path):
+    trl, datasets, peft = (pytest.importorskip(name) for name in ("trl", "datasets", "peft"))
+    model = AutoModel.from_pretrained(REPOSITORY / "nano", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(REPOSITORY / "nano", trust_remote_code=True)
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+    good, bad = ([{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in ("47", "12"))
+    row = {"images": [PICTURES[0]]}
+    row |= (
+        {"messages": [question, *good]}
+        if trainer == "SFT"
+        else {"prompt": [question], "chosen": good, "rejected": bad}
+    )
+    settings = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "max_length": None,
+        "logging_steps": 1,
+        "report_to": [],
+    }
+    settings |= {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+    }
+    run = getattr(trl, f"{trainer}Trainer")(
+        model=model,
+        args=getattr(trl, f"{trainer}Config")(**settings),
+        train_dataset=datasets.Dataset.from_list([row] * 4),
+        processing_class=processor,
+        peft_config=peft.LoraConfig(r=4, target_modules=r"llm\..*\.(q_proj|v_proj)", task_type="CAUSAL_LM"),
+    )
+    run.train()
+    losses = [float(entry["loss"]) for entry in run.state.log_history if "loss" in entry]
+    assert losses[1] < losses[0]
+    if trainer == "DPO":
+        assert losses[0] == pytest.approx(0.6931, abs=1e-4)  # ln 2: policy and reference are the same at first
