@@ -43,6 +43,14 @@ class MiniCPMVTokenizerFast(Qwen2TokenizerFast):
 
     newline_id = _id_of("Ċ")  # "\n" in the byte-level alphabet
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.backend_tokenizer.get_vocab_size(with_added_tokens=False) < 256:  # not even a token for each byte
+            raise ValueError(
+                "This tokenizer has no vocabulary: tokenizer.json is missing in its folder. Make it with "
+                "`python -m minicpmv.build_tokenizer FOLDER` (in a clone: `make demo`)."
+            )
+
     @classmethod
     def _patch_mistral_regex(cls, tokenizer, *args, **kwargs):
         """Some versions of transformers take every large vocabulary for a Mistral one and advise to change its regex."""

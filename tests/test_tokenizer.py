@@ -298,3 +298,13 @@ def test_from_hub_takes_the_published_files_and_checks_them(repository, built, c
     with pytest.raises(SystemExit, match="merges with sha256"):
         build_tokenizer.main([str(folder), "--from-hub"])
     assert [path.name for path in folder.iterdir()] == ["tokenizer_config.json"]
+
+
+def test_a_folder_without_vocabulary_is_an_error_that_names_the_remedy(repository, tmp_path):
+    for name in ("config.json", "configuration_minicpmv.py", "tokenizer_config.json", "tokenization_minicpmv.py"):
+        shutil.copy(repository / name, tmp_path)
+    # Older versions fail on their own, earlier or later, and some 5.x versions before the class of the folder is asked.
+    own_message = Version(transformers.__version__) >= Version("5.23")
+    with pytest.raises(ValueError if own_message else (ValueError, ImportError)) as error:
+        AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    assert "build_tokenizer" in str(error.value) or not own_message
