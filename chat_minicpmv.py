@@ -297,13 +297,14 @@ def read_conversations(msgs, image=None, system_prompt=""):
         if not messages or all(message["role"] == "system" for message in messages):
             raise ValueError(f"Conversation {index} has no message of a user.")
         if picture is not None:
-            first = messages[0]
-            if not isinstance(first.get("content"), str):
+            place = next(place for place, message in enumerate(messages) if message["role"] != "system")
+            content = messages[place].get("content")
+            if not isinstance(content, str):
                 raise ValueError(
                     "image= goes with a first message whose content is a string. Put pictures into the content list."
                 )
             pictures = list(picture) if isinstance(picture, (list, tuple)) else [picture]
-            messages[0] = {**first, "content": [*pictures, first["content"]]}
+            messages[place] = {**messages[place], "content": [*pictures, content]}
         if system_prompt:
             messages.insert(0, {"role": "system", "content": system_prompt})
     return conversations, is_batch

@@ -42,6 +42,8 @@ def test_every_form_of_messages_gives_the_same_answer(ask, golden_model, process
     assert ask(msgs=[{"role": "user", "content": typed}]) == answer
     with_system = [{"role": "system", "content": "Be short!"}, {"role": "user", "content": "Hi"}]
     assert ask(msgs=with_system) == ask(msgs=with_system[1:], system_prompt="Be short!")
+    in_the_question = [with_system[0], {"role": "user", "content": [PICTURE, "Hi"]}]
+    assert ask(msgs=with_system, image=PICTURE) == ask(msgs=in_the_question)
 
 
 def test_a_batch_equals_singles(ask):
