@@ -117,8 +117,6 @@ class ChatMixin:
         if stream and (is_batch or return_dict):
             raise ValueError("stream=True gives the text of one conversation: pass one, and no return_dict.")
         processor_options, generate_options = self._sort_chat_options(processor, kwargs)
-        for name in TOLERATED_ARGUMENTS:
-            generate_options.pop(name, None)
 
         inputs = processor.apply_chat_template(
             conversations,
@@ -199,9 +197,10 @@ class ChatMixin:
         """Split keywords into those of the processor and those of `generate`; an unknown one is a TypeError."""
         generation = {*vars(GenerationConfig()), *inspect.signature(GenerationMixin.generate).parameters}
         generation = {name for name in generation if not name.startswith("_")} - {"self", "inputs", "kwargs"}
-        generation |= {"return_dict_in_generate", *TOLERATED_ARGUMENTS}
         processor_options, generate_options = {}, {}
         for name, value in kwargs.items():
+            if name in TOLERATED_ARGUMENTS:
+                continue
             if name in generation:
                 generate_options[name] = value
             elif processor.is_option(name):

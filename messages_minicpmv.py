@@ -34,7 +34,7 @@ def read_message(message, media, guard=None):
     Args:
         message: `{"role", "content", ...}`; content as `MiniCPMVProcessor.apply_chat_template` describes it.
         media: `{"image": list, "video": list}`.
-        guard: a tokenizer, whose control tokens are marked as typed; None leaves them.
+        guard: pattern of the control tokens to mark as typed ([`control_tokens`]); None leaves them.
 
     Raises:
         ValueError: it is no message, or a part of its content is none.
@@ -92,13 +92,18 @@ def read_part(part):
     )
 
 
+def control_tokens(tokenizer):
+    """Pattern of all added tokens of a tokenizer, longest first."""
+    return re.compile("|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True))))
+
+
 def mark_typed(value, guard, allowed=frozenset()):
-    """`value` (text, or lists and dicts of it) with every control token of the tokenizer `guard` marked as typed, but for
-    the `allowed` ones; None as guard leaves everything."""
+    """`value` (text, or lists and dicts of it) with every control token that the pattern `guard` finds marked as typed,
+    but for the `allowed` ones; None as guard leaves everything."""
     if guard is None:
         return value
     if isinstance(value, str):
-        return _control_tokens(guard).sub(lambda found: found[0] if found[0] in allowed else _typed(found[0]), value)
+        return guard.sub(lambda found: found[0] if found[0] in allowed else _typed(found[0]), value)
     if isinstance(value, Mapping):
         return {name: mark_typed(item, guard, allowed) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -118,7 +123,7 @@ def encode_prompt(tokenizer, text):
     plain.normalizer, plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
     typed = re.compile("|".join(re.escape(_typed(token)) for token in tokenizer.get_added_vocab()))
     ids, offsets, start = [], [], 0
-    for match in [*_control_tokens(tokenizer).finditer(text), None]:
+    for match in [*control_tokens(tokenizer).finditer(text), None]:
         stop = match.start() if match else len(text)
         stretch = text[start:stop]
         marks = [found.start() + 1 for found in typed.finditer(stretch)]
@@ -132,11 +137,6 @@ def encode_prompt(tokenizer, text):
             offsets.append(match.span())
             start = match.end()
     return ids, offsets
-
-
-def _control_tokens(tokenizer):
-    """Pattern of all added tokens, longest first."""
-    return re.compile("|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True))))
 
 
 def _typed(token):

@@ -336,10 +336,12 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, GenerationMixin):
                 "inputs_embeds": inputs_embeds,
                 "labels": labels,
                 "use_cache": use_cache,
+                "logits_to_keep": None if isinstance(logits_to_keep, int) and logits_to_keep == 0 else logits_to_keep,
                 "mm_encoder_outputs": mm_encoder_outputs,
+                **kwargs,
             }
-            merged = dict(data) | {name: value for name, value in given.items() if value is not None}
-            return self(logits_to_keep=logits_to_keep, **merged, **kwargs)
+            # `forward`, not `self`: the hooks of this call (sharding, offloading) have run.
+            return self.forward(**dict(data) | {name: value for name, value in given.items() if value is not None})
         inputs_embeds = self._embed(
             input_ids, inputs_embeds, pixel_values, tgt_sizes, temporal_ids, mm_encoder_outputs
         )

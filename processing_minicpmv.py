@@ -18,6 +18,7 @@ from itertools import accumulate
 import torch
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
+from transformers.processing_utils import MultiModalData
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -26,7 +27,7 @@ from transformers.video_utils import VideoInput
 # transformers 4 copies only the files that are named in this one.
 from .image_loading_minicpmv import ImageInputError  # noqa: F401
 from .image_processing_minicpmv import FramePackingError, MiniCPMVBatchFeature, pack_frames
-from .messages_minicpmv import encode_prompt, mark_typed, read_message
+from .messages_minicpmv import control_tokens, encode_prompt, mark_typed, read_message
 from .video_decoding_minicpmv import flatten_videos
 from .video_processing_minicpmv import MiniCPMVVideoProcessor
 
@@ -298,7 +299,7 @@ class MiniCPMVProcessor(ProcessorMixin):
         use_image_id = options.pop("use_image_id", None)
         options.pop("return_metadata", None)
         processor = self.video_processor
-        clip = processor.preprocess(video if _is_single_video(video) else [video], return_metadata=True, **options)
+        clip = processor.preprocess(video, return_metadata=True, **options)
         (report,) = clip["video_metadata"]
         sample.pixel_values.extend(clip["pixel_values"][0])
         sample.tgt_sizes.extend(clip["tgt_sizes"][0].tolist())
@@ -341,16 +342,14 @@ class MiniCPMVProcessor(ProcessorMixin):
                     )
                 ids, offsets = ids[:max_length], offsets[:max_length]
             starts = slots[::query_num]
-            rows.append(
-                {
-                    "input_ids": ids,
-                    "assistant_masks": [
-                        int(any(first <= start < last for first, last in sample.spans)) for start, _ in offsets
-                    ],
-                    "bounds": [(start, start + query_num) for start in starts],
-                    "mm_token_type_ids": [int(token == slot) for token in ids],
-                }
-            )
+            row = {"input_ids": ids, "bounds": [(start, start + query_num) for start in starts]}
+            if with_masks:
+                row["assistant_masks"] = [
+                    int(any(first <= start < last for first, last in sample.spans)) for start, _ in offsets
+                ]
+            if return_mm_token_type_ids:
+                row["mm_token_type_ids"] = [int(token == slot) for token in ids]
+            rows.append(row)
         if padding is None:
             padding = len(samples) > 1 and return_tensors is not None
         self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # its advice does not fit here
@@ -368,7 +367,7 @@ class MiniCPMVProcessor(ProcessorMixin):
             len(ids) - len(row["input_ids"]) if padding_side == "left" else 0
             for ids, row in zip(data["input_ids"], rows, strict=True)
         ]
-        for name in ["assistant_masks"] * with_masks + ["mm_token_type_ids"] * bool(return_mm_token_type_ids):
+        for name in rows[0].keys() & {"assistant_masks", "mm_token_type_ids"} if rows else ():
             padded = [
                 ([0] * shift + row[name] + [0] * len(ids))[: len(ids)]
                 for shift, row, ids in zip(before, rows, data["input_ids"], strict=True)
@@ -430,7 +429,7 @@ class MiniCPMVProcessor(ProcessorMixin):
         conversations = conversation if is_batched else [conversation]
         pending = {name: options.pop(name, None) for name in ("images", "videos")}
         media = [{"image": [], "video": []} for _ in conversations]
-        guard = self.tokenizer if tokenize and sanitize_control_tokens else None
+        guard = control_tokens(self.tokenizer) if tokenize and sanitize_control_tokens else None
         rendered_messages = [
             [read_message(message, found, guard) for message in messages]
             for messages, found in zip(conversations, media, strict=True)
@@ -476,8 +475,6 @@ class MiniCPMVProcessor(ProcessorMixin):
         Serving engines split the places where `mm_token_type_ids` is 1 by these numbers: the tokens around the slots of
         a picture do not count.
         """
-        from transformers.processing_utils import MultiModalData
-
         if image_sizes is None:
             return MultiModalData()
         slices = [

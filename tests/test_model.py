@@ -133,6 +133,8 @@ def test_older_calling_styles_give_the_same(model, inputs):
         assert torch.equal(model(batch).logits, expected)
         both = model(data=dict(batch), input_ids=batch["input_ids"], labels=batch["input_ids"])
         assert torch.equal(both.logits, expected) and both.loss is not None
+        last = model(data=dict(batch, logits_to_keep=2), logits_to_keep=1).logits
+        torch.testing.assert_close(last, expected[:, -1:])
         embeddings, features = model.get_vllm_embedding(dict(batch))
         assert torch.equal(model(inputs_embeds=embeddings, attention_mask=batch["attention_mask"]).logits, expected)
         assert [len(sample) for sample in features] == [2, 5, 0]
