@@ -1,11 +1,12 @@
 """The `minicpmv` command. Each subcommand is one module of the package, imported when it is asked for."""
 
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from minicpmv.cli_errors import one_line_errors
+from minicpmv.train.cli import align_app, train_app
 
 
 app = typer.Typer(
@@ -15,16 +16,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-
-
-@contextmanager
-def one_line_errors(*expected):
-    """An error of an `expected` type ends the command with exit code 1 and its message, which names the remedy."""
-    try:
-        yield
-    except expected as error:
-        print(f"minicpmv: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
 
 
 @app.callback()
