@@ -16,6 +16,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+app.add_typer(train_app, name="train")
+app.add_typer(align_app, name="align")
 
 
 @app.callback()
