@@ -1,0 +1,346 @@
+"""Options of the training commands: dataclasses, filled from one YAML file and from flags of the same names.
+
+What is special:
+- a value in the file goes through the same checks as a flag, since it becomes one; a flag wins over the file;
+- everything is checked before a model loads: names (with a suggestion), types, files, options that contradict each other;
+- names are those of TRL and PEFT where they have one (`model_name_or_path`, `lora_r`, `dataset_name`, ...), and the
+  options of the trainer itself (`SFTConfig`, `DPOConfig`, ...) stand beside them.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import HfArgumentParser
+
+
+# The linear layers of the language model: engines serve adapters on these only. (`all-linear` would take the tower too.)
+LLM_LINEAR_LAYERS = r"llm\..*\.(q|k|v|o|gate|up|down)_proj"
+LORA_METHODS = ("lora", "qlora", "dora")
+PARTS = {"tower": "vpm", "resampler": "resampler", "llm": "llm"}  # what they are called here, and in the model
+
+
+class ArgumentsError(ValueError):
+    """An option is unknown, wrong, or contradicts another one."""
+
+
+def option(default, help, **settings):
+    return field(default=default, metadata={"help": help, **settings})
+
+
+@dataclass
+class ModelArguments:
+    _argument_group_name = "model"
+
+    model_name_or_path: str = option(None, "Folder of the model, or owner/name on the Hub (with --trust_remote_code).")
+    model_revision: str | None = option(None, "Commit, tag or branch on the Hub.")
+    dtype: str | None = option(
+        None,
+        "Type of the frozen weights, that of the checkpoint without. What trains is float32 (a small step changes nothing "
+        "in bfloat16), and computes in bfloat16 with --bf16.",
+        choices=["float32", "bfloat16", "float16"],
+    )
+    attn_implementation: str | None = option(
+        None, "sdpa, eager, flash_attention_2, ...; transformers' choice without."
+    )
+
+    def __post_init__(self):
+        if not self.model_name_or_path:
+            raise ArgumentsError("model_name_or_path is missing: the folder of the model, or its name on the Hub.")
+        check_model_name(self.model_name_or_path)
+
+
+@dataclass
+class AdapterArguments:
+    _argument_group_name = "adapter"
+
+    adapter: str = option(
+        "none",
+        "none (the weights themselves train), lora, qlora (a 4-bit model under LoRA), dora, or another PEFT method that "
+        "changes modules: adalora, loha, lokr, oft, ia3, ...",
+    )
+    lora_r: int = option(16, "Rank of LoRA, QLoRA and DoRA.")
+    lora_alpha: int = option(32, "Scale of LoRA, QLoRA and DoRA: the change is multiplied by alpha / r.")
+    lora_dropout: float = option(0.05, "Dropout of LoRA, QLoRA and DoRA.")
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of modules, or one regular expression; the llm's linear layers without."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "More modules that train whole and are saved with the adapter, such as embed_tokens."},
+    )
+    adapter_options: dict | str | None = option(
+        None, "More fields of the method's PEFT config, as a mapping or JSON: {use_rslora: true}."
+    )
+
+    def __post_init__(self):
+        self.adapter = self.adapter.lower()
+        if self.adapter == "none":
+            for name in ("target_modules", "modules_to_save", "adapter_options"):
+                if getattr(self, name):
+                    raise ArgumentsError(f"{name} belongs to an adapter, but adapter is 'none'. Give adapter: lora.")
+            return
+        if isinstance(self.adapter_options, str):
+            try:
+                self.adapter_options = json.loads(self.adapter_options)
+            except json.JSONDecodeError as error:
+                raise ArgumentsError(f"adapter_options is not JSON: {self.adapter_options!r} ({error})") from error
+        if self.adapter_options is not None and not isinstance(self.adapter_options, dict):
+            raise ArgumentsError(f"adapter_options must be a mapping, but is {self.adapter_options!r}.")
+        self._check_method()
+        if self.lora_r < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
+            raise ArgumentsError(
+                f"lora_r {self.lora_r} must be at least 1, lora_alpha {self.lora_alpha} more than 0, and lora_dropout "
+                f"{self.lora_dropout} from 0 to below 1."
+            )
+        try:
+            self.peft_config()
+        except (TypeError, ValueError) as error:
+            raise ArgumentsError(f"adapter {self.adapter!r}: {error}") from error
+
+    def _check_method(self):
+        if self.adapter == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+            raise ArgumentsError(
+                "adapter 'qlora' needs bitsandbytes, which is not installed: pip install bitsandbytes, or take "
+                "adapter: lora."
+            )
+        methods = adapter_methods()
+        if self.adapter not in methods:
+            raise ArgumentsError(
+                f"There is no adapter {self.adapter!r}.{did_you_mean(self.adapter, ['none', *methods])}"
+            )
+        known = {entry.name for entry in dataclasses.fields(methods[self.adapter])}
+        for name in self.adapter_options or {}:
+            if name not in known:
+                config = methods[self.adapter].__name__
+                raise ArgumentsError(f"adapter_options: {config} has no field {name!r}.{did_you_mean(name, known)}")
+        if self.adapter not in LORA_METHODS:
+            for name in ("lora_r", "lora_alpha", "lora_dropout"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ArgumentsError(
+                        f"{name} belongs to lora, qlora and dora, but adapter is {self.adapter!r}. Give its own fields in "
+                        "adapter_options."
+                    )
+
+    def peft_config(self, also_train=()):
+        """The method's PEFT config, or None; the modules in `also_train` train whole beside it."""
+        if self.adapter == "none":
+            return None
+        targets = self.target_modules or [LLM_LINEAR_LAYERS]
+        fields = {
+            "task_type": "CAUSAL_LM",
+            "target_modules": targets[0]
+            if len(targets) == 1
+            else targets,  # PEFT takes a lone string as an expression
+            "modules_to_save": [*also_train, *(self.modules_to_save or [])] or None,
+        }
+        if self.adapter in LORA_METHODS:
+            fields |= {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+            fields["use_dora"] = self.adapter == "dora"
+        return adapter_methods()[self.adapter](**fields | (self.adapter_options or {}))
+
+
+def adapter_methods():
+    """Names of adapter methods -> their PEFT configs: those that change modules, not those that add tokens."""
+    from peft import LoraConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    methods = {
+        kind.value.lower(): config
+        for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+        if "target_modules" in config.__dataclass_fields__
+    }
+    return methods | dict.fromkeys(LORA_METHODS, LoraConfig)
+
+
+@dataclass
+class FreezeArguments:
+    _argument_group_name = "what trains"
+
+    train_tower: bool | None = option(None, "Train the vision tower: yes without an adapter, no with one.")
+    train_resampler: bool | None = option(None, "Train the resampler: yes without an adapter, no with one.")
+    train_llm: bool | None = option(None, "Train the language model: yes (with an adapter: the adapter).")
+    tower_learning_rate: float | None = option(None, "Learning rate of the tower; learning_rate without.")
+    resampler_learning_rate: float | None = option(None, "Learning rate of the resampler; learning_rate without.")
+    llm_learning_rate: float | None = option(
+        None, "Learning rate of the language model or its adapter; learning_rate without."
+    )
+
+    def __post_init__(self):
+        for part, rate in self.learning_rates().items():
+            if rate <= 0:
+                raise ArgumentsError(f"{part}_learning_rate is {rate}, but has to be more than 0.")
+            if getattr(self, f"train_{part}") is False:
+                raise ArgumentsError(f"{part}_learning_rate is given, but train_{part} is false. Drop one of the two.")
+
+    def learning_rates(self):
+        """`{part: rate}` of the parts that have their own."""
+        rates = {part: getattr(self, f"{part}_learning_rate") for part in PARTS}
+        return {part: rate for part, rate in rates.items() if rate is not None}
+
+    def trained(self, has_adapter):
+        """`{part: bool}`: whether the weights of the part itself train."""
+        return {
+            part: not has_adapter if getattr(self, f"train_{part}") is None else getattr(self, f"train_{part}")
+            for part in PARTS
+        }
+
+
+@dataclass
+class DataArguments:
+    _argument_group_name = "data"
+
+    dataset_name: str = option(None, "File (.json, .jsonl, .parquet, ...), folder, or owner/name on the Hub.")
+    dataset_train_split: str = option("train", "Split to train on.")
+    eval_dataset_name: str | None = option(None, "Where the evaluation samples are, if not in dataset_name.")
+    dataset_test_split: str | None = option(None, "Split to evaluate on; with eval_dataset_name 'train' without.")
+    dataset_streaming: bool = option(False, "Read samples as they are needed; takes max_steps.")
+    image_folder: str | None = option(
+        None, "Folder that paths of pictures and videos start from; that of the file without."
+    )
+    on_bad_row: typing.Literal["error", "skip"] = option("error", "A bad row ends the run, or is skipped and counted.")
+    on_too_long: typing.Literal["error", "drop", "shorten"] = option(
+        "error", "A sample over max_length ends the run, is dropped, or loses the text of its oldest turns."
+    )
+
+    def __post_init__(self):
+        if not self.dataset_name:
+            raise ArgumentsError("dataset_name is missing: a file, a folder, or a name on the Hub.")
+        for name in ("dataset_name", "eval_dataset_name"):
+            value = getattr(self, name)
+            is_file_name = value is not None and (Path(value).suffix in DATA_SUFFIXES or not is_hub_name(value))
+            if is_file_name and not Path(value).expanduser().exists():
+                raise ArgumentsError(f"{name}: {value} does not exist.")
+        if self.image_folder is not None and not Path(self.image_folder).expanduser().is_dir():
+            raise ArgumentsError(f"image_folder: {self.image_folder} is not a folder.")
+
+
+DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".arrow", ".csv"}
+
+
+def is_hub_name(name):
+    """Whether `name` has the form owner/name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not name.startswith(".")
+
+
+def check_model_name(name):
+    """A folder with a whole model in it, or a name on the Hub."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if is_hub_name(name):
+            return
+        raise ArgumentsError(f"model_name_or_path: {name} is neither a folder nor of the form owner/name.")
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ArgumentsError(
+            f"model_name_or_path: {name} holds an adapter alone. Merge it first: minicpmv train merge {name} OUTPUT."
+        )
+    raise ArgumentsError(f"model_name_or_path: {name} has no config.json, so it is no model folder.")
+
+
+def did_you_mean(name, known):
+    """A sentence that names the nearest of `known`, or nothing."""
+    nearest = difflib.get_close_matches(name, known, n=2)
+    return f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+
+
+class ArgumentsParser(HfArgumentParser):
+    """Raises where argparse would print its usage and end the process."""
+
+    def error(self, message):
+        raise ArgumentsError(message)
+
+
+def parse(dataclass_types, argv=None, description=None):
+    """Fill dataclasses from `--config FILE.yaml` and flags.
+
+    Args:
+        dataclass_types: the dataclasses above that a command needs, and the config of its trainer.
+        argv: the flags; those of the process without.
+
+    Returns:
+        One instance of each dataclass, in order.
+
+    Raises:
+        ArgumentsError: what is wrong, and where it can be told, what to write instead.
+    """
+    parser = ArgumentsParser(dataclass_types, description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with options under the names of the flags.")
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--config")
+    config, flags = before.parse_known_args(argv)
+    if config.config is not None:
+        flags = [*_flags_of_file(parser, Path(config.config)), *flags]
+    try:
+        *filled, _, unknown = parser.parse_args_into_dataclasses(
+            flags, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError, ImportError) as error:  # what the trainer's config finds wrong
+        raise error if isinstance(error, ArgumentsError) else ArgumentsError(str(error)) from error
+    if unknown:
+        names = [name for action in parser._actions for name in action.option_strings]
+        raise ArgumentsError(f"There is no option {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], names)}")
+    check_together(filled)
+    return tuple(filled)
+
+
+def _flags_of_file(parser, path):
+    """The options of a YAML file as flags, so that they are read like those. What no flag can say becomes a default."""
+    if not path.is_file():
+        raise ArgumentsError(f"--config: {path} does not exist.")
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ArgumentsError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict):
+        raise ArgumentsError(f"{path} holds no mapping of options to values.")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    hints = {name: hint for kind in parser.dataclass_types for name, hint in typing.get_type_hints(kind).items()}
+    flags = []
+    for name, value in options.items():
+        if name not in actions:
+            raise ArgumentsError(f"{path}: there is no option {name!r}.{did_you_mean(str(name), actions)}")
+        if isinstance(value, dict) and "dict" not in str(hints[name]):
+            raise ArgumentsError(f"{path}: {name} takes no mapping, but is {value!r}.")
+        if isinstance(value, list) and "list" not in str(hints[name]):
+            raise ArgumentsError(f"{path}: {name} takes one value, but is {value!r}.")
+        if isinstance(value, list) and value and actions[name].nargs is not None:
+            flags += [f"--{name}", *map(str, value)]
+        elif value is None or isinstance(value, (dict, list)):
+            parser.set_defaults(**{name: value})
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def check_together(groups):
+    """What one group of options cannot see alone."""
+    found = {type(group): group for group in groups}
+    adapter, parts = found.get(AdapterArguments), found.get(FreezeArguments)
+    if adapter is None or parts is None:
+        return
+    has_adapter = adapter.adapter != "none"
+    trained = parts.trained(has_adapter)
+    if has_adapter and parts.train_llm:
+        raise ArgumentsError(
+            "train_llm trains the weights of the language model; an adapter trains in their place. Drop one of the two."
+        )
+    if not has_adapter and not any(trained.values()):
+        raise ArgumentsError("Nothing would train: tower, resampler and llm are all frozen and there is no adapter.")
+    for part in parts.learning_rates():
+        if has_adapter and not trained[part] and part != "llm" and adapter.target_modules is None:
+            raise ArgumentsError(f"{part}_learning_rate is given, but the {part} is frozen. Add train_{part}: true.")
