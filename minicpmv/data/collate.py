@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from minicpmv.data.drawing import patch_labels
-from minicpmv.data.synthetic import Mixture, Sample, Turn, make_sample
+from minicpmv.data.synthetic import CLIPS, Mixture, Sample, make_sample
 
 
 IGNORED = -100
@@ -65,9 +65,13 @@ class ConversationEncoder:
         """Pieces of the rendered conversation, and whether the model has to write them."""
         parts, question_start = [], self.placeholder(sample) + "\n"
         for turn in sample.turns:
-            thought = NO_THOUGHT if turn is sample.turns[-1] else ""  # the template cuts the thoughts of earlier turns
-            prompt = f"<|im_start|>user\n{question_start}{turn.question}<|im_end|>\n<|im_start|>assistant\n{thought}"
-            parts += [(prompt, False), (f"{turn.answer}<|im_end|>", True), ("\n", False)]
+            prompt = f"<|im_start|>user\n{question_start}{turn.question}<|im_end|>\n<|im_start|>assistant\n"
+            answer = f"{turn.answer}<|im_end|>"
+            if turn.thought is not None:
+                answer = f"<think>\n{turn.thought}\n</think>\n\n{answer}"
+            elif turn is sample.turns[-1]:  # the template cuts the thoughts of earlier turns, empty ones too
+                prompt += NO_THOUGHT
+            parts += [(prompt, False), (answer, True), ("\n", False)]
             question_start = ""
         return parts
 
@@ -130,21 +134,31 @@ def layout_key(example: Example) -> tuple[int, int]:
     return len(example.tgt_sizes), rows * cols
 
 
+# Scenes that take the same number of views share batches.
+LAYOUTS = (("shapes", "line", "lower", "sum", "chart"), ("form",), ("page",), tuple(CLIPS))
+
+
 def training_batch(encoder: ConversationEncoder, mixture: Mixture, size: int, seed: int, number: int) -> dict:
     """Batch `number` of the training split: deterministic in its arguments, so any process can make any batch.
 
-    All its samples are of one layout (picture, sliced picture or clip), drawn by the shares of the mixture.
+    All its samples are of one layout (picture, sliced picture, form, page or clip) and have about as many turns, so that
+    little is padded; layouts are drawn by the shares of the mixture. A batch of pages is half as large.
     """
-    part = random.Random(f"batch/{seed}/{number}").random()
-    video = part < mixture.video
-    sliced = not video and part < mixture.video + (1 - mixture.video) * mixture.sliced
-    text = mixture.text / (1 - mixture.video) if mixture.video < 1 else 0
-    alike = replace(mixture, video=float(video), sliced=float(sliced), text=0 if video else text)
-    samples = (make_sample("train", seed, number * size + i, alike) for i in range(size))
+    rng = random.Random(f"batch/{seed}/{number}")
+    shares = [sum(mixture.scenes.get(scene, 0) for scene in scenes) for scenes in LAYOUTS]
+    layout = rng.choices(LAYOUTS, shares)[0]
+    alike = replace(
+        mixture,
+        scenes={scene: share for scene, share in mixture.scenes.items() if scene in layout},
+        sliced=float(rng.random() < mixture.sliced),
+        turns=(rng.randint(*mixture.turns),) * 2,
+    )
+    taken = size // 2 if "page" in layout else size
+    samples = (make_sample("train", seed, number * size + i, alike) for i in range(taken))
     examples = sorted((encoder.encode(sample) for sample in samples), key=layout_key)
     return collate(examples, encoder.tokenizer.pad_token_id)
 
 
 def single_turns(sample: Sample) -> list[Sample]:
     """The sample's questions, each asked alone."""
-    return [replace(sample, turns=[Turn(turn.task, turn.question, turn.answer)]) for turn in sample.turns]
+    return [replace(sample, turns=[turn]) for turn in sample.turns]

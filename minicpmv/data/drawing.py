@@ -1,8 +1,8 @@
-"""Pictures drawn with Pillow alone: coloured shapes and large print on plain backgrounds.
+"""Pictures drawn with Pillow: coloured shapes and print on plain backgrounds.
 
 What is special:
 - every drawing keeps an object map beside the picture (which object lies under each pixel), so labels for each patch are free;
-- text uses Pillow's built-in typeface, in two weights, so that no font file is needed;
+- print uses Pillow's built-in typeface and the DejaVu family that comes with matplotlib: no font of the machine is asked for;
 - all chance comes from the `random.Random` that is handed in.
 """
 
@@ -11,7 +11,9 @@ import random
 import string
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -24,11 +26,23 @@ COLORS = {
     "blue": (40, 80, 210),
     "purple": (140, 50, 170),
 }
-SHAPES = ("circle", "square", "triangle", "star")
-CHARACTERS = string.digits + string.ascii_uppercase
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase + ".:/-+="
 # Classes of the labels for each patch; 0 is the background. Black or white print has the color class "neutral".
 KIND_CLASSES = ("background", *SHAPES, *CHARACTERS)
 COLOR_CLASSES = ("background", *COLORS, "neutral")
+# Files of matplotlib; None is Pillow's own typeface (bold by a stroke).
+TYPEFACES = {
+    ("aileron", False): None,
+    ("aileron", True): None,
+    ("sans", False): "DejaVuSans.ttf",
+    ("sans", True): "DejaVuSans-Bold.ttf",
+    ("serif", False): "DejaVuSerif.ttf",
+    ("serif", True): "DejaVuSerif-Bold.ttf",
+    ("mono", False): "DejaVuSansMono.ttf",
+    ("mono", True): "DejaVuSansMono-Bold.ttf",
+}
+LEGIBLE = 6.0  # characters lower than this in a slice, in pixels, have no dense label: nobody could read them
 
 
 @dataclass
@@ -96,6 +110,11 @@ def shape_outline(kind: str, center: tuple[float, float], radius: float) -> list
         return [(x - side, y - side), (x + side, y - side), (x + side, y + side), (x - side, y + side)]
     if kind == "triangle":
         return [(x, y - radius), (x + radius, y + radius * 0.75), (x - radius, y + radius * 0.75)]
+    if kind == "cross":
+        arm, r = radius * 0.36, radius
+        corners = [(-arm, -r), (arm, -r), (arm, -arm), (r, -arm), (r, arm), (arm, arm)]
+        corners += [(arm, r), (-arm, r), (-arm, arm), (-r, arm), (-r, -arm), (-arm, -arm)]
+        return [(x + dx, y + dy) for dx, dy in corners]
     points = []
     for i in range(10):
         reach = radius * 1.1 if i % 2 == 0 else radius * 0.45
@@ -115,30 +134,62 @@ def add_shape(drawing: Drawing, kind: str, color: str, center, radius: float, rg
             pen.polygon(shape_outline(kind, center, radius), fill=fill)
 
 
-@lru_cache(maxsize=512)
-def typeface(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
+@dataclass(frozen=True)
+class Print:
+    """How characters are printed: a family of TYPEFACES, its weight, and the size in pixels."""
+
+    family: str
+    bold: bool
+    size: int
+
+    @property
+    def font(self) -> ImageFont.FreeTypeFont:
+        return load_font(TYPEFACES[self.family, self.bold], self.size)
+
+    @property
+    def stroke(self) -> int:
+        return self.size // 24 if self.bold and self.family == "aileron" else 0
+
+    def width(self, text: str) -> float:
+        return sum(self.font.getlength(character) + 2 * self.stroke for character in text)
 
 
-def add_text(
-    drawing: Drawing, text: str, color: str, corner, size: int, bold: bool, rgb: tuple[int, int, int]
-) -> None:
-    """Write `text` from its upper left corner, each character as a thing of its own; `size` in pixels."""
-    font, stroke = typeface(size), max(1, size // 24) if bold else 0
+@lru_cache(maxsize=1024)
+def load_font(file: str | None, size: int) -> ImageFont.FreeTypeFont:
+    if file is None:
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", file), size)
+
+
+def any_print(rng: random.Random, size: int) -> Print:
+    family, bold = rng.choice(tuple(TYPEFACES))
+    return Print(family, bold, size)
+
+
+def add_text(drawing: Drawing, text: str, color: str, corner, style: Print, rgb: tuple[int, int, int]) -> None:
+    """Write `text` from its upper left corner, each character (spaces excepted) as a thing of its own."""
+    font, stroke = style.font, style.stroke
     x, y = corner
     picture_pen, map_pen = ImageDraw.Draw(drawing.image), ImageDraw.Draw(drawing.object_map)
     map_pen.fontmode = "1"  # an antialiased object map would invent objects
     for character in text:
-        box = font.getbbox(character, stroke_width=stroke)
-        drawing.things.append(Thing(character, color, (x + box[0], y + box[1], x + box[2], y + box[3])))
-        picture_pen.text((x, y), character, fill=rgb, font=font, stroke_width=stroke)
-        map_pen.text((x, y), character, fill=len(drawing.things), font=font, stroke_width=stroke)
+        if character != " ":
+            box = font.getbbox(character, stroke_width=stroke)
+            drawing.things.append(Thing(character, color, (x + box[0], y + box[1], x + box[2], y + box[3])))
+            picture_pen.text((x, y), character, fill=rgb, font=font, stroke_width=stroke)
+            map_pen.text((x, y), character, fill=len(drawing.things), font=font, stroke_width=stroke)
         x += font.getlength(character) + 2 * stroke
 
 
-def text_width(text: str, size: int, bold: bool) -> float:
-    font, stroke = typeface(size), max(1, size // 24) if bold else 0
-    return sum(font.getlength(character) + 2 * stroke for character in text)
+def rotate(drawing: Drawing, degrees: float, fill: tuple[int, int, int]) -> None:
+    """Turn picture and object map alike; the boxes of the things stay those of the upright drawing."""
+    drawing.image = drawing.image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=fill)
+    drawing.object_map = drawing.object_map.rotate(degrees, Image.Resampling.NEAREST)
+
+
+def add_noise(drawing: Drawing, rng: random.Random, amount: int) -> None:
+    noise = np.random.default_rng(rng.getrandbits(64)).integers(-amount, amount + 1, (*drawing.image.size[::-1], 1))
+    drawing.image = Image.fromarray((np.asarray(drawing.image) + noise).clip(0, 255).astype(np.uint8))
 
 
 def patch_labels(
@@ -147,7 +198,8 @@ def patch_labels(
     """Labels of a slice's patches: two int64 arrays (rows * cols,), indices into KIND_CLASSES and COLOR_CLASSES.
 
     `crop` is the part of the picture that the slice shows (left, top, right, bottom in pixels), `grid` its
-    (rows, cols) of patches. A patch belongs to the thing that covers most of it; -100 (ignored) if that is under 10 %.
+    (rows, cols) of patches. A patch belongs to the thing that covers most of it; -100 (ignored) if that is under 10 %,
+    or if it is a character too small to read.
     """
     rows, cols = grid
     size = (cols * patch_size, rows * patch_size)
@@ -161,5 +213,8 @@ def patch_labels(
     owner = counts[:, 1:].argmax(1) + 1 if bins > 1 else np.zeros(rows * cols, dtype=int)
     covered = np.take_along_axis(counts, owner[:, None], 1)[:, 0] if bins > 1 else np.zeros(rows * cols)
     owner = np.where(covered > 0, owner, 0)
-    faint = (covered > 0) & (covered < 0.1 * patch_size**2)
+    scale = rows * patch_size / (crop[3] - crop[1])
+    small = [len(thing.kind) == 1 and scale * (thing.box[3] - thing.box[1]) < LEGIBLE for thing in drawing.things]
+    small = np.array([False, *small]) & ~np.isin([0, *(thing.kind for thing in drawing.things)], list(".:-="))
+    faint = ((covered > 0) & (covered < 0.1 * patch_size**2)) | small[owner]
     return np.where(faint, -100, kinds[owner]), np.where(faint, -100, colors[owner])
