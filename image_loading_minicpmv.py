@@ -13,6 +13,7 @@ import binascii
 import struct
 import threading
 import zlib
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def load_image(
 
     Args:
         image: Pillow image of any mode; path (str or pathlib.Path); `data:` URL; `http(s)` URL (fetched by
-            transformers, which drops alpha); the bytes of a file; numpy array `(H, W)`, `(H, W, C)` or, where it
+            transformers, which drops alpha); the bytes of a file; `{"bytes", "path"}` (a picture that the library
+            datasets has not decoded); numpy array `(H, W)`, `(H, W, C)` or, where it
             cannot be mistaken, `(C, H, W)`; torch tensor `(H, W)`, `(C, H, W)` or, where it cannot be mistaken,
             `(H, W, C)`. C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA). Values are uint8, uint16 (0..65535),
             bool, or floating point in [0, 1].
@@ -82,6 +84,8 @@ def load_image(
     Raises:
         ImageInputError: wrong type, shape, dtype or range, empty, missing, broken, truncated or oversized picture.
     """
+    if isinstance(image, Mapping) and image.keys() & {"bytes", "path"}:
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, np.ndarray):
         image = _array_to_pil(image, input_data_format, channels_last=True)
     elif isinstance(image, torch.Tensor):
