@@ -3,8 +3,6 @@
 import sys
 from contextlib import contextmanager
 
-import typer
-
 
 @contextmanager
 def one_line_errors(*expected):
@@ -13,4 +11,4 @@ def one_line_errors(*expected):
         yield
     except expected as error:
         print(f"minicpmv: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+        raise SystemExit(1) from error  # not typer's own Exit: modules run without typer as well (accelerate launch -m)
