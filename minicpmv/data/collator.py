@@ -51,6 +51,18 @@ class EncodedRow:
     temporal_ids: list[list[int]]  # one list of ids a unit
 
 
+def encoded_row(inputs, labels=()):
+    """The processor's inputs of one prompt, made without tensors and padding, as an [`EncodedRow`]."""
+    slices = inputs["pixel_values"][0] if "pixel_values" in inputs else []
+    return EncodedRow(
+        input_ids=inputs["input_ids"][0],
+        labels=list(labels),
+        pixel_values=slices,
+        tgt_sizes=inputs["tgt_sizes"][0] if slices else torch.zeros(0, 2, dtype=torch.long),
+        temporal_ids=inputs["temporal_ids"][0] if "temporal_ids" in inputs else [STILL_PICTURE] * len(slices),
+    )
+
+
 @dataclass
 class ConversationCollator:
     """Data collator for transformers' Trainer, TRL's SFTTrainer and any DataLoader (`remove_unused_columns=False`).
@@ -152,16 +164,7 @@ class ConversationCollator:
         turns = _runs(inputs["assistant_masks"][0])[first_turn:]
         for start, stop in turns[-1:] if train_on == "last" else turns:
             labels[start:stop] = ids[start:stop]
-        pixel_values = inputs["pixel_values"][0] if "pixel_values" in inputs else []
-        return EncodedRow(
-            input_ids=ids,
-            labels=labels,
-            pixel_values=pixel_values,
-            tgt_sizes=inputs["tgt_sizes"][0] if pixel_values else torch.zeros(0, 2, dtype=torch.long),
-            temporal_ids=inputs["temporal_ids"][0]
-            if "temporal_ids" in inputs
-            else [STILL_PICTURE] * len(pixel_values),
-        )
+        return encoded_row(inputs, labels)
 
     def _process(self, messages, options):
         return self.processor.apply_chat_template(
@@ -225,7 +228,7 @@ class ConversationCollator:
             batch["attention_mask"][place, : len(row.input_ids)] = 1
             batch["labels"][place, : len(row.input_ids)] = torch.tensor(row.labels)
         if any(row.pixel_values for row in encoded):
-            batch |= _as_tensors(encoded) if self.pad_pixel_values else _as_lists(encoded)
+            batch |= padded_visual_inputs(encoded) if self.pad_pixel_values else _as_lists(encoded)
         return batch
 
 
@@ -236,8 +239,8 @@ def _as_lists(encoded):
     return {name: [getattr(row, name) for row in encoded] for name in names}
 
 
-def _as_tensors(encoded):
-    """As `processor(pad_pixel_values=True)` gives them, for rows that were encoded one by one."""
+def padded_visual_inputs(encoded):
+    """Tensors with one entry a row, as `processor(pad_pixel_values=True)` gives them, of rows encoded one by one."""
     slices = [pixels for row in encoded for pixels in row.pixel_values]
     patch_size, width = slices[0].shape[1], max(pixels.shape[2] for pixels in slices)
     pixel_values = torch.zeros(len(encoded), max(len(row.pixel_values) for row in encoded), 3, patch_size, width)
