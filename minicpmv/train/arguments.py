@@ -16,6 +16,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -25,7 +26,8 @@ from transformers import HfArgumentParser
 # The linear layers of the language model: engines serve adapters on these only. (`all-linear` would take the tower too.)
 LLM_LINEAR_LAYERS = r"llm\..*\.(q|k|v|o|gate|up|down)_proj"
 LORA_METHODS = ("lora", "qlora", "dora")
-PARTS = {"tower": "vpm", "resampler": "resampler", "llm": "llm"}  # what they are called here, and in the model
+# What they are called here, and in the model. The first that trains is the one whose learning rate trainers log.
+PARTS = {"llm": "llm", "resampler": "resampler", "tower": "vpm"}
 
 
 class ArgumentsError(ValueError):
@@ -200,14 +202,14 @@ class DataArguments:
     _argument_group_name = "data"
 
     dataset_name: str = option(None, "File (.json, .jsonl, .parquet, ...), folder, or owner/name on the Hub.")
-    dataset_train_split: str = option("train", "Split to train on.")
+    dataset_train_split: str | None = option(None, "Split to train on; a JSON file has none.")
     eval_dataset_name: str | None = option(None, "Where the evaluation samples are, if not in dataset_name.")
-    dataset_test_split: str | None = option(None, "Split to evaluate on; with eval_dataset_name 'train' without.")
+    dataset_test_split: str | None = option(None, "Split to evaluate on.")
     dataset_streaming: bool = option(False, "Read samples as they are needed; takes max_steps.")
     image_folder: str | None = option(
         None, "Folder that paths of pictures and videos start from; that of the file without."
     )
-    on_bad_row: typing.Literal["error", "skip"] = option("error", "A bad row ends the run, or is skipped and counted.")
+    on_bad_row: typing.Literal["raise", "skip"] = option("raise", "A bad row ends the run, or is skipped and counted.")
     on_too_long: typing.Literal["error", "drop", "shorten"] = option(
         "error", "A sample over max_length ends the run, is dropped, or loses the text of its oldest turns."
     )
@@ -280,6 +282,8 @@ def parse(dataclass_types, argv=None, description=None):
     """
     parser = ArgumentsParser(dataclass_types, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with options under the names of the flags.")
+    if "use_cpu" in {action.dest for action in parser._actions} and not torch.accelerator.is_available():
+        parser.set_defaults(use_cpu=True)  # else the default of bf16 would be refused
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     before.add_argument("--config")
     config, flags = before.parse_known_args(argv)

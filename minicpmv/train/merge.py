@@ -1,0 +1,53 @@
+"""Merge an adapter into its model: `minicpmv train merge ADAPTER OUTPUT` writes a whole model, ready for any engine.
+
+What is special:
+- the model is loaded in its own type, never in 4 bits: an adapter trained on a 4-bit model is merged into the exact one;
+- modules that trained whole beside the adapter (the resampler) take the place of the model's own;
+- the output holds code, processor and tokenizer as well, and can be tuned again.
+"""
+
+import argparse
+from pathlib import Path
+
+from minicpmv.cli_errors import one_line_errors
+from minicpmv.train.arguments import ArgumentsError
+
+
+def merge(adapter: Path, output: Path, trust_remote_code: bool = False) -> None:
+    """Write the model with the adapter merged into it to the folder `output`.
+
+    Raises:
+        ArgumentsError: `adapter` holds none, `output` is not empty, or the base model is not there.
+    """
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from minicpmv.train.arguments import ModelArguments
+    from minicpmv.train.loading import locate
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise ArgumentsError(f"{adapter} has no adapter_config.json, so it holds no adapter.")
+    if output.exists() and any(output.iterdir()):
+        raise ArgumentsError(f"{output} is not empty. Name a new folder.")
+    base, source = locate(
+        ModelArguments(PeftConfig.from_pretrained(adapter).base_model_name_or_path), trust_remote_code
+    )
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", **source)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    merged.save_pretrained(output)
+    AutoProcessor.from_pretrained(base, **source).save_pretrained(output)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="minicpmv train merge", description=__doc__.splitlines()[0])
+    parser.add_argument("adapter", type=Path, help="Folder that training with an adapter has left.")
+    parser.add_argument("output", type=Path, help="New folder for the whole model.")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run the code that the Hub model brings.")
+    options = parser.parse_args(argv)
+    with one_line_errors(ArgumentsError):
+        merge(options.adapter, options.output, options.trust_remote_code)
+    print(f"{options.output}: the model with the adapter merged into it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Supervised fine-tuning on conversations with pictures and videos.
+
+    minicpmv train sft --config recipes/sft_lora.yaml
+    accelerate launch --config_file recipes/accelerate/ddp.yaml -m minicpmv.train.sft --config recipes/sft_lora.yaml
+
+What is special:
+- TRL's SFTTrainer (a Trainer of transformers, whose loss needs no logits of the whole vocabulary at once) with this
+  package's data: `load_conversations` reads the rows, `ConversationCollator` makes prompt and labels;
+- no packing: a row of a batch is one conversation, whole;
+- `resume_from_checkpoint: last` goes on from the newest whole checkpoint, or starts: the same command after every stop.
+"""
+
+import json
+import re
+import sys
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from trl import SFTConfig, SFTTrainer
+
+from minicpmv.cli_errors import one_line_errors
+from minicpmv.data.collator import ConversationCollator, ConversationTooLongError
+from minicpmv.data.datasets import ConversationSourceError, load_conversations
+from minicpmv.data.formats import BadRowError
+from minicpmv.train.arguments import (
+    AdapterArguments,
+    ArgumentsError,
+    DataArguments,
+    FreezeArguments,
+    ModelArguments,
+    parse,
+)
+from minicpmv.train.card import write_card
+from minicpmv.train.curves import LossCurves
+from minicpmv.train.loading import PartLearningRates, load_model_and_processor, train_in_float32
+
+
+# What SFTConfig offers for its own reading of data, which is not used here.
+OTHER_DATA_OPTIONS = (
+    *("model_init_kwargs", "chat_template_path", "eos_token", "pad_token", "dataset_text_field", "dataset_num_proc"),
+    *("truncation_mode", "shuffle_dataset", "packing", "packing_strategy", "padding_free", "eval_packing"),
+    *("completion_only_loss", "assistant_only_loss"),
+)
+
+
+@dataclass
+class SFTArguments(SFTConfig):
+    """TRL's SFTConfig with the defaults of this model."""
+
+    _argument_group_name = "training"
+
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of a sample, pictures included; what the model has positions for without."},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint folder, or 'last': the newest whole one in output_dir, or a start without any."
+        },
+    )
+    # A batch without pictures gives tower and resampler a gradient of zero, so none goes unused.
+    ddp_find_unused_parameters: bool | None = False
+    remove_unused_columns: bool = False
+
+    def __post_init__(self):
+        defaults = {entry.name: entry.default for entry in fields(SFTConfig) if entry.default is not MISSING}
+        for name in OTHER_DATA_OPTIONS:
+            if getattr(self, name) != defaults[name]:
+                raise ArgumentsError(
+                    f"{name} is an option of SFTTrainer's own data preparation, which is not used here: every sample is "
+                    "a row of messages, encoded by the chat template, with the loss on the assistant's text."
+                )
+        self.dataset_kwargs = {"skip_prepare_dataset": True}
+        super().__post_init__()
+
+
+class ConversationTrainer(PartLearningRates, SFTTrainer):
+    """SFTTrainer that writes this package's card where TRL would write its own."""
+
+    card_dataset: str | None = None
+
+    def create_model_card(self, *args, **kwargs):
+        write_card(self, "supervised fine-tuning", self.card_dataset)
+
+
+def check(data_args: DataArguments, args: SFTArguments) -> None:
+    """What the data and the trainer's options have to agree on."""
+    has_eval_data = bool(data_args.eval_dataset_name or data_args.dataset_test_split)
+    if args.eval_strategy != "no" and not has_eval_data:
+        raise ArgumentsError(
+            f"eval_strategy is {args.eval_strategy.value!r}, but there is nothing to evaluate on. Give eval_dataset_name "
+            "or dataset_test_split."
+        )
+    if data_args.dataset_streaming and args.max_steps <= 0:
+        raise ArgumentsError("dataset_streaming needs max_steps: a stream has no known end.")
+
+
+def checkpoint_to_resume(args) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` names, or None.
+
+    Raises:
+        ArgumentsError: it is no whole checkpoint, or the output folder has some and nothing was said about them.
+    """
+    whole = {
+        int(folder.name.removeprefix("checkpoint-")): str(folder)
+        for folder in Path(args.output_dir).glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", folder.name) and is_whole(folder)
+    }
+    if args.resume_from_checkpoint == "last":
+        return whole[max(whole)] if whole else None
+    if args.resume_from_checkpoint is not None:
+        if not is_whole(Path(args.resume_from_checkpoint)):
+            raise ArgumentsError(
+                f"resume_from_checkpoint: {args.resume_from_checkpoint} is no whole checkpoint. Name another, or 'last'."
+            )
+        return args.resume_from_checkpoint
+    if whole:
+        raise ArgumentsError(
+            f"output_dir: {args.output_dir} holds checkpoints of an earlier run. Go on from them with "
+            "resume_from_checkpoint: last, or take another folder."
+        )
+    return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the state of the trainer is the last file."""
+    try:
+        return bool(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+
+
+def load_data(data_args: DataArguments):
+    """`(training rows, evaluation rows or None)`."""
+    options = {
+        "image_folder": data_args.image_folder,
+        "streaming": data_args.dataset_streaming,
+        "on_bad_row": data_args.on_bad_row,
+    }
+    train = load_conversations(data_args.dataset_name, split=data_args.dataset_train_split, **options)
+    if not (data_args.eval_dataset_name or data_args.dataset_test_split):
+        return train, None
+    source = data_args.eval_dataset_name or data_args.dataset_name
+    return train, load_conversations(source, split=data_args.dataset_test_split, **options)
+
+
+def train(model_args, adapter_args, freeze_args, data_args, args) -> ConversationTrainer:
+    """Train, evaluate, and leave in `args.output_dir` the model or adapter, processor, card and curves."""
+    check(data_args, args)
+    checkpoint = checkpoint_to_resume(args)
+    train_dataset, eval_dataset = load_data(data_args)
+    set_seed(args.seed)  # an adapter starts from random weights
+    model, processor = load_model_and_processor(model_args, adapter_args, freeze_args, args.trust_remote_code)
+    trainer = ConversationTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=ConversationCollator(
+            processor,
+            max_length=args.max_length or model.config.max_position_embeddings,
+            on_too_long=data_args.on_too_long,
+        ),
+        processing_class=processor,
+        callbacks=[LossCurves()],
+    )
+    trainer.part_learning_rates = freeze_args.learning_rates()
+    trainer.card_dataset = data_args.dataset_name
+    train_in_float32(trainer.model)  # SFTTrainer makes what trains beside a 4-bit model bfloat16
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if eval_dataset is not None and args.eval_strategy == "no":
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.create_model_card()
+    return trainer
+
+
+def main(argv=None):
+    with one_line_errors(ArgumentsError, BadRowError, ConversationSourceError, ConversationTooLongError):
+        groups = [ModelArguments, AdapterArguments, FreezeArguments, DataArguments, SFTArguments]
+        train(*parse(groups, argv, "Supervised fine-tuning: full, LoRA, QLoRA, DoRA."))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
