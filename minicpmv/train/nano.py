@@ -58,6 +58,9 @@ class Stage:
     batches: int = 6  # a step; the processes share them
     answers: bool = True  # False: the tower alone, on dense labels
     dense_weight: float = 0.3
+    tower_views: int = (
+        10**9
+    )  # the tower learns from batches with up to so many views: more cost more than they teach it
     adamw_share: float = 0.4  # learning rate of AdamW, as a share of Muon's
     warmup: int = 100
     decay: float = 0.2  # share of the steps in which the learning rate falls
@@ -90,30 +93,33 @@ class Recipe:
 
 @torch.no_grad()
 def spread_queries(resampler) -> None:
-    """Start each query at one spot of the picture, so that the tokens begin as a coarse map of it.
+    """Start each head of each query at one spot of the picture, so that the tokens begin as a coarse map of it.
 
-    Query i holds the sin-cos position of cell i of a square grid over an 8 x 8 picture. Each head projects queries and
-    keys on the highest frequencies of that code, where near and far positions differ most. From a random start the
+    The spots are the cells of a grid over a picture of 8 x 10 patches; the heads of a query lie side by side. Part h of a
+    query holds the sin-cos position of head h's spot, in the highest frequencies of that code, where near and far
+    positions differ most; head h projects that part, and the same frequencies of the keys. From a random start the
     queries all see the same average, and it takes most of an hour until they part.
     """
     side = math.isqrt(resampler.num_queries)
     width, head_dim = resampler.embed_dim, resampler.attn.head_dim
-    fine = head_dim // 4  # of each axis: so many sines and as many cosines
-    quarter = width // 4
+    heads, fine, quarter = width // head_dim, head_dim // 4, width // 4  # `fine` sines and cosines of each axis
     chosen = torch.cat([torch.arange(fine) + quarter * part for part in range(4)])
-    spots = (torch.arange(side) + 0.5) * 8 / side - 0.5
-    frequencies = 1 / 10000 ** (torch.arange(quarter) / quarter)
-    code = torch.cat([torch.sin(spots[:, None] * frequencies), torch.cos(spots[:, None] * frequencies)], dim=1)
-    columns, rows = code.repeat(side, 1), code.repeat_interleave(side, 0)
-    keep = torch.zeros(width)
-    keep[chosen] = 1
-    resampler.query.zero_()
-    resampler.query[: side * side] = torch.cat([columns, rows], dim=1) * keep
-    pick = torch.zeros(width, width)
-    for head in range(width // head_dim):
-        pick[torch.arange(head_dim) + head * head_dim, chosen] = 1
+    frequencies = 1 / 10000 ** (torch.arange(fine) / quarter)
+
+    def code(spots):  # [N] -> [N, head_dim / 2]
+        return torch.cat([torch.sin(spots[:, None] * frequencies), torch.cos(spots[:, None] * frequencies)], dim=1)
+
+    rows = code((torch.arange(side) + 0.5) * 8 / side - 0.5)
+    columns = code((torch.arange(side * heads) + 0.5) * 10 / (side * heads) - 0.5)
+    pick = torch.zeros(2, width, width)  # of queries and of keys
+    for head in range(heads):
+        part = slice(head * head_dim, (head + 1) * head_dim)
+        own = columns[head::heads]
+        resampler.query[: side * side, part] = torch.cat([own.repeat(side, 1), rows.repeat_interleave(side, 0)], dim=1)
+        pick[0, part, part] = torch.eye(head_dim)
+        pick[1, torch.arange(head_dim) + head * head_dim, chosen] = 1
     noise = torch.randn_like(resampler.attn.in_proj_weight[: 2 * width]) * 0.01
-    resampler.attn.in_proj_weight[: 2 * width] = torch.cat([pick, pick]) + noise
+    resampler.attn.in_proj_weight[: 2 * width] = pick.flatten(0, 1) + noise
 
 
 class Trainee(nn.Module):
@@ -129,15 +135,12 @@ class Trainee(nn.Module):
     def heads(self):
         return [*self.kind_head.parameters(), *self.color_head.parameters()]
 
-    def forward(self, batch: dict, answers: bool = True):
-        """Returns the dense loss, the answer loss (0 without answers), and the logits of kinds and words."""
-        visual = {name: batch[name] for name in ("pixel_values", "tgt_sizes", "temporal_ids")}
-        if answers:
-            vision = self.model.get_image_features(**visual)
-            patches = vision.last_hidden_state
-        else:
-            slices = [pixels for sample in visual["pixel_values"] for pixels in sample]
-            sizes = [tuple(size) for sample in visual["tgt_sizes"] for size in sample.tolist()]
+    def forward(self, batch: dict, answers: bool = True, tower_learns: bool = True):
+        """Returns the dense loss, the answer loss (0 without answers), the logits of kinds, and whether each answer
+        token is the most likely one."""
+        slices = [pixels for sample in batch["pixel_values"] for pixels in sample]
+        sizes = [tuple(size) for sample in batch["tgt_sizes"] for size in sample.tolist()]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and tower_learns):
             patches = self.model.vpm(slices, sizes).last_hidden_state  # [patches, D]
         kinds = self.kind_head(patches).float()
         dense_loss = F.cross_entropy(kinds, batch["kind_labels"], ignore_index=IGNORED)
@@ -145,14 +148,31 @@ class Trainee(nn.Module):
         dense_loss = dense_loss + F.cross_entropy(colors, batch["color_labels"], ignore_index=IGNORED)
         if not answers:
             return dense_loss, torch.zeros(()), kinds, None
-        logits = self.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            mm_encoder_outputs={"image": vision.pooler_output},
-        ).logits.float()
-        written = batch["labels"][:, 1:] != IGNORED
-        answer_loss = F.cross_entropy(logits[:, :-1][written], batch["labels"][:, 1:][written])
-        return dense_loss, answer_loss, kinds, logits
+        groups = [group for sample in batch["temporal_ids"] for group in sample]
+        tokens = self.model.resampler(patches, sizes, groups)  # [units, Q, D]
+        answer_loss, right = self.answer(batch, tokens)
+        return dense_loss, answer_loss, kinds, right
+
+    def answer(self, batch: dict, tokens: torch.Tensor):
+        """The loss of the answers, and for each row whether it is what greedy search gives.
+
+        Short conversations do not wait for long ones: rows of like length go through the language model together.
+        """
+        units = [len(groups) for groups in batch["temporal_ids"]]
+        visual = tokens.split(units)
+        lengths = batch["attention_mask"].sum(1)
+        total, count = 0.0, int((batch["labels"] != IGNORED).sum())
+        right = torch.zeros(len(lengths), dtype=torch.bool)
+        for rows in lengths.argsort().split(4):
+            longest = int(lengths[rows].max())
+            ids, mask, labels = (batch[name][rows, :longest] for name in ("input_ids", "attention_mask", "labels"))
+            pictures = {"image": torch.cat([visual[row] for row in rows])}
+            output = self.model(input_ids=ids, attention_mask=mask, mm_encoder_outputs=pictures, use_cache=False)
+            logits, wanted = output.logits[:, :-1].float(), labels[:, 1:]
+            written = wanted != IGNORED
+            total = total + F.cross_entropy(logits[written], wanted[written], reduction="sum")
+            right[rows] = ((logits.argmax(-1) == wanted) | ~written).all(1)
+        return total / count, right
 
 
 @torch.no_grad()
@@ -172,14 +192,12 @@ def validate(trainee: Trainee, encoder: ConversationEncoder, recipe: Recipe, sta
         part = examples[start : start + 64]
         batch = collate([example for example, _ in part], encoder.tokenizer.pad_token_id)
         with torch.autocast("cpu", torch.bfloat16):
-            _, _, kinds, logits = trainee(batch, stage.answers)
+            _, _, kinds, right_rows = trainee(batch, stage.answers)
         thing = batch["kind_labels"] > 0
         named += int((kinds.argmax(-1) == batch["kind_labels"])[thing].sum())
         foreground += int(thing.sum())
         if stage.answers:
-            labels = batch["labels"][:, 1:]
-            rows = ((logits[:, :-1].argmax(-1) == labels) | (labels == IGNORED)).all(1).tolist()
-            for (_, task), row in zip(part, rows, strict=True):
+            for (_, task), row in zip(part, right_rows.tolist(), strict=True):
                 right.setdefault(task, []).append(row)
     trainee.train()
     report = {"patches": round(named / foreground, 3)}
@@ -271,7 +289,8 @@ def run_stage(run: Run, encoder: ConversationEncoder, recipe: Recipe, stage: Sta
             number = progress["batches"] + taken - 1
             batch = training_batch(encoder, stage.mixture, stage.batch_size, recipe.seed, number)
             with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-                dense_loss, answer_loss, _, _ = trainee(batch, stage.answers)
+                views = sum(len(sizes) for sizes in batch["tgt_sizes"])
+                dense_loss, answer_loss, _, _ = trainee(batch, stage.answers, views <= stage.tower_views)
                 loss = answer_loss + (stage.dense_weight if stage.answers else 1.0) * dense_loss
                 (loss / stage.batches).backward()
             for name, value in (("dense", dense_loss.item()), ("answer", answer_loss.item())):

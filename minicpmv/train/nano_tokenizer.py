@@ -17,21 +17,24 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from minicpmv.build_tokenizer import REPOSITORY, backend, byte_alphabet
-from minicpmv.data.drawing import COLORS, SHAPES
-from minicpmv.data.synthetic import PHRASES
+from minicpmv.data.wording import WORDINGS
 
 
-VOCABULARY_SIZE = 512  # bytes and merges; the corpus has fewer merges than that to give
+VOCABULARY_SIZE = 896  # bytes and merges; the corpus has fewer merges than that to give
 
 
 def corpus() -> list[str]:
-    """Every question, answer and name of a role."""
-    places = ("left", "right", "top", "bottom", "up", "down")
-    subjects = (*COLORS, *SHAPES, *places, "shape", *(f"{color} {shape}" for color in COLORS for shape in SHAPES))
-    lines = [phrase.format(subject) for phrases in PHRASES.values() for phrase in phrases for subject in subjects]
-    lines += [f"{article} {subject}, {article} {subject}" for subject in subjects for article in ("a", "an")]
-    once = ["yes", "no", "the word", "the number", "system", "user", "assistant", "\n\n"]
-    return lines + 4 * [*subjects, *once]  # a merge needs to be seen more than once
+    """Every question, answer, thought and name of a role."""
+    lines = []
+    for say in WORDINGS.values():
+        names = [*say.colors.values(), *say.shapes.values(), *say.sides.values(), say.any_shape]
+        lines += [
+            phrase.format(subject) for phrases in say.phrases.values() for phrase in phrases for subject in names
+        ]
+        lines += [say.seen.format(say.listing([name, name])) for name in names]
+        lines += [say.price.format(name=name, price="") for name in say.shapes.values()]
+        lines += 4 * [*names, say.yes, say.no, say.comma]  # a merge needs to be seen more than once
+    return lines + 4 * ["system", "user", "assistant", "\n\n"]
 
 
 def train_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
