@@ -162,7 +162,8 @@ def _json_files(source):
         return []
     files = [os.fspath(name) for name in names if Path(name).suffix in JSON_SUFFIXES]
     if files and len(files) < len(names):
-        raise ConversationSourceError(f"a list of sources has JSON files only, not {sorted(set(names) - set(files))}")
+        others = [str(name) for name in names if os.fspath(name) not in files]
+        raise ConversationSourceError(f"a list of sources has JSON files only, not {others}")
     for file in files:
         if not os.path.isfile(file):
             raise ConversationSourceError(f"there is no file {file}")

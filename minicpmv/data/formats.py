@@ -90,7 +90,7 @@ def text_of(message):
 def has_thought(message):
     """Whether an assistant's message begins with a thought."""
     thought, end, _ = text_of(message).partition("</think>")
-    return bool(end) and bool(thought.replace("<think>", "").strip())
+    return bool(end) and bool(thought.replace("<think>", "").strip("\n"))
 
 
 # ---- columns -> messages ----
@@ -136,9 +136,10 @@ def _read_question(row):
     question = [row[name] for name in ("query", "instruction", "input") if row.get(name)]
     if not all(isinstance(text, str) for text in question):
         raise BadRowError(f"a question is text, not {_short(question)}")
-    pairs = [*row.get("history", []), ("\n".join(question), row.get("response", row.get("output")))]
-    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
-        raise BadRowError(f"'history' is a list of [question, answer], not {_short(row['history'])}")
+    history = row.get("history", [])
+    if not isinstance(history, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
+        raise BadRowError(f"'history' is a list of [question, answer], not {_short(history)}")
+    pairs = [*history, ("\n".join(question), row.get("response", row.get("output")))]
     messages = [
         {"role": role, "content": text}
         for pair in pairs
@@ -229,8 +230,10 @@ def _read_answer(parts, thought):
 def _read_part(item, folder):
     if isinstance(item, str):
         return {"type": "text", "text": item}
-    if not isinstance(item, Mapping):
+    if isinstance(item, bytes) or _is_picture(item):
         return {"type": "image", "image": _read_medium(item, "image", folder)}
+    if not isinstance(item, Mapping):
+        raise BadRowError(f"a message's content is text or a list of parts, not {_short(item)}")
     kind = str(item.get("type")).removesuffix("_url")
     if item.get("type") == "text" and isinstance(item.get("text"), str):
         return {"type": "text", "text": item["text"]}
@@ -251,6 +254,8 @@ def _read_part(item, folder):
 def _read_media(value, kind, folder):
     """[(mark or None, picture or video)] of a column."""
     if isinstance(value, Mapping) and not value.keys() <= {"bytes", "path"}:
+        if not all(MARKS[kind].fullmatch(mark) for mark in value):
+            raise BadRowError(f"the keys of several {kind}s are their marks, <{kind}_00> and so on, not {list(value)}")
         return [(mark, _read_medium(item, kind, folder)) for mark, item in value.items() if item is not None]
     items = value if isinstance(value, (list, tuple)) else [value]
     return [(None, _read_medium(item, kind, folder)) for item in items]
@@ -272,10 +277,14 @@ def _read_medium(value, kind, folder):
         if folder is not None and "://" not in path:
             path = os.path.join(folder, path)  # an absolute path stays
         return {"bytes": None, "path": path} if kind == "image" else path
-    if kind == "image" and (isinstance(value, Image.Image) or hasattr(value, "__array__")):
+    if kind == "image" and _is_picture(value):
         return value
     accepted = "a path, bytes, a data URL or a picture" if kind == "image" else "a path; give frames as pictures"
     raise BadRowError(f"{_short(value)} is no {kind}; give {accepted}")
+
+
+def _is_picture(value):
+    return isinstance(value, Image.Image) or hasattr(value, "__array__")
 
 
 def _decode_data_url(url):
@@ -342,6 +351,9 @@ def _check(conversation, options):
         asked = "user" if column == "prompt" else "assistant"
         if part[-1]["role"] != asked:
             raise BadRowError(f"the last message of {column!r} is the {part[-1]['role']}'s; it must be the {asked}'s")
+    for column in conversation.keys() & {"chosen", "rejected"}:
+        if conversation[column][0]["role"] != "assistant":
+            raise BadRowError(f"{column!r} begins with a question; beside 'prompt' it holds only what follows the prompt")
     if "messages" in conversation and options.get("enable_thinking") not in (None, has_thought(messages[-1])):
         raise BadRowError(
             f"enable_thinking is {options['enable_thinking']}, but the last answer has "
