@@ -1,0 +1,195 @@
+"""Direct preference optimisation on pairs of answers about pictures and videos.
+
+    minicpmv train dpo --config recipes/dpo.yaml
+    accelerate launch --config_file recipes/accelerate/ddp.yaml -m minicpmv.train.dpo --config recipes/dpo.yaml
+
+What is special:
+- TRL's DPOTrainer with this package's data: rows `{"prompt", "chosen", "rejected"}` of `load_conversations`, both answers
+  encoded as in supervised tuning, so that several pictures, slices and packed clips reach both alike;
+- the reference is the model before training: an untouched copy of the adapter, a second model without an adapter, or
+  numbers computed beforehand (`precompute_ref_log_probs`);
+- pictures are encoded once a pair, not four times (two answers, policy and reference), where tower and resampler rest.
+
+Sources: https://arxiv.org/abs/2305.18290 for the loss, https://arxiv.org/abs/2509.18154 for the settings of the recipe.
+"""
+
+import sys
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
+
+import torch
+from transformers import set_seed
+from trl import DPOConfig, DPOTrainer
+
+from minicpmv.cli_errors import one_line_errors
+from minicpmv.data.collator import IGNORED, ConversationCollator, ConversationTooLongError, EncodedRow
+from minicpmv.data.datasets import ConversationSourceError
+from minicpmv.data.formats import BadRowError, conversation_row
+from minicpmv.train.arguments import (
+    AdapterArguments,
+    ArgumentsError,
+    DataArguments,
+    FreezeArguments,
+    ModelArguments,
+    parse,
+)
+from minicpmv.train.card import write_card
+from minicpmv.train.curves import LossCurves
+from minicpmv.train.loading import PartLearningRates, load_model_and_processor, train_in_float32, trained_parameters
+from minicpmv.train.sft import check, checkpoint_to_resume, load_data
+
+
+# What DPOConfig offers for its own reading of data, which is not used here.
+OTHER_DATA_OPTIONS = ("model_init_kwargs", "dataset_num_proc", "truncation_mode", "padding_free", "pad_to_multiple_of")
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+@dataclass
+class DPOArguments(DPOConfig):
+    """TRL's DPOConfig with the defaults of this model."""
+
+    _argument_group_name = "training"
+
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of prompt and answer; what the model has positions for without."},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint folder, or 'last': the newest whole one in output_dir, or a start without any."
+        },
+    )
+    ddp_find_unused_parameters: bool | None = False  # a batch without pictures gives the tower a gradient of zero
+    remove_unused_columns: bool = False
+
+    def __post_init__(self):
+        defaults = {entry.name: entry.default for entry in fields(DPOConfig) if entry.default is not MISSING}
+        for name in OTHER_DATA_OPTIONS:
+            if getattr(self, name) != defaults[name]:
+                raise ArgumentsError(
+                    f"{name} is an option of DPOTrainer's own data preparation, which is not used here."
+                )
+        super().__post_init__()
+
+
+@dataclass
+class EncodedPair:
+    chosen: EncodedRow
+    rejected: EncodedRow
+    reference: dict[str, float]
+
+    @property
+    def labels(self):
+        return self.chosen.labels + self.rejected.labels
+
+
+@dataclass
+class PreferenceCollator(ConversationCollator):
+    """Rows `{"prompt", "chosen", "rejected"}` -> a batch for DPOTrainer: all chosen answers, then all rejected ones.
+
+    In place of labels the batch has a `completion_mask` [2B, L], 1 on the last assistant's turn. A pair that is too long is
+    dropped whole.
+    """
+
+    def encode(self, row):
+        row = conversation_row(row)
+        if "chosen" not in row:
+            raise BadRowError(
+                f"the row is no preference, but has {sorted(row)}; it needs 'prompt', 'chosen' and 'rejected'"
+            )
+        prompt, *answers = (row.pop(name) for name in ("prompt", "chosen", "rejected"))
+        chosen, rejected = (
+            super(PreferenceCollator, self).encode(row | {"messages": prompt + answer, "train_on": "last"})
+            for answer in answers
+        )
+        return EncodedPair(chosen, rejected, {name: row[name] for name in REFERENCE_COLUMNS if name in row})
+
+    def _pad(self, encoded):
+        batch = super()._pad([pair.chosen for pair in encoded] + [pair.rejected for pair in encoded])
+        batch["completion_mask"] = (batch.pop("labels") != IGNORED).long()
+        return batch | {
+            name: torch.tensor([pair.reference[name] for pair in encoded]) for name in encoded[0].reference
+        }
+
+
+class PreferenceTrainer(PartLearningRates, DPOTrainer):
+    """DPOTrainer on rows that the collator encodes, with this package's card."""
+
+    card_dataset: str | None = None
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
+
+    @cached_property
+    def _can_share_features(self):
+        """Whether policy and reference see the same picture features, and the tower can be called by itself."""
+        trained = trained_parameters(self.model)
+        return not (trained["tower"] or trained["resampler"] or self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if "pixel_values" in inputs and self._can_share_features:
+            inputs = dict(inputs)
+            visual = {
+                name: inputs.pop(name) for name in ("pixel_values", "tgt_sizes", "temporal_ids") if name in inputs
+            }
+            # The second half of the batch has the pictures of the first once more.
+            visual = {name: value[: len(value) // 2] for name, value in visual.items()}
+            with torch.no_grad():
+                features = self.accelerator.unwrap_model(model).get_image_features(**visual).pooler_output
+            inputs["mm_encoder_outputs"] = {"image": torch.cat([features, features])}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def create_model_card(self, *args, **kwargs):
+        write_card(self, "direct preference optimisation", self.card_dataset)
+
+
+def train(model_args, adapter_args, freeze_args, data_args, args) -> PreferenceTrainer:
+    """Train, evaluate, and leave in `args.output_dir` the model or adapter, processor, card and curves."""
+    check(data_args, args)
+    if data_args.on_too_long == "shorten":
+        raise ArgumentsError(
+            "on_too_long: shorten would give the two answers different prompts. Choose error or drop."
+        )
+    checkpoint = checkpoint_to_resume(args)
+    train_dataset, eval_dataset = load_data(data_args)
+    set_seed(args.seed)  # an adapter starts from random weights
+    model, processor = load_model_and_processor(model_args, adapter_args, freeze_args, args.trust_remote_code)
+    reference = None
+    if adapter_args.adapter == "none" and not args.precompute_ref_log_probs:
+        reference, _ = load_model_and_processor(model_args, trust_remote_code=args.trust_remote_code)
+    trainer = PreferenceTrainer(
+        model=model,
+        ref_model=reference,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=PreferenceCollator(
+            processor,
+            max_length=args.max_length or model.config.max_position_embeddings,
+            on_too_long=data_args.on_too_long,
+        ),
+        processing_class=processor,
+        callbacks=[LossCurves()],
+    )
+    trainer.part_learning_rates = freeze_args.learning_rates()
+    trainer.card_dataset = data_args.dataset_name
+    train_in_float32(trainer.model)  # DPOTrainer makes what trains beside a 4-bit model bfloat16
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if eval_dataset is not None and args.eval_strategy == "no":
+        trainer.evaluate()
+    if "ref" in getattr(trainer.model, "peft_config", {}):
+        trainer.model.delete_adapter("ref")  # else the reference would be saved beside the result
+    trainer.save_model()
+    trainer.create_model_card()
+    return trainer
+
+
+def main(argv=None):
+    with one_line_errors(ArgumentsError, BadRowError, ConversationSourceError, ConversationTooLongError):
+        groups = [ModelArguments, AdapterArguments, FreezeArguments, DataArguments, DPOArguments]
+        train(*parse(groups, argv, "Direct preference optimisation on pairs of answers."))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
