@@ -1,5 +1,7 @@
 """`minicpmv evaluate BENCHMARK` and `minicpmv evaluate report`."""
 
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +11,16 @@ from minicpmv.cli_errors import one_line_errors
 from minicpmv.evaluate.benchmarks import BENCHMARKS
 
 
-DEFAULT_FOLDER = Path("evaluations")
+DEFAULT_FOLDER = Path("runs")
 
 evaluate_app = typer.Typer(help="Measure a model; compare what was measured.", no_args_is_help=True)
+
+
+def require(package: str) -> None:
+    """End with the remedy where a package of the extra is not installed, before a model is loaded."""
+    if importlib.util.find_spec(package) is None:
+        print(f"minicpmv: {package} is not installed: pip install '.[evaluate]' in a clone", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def names(text: str) -> list[str]:
@@ -51,6 +60,7 @@ def add_benchmark(name: str, summary: str) -> None:
 
         from rich.console import Console
 
+        require("rapidfuzz")
         from minicpmv.evaluate import benchmark as benchmarks
         from minicpmv.evaluate import harness, sample_log
         from minicpmv.evaluate.benchmarks import load_benchmark
@@ -94,12 +104,13 @@ for name, (_, summary) in BENCHMARKS.items():
 
 @evaluate_app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of runs: what --output named, or evaluations/*.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs: such as runs/nanobench-*.")],
     output: Annotated[
         Path, typer.Option(help="An .html file with everything in it, or an .md file with charts beside it.")
     ] = Path("report.html"),
 ):
     """Compare runs side by side: checkpoints, models or settings, with charts."""
+    require("matplotlib")
     from minicpmv.evaluate import report as reports
 
     with one_line_errors(reports.ReportError):

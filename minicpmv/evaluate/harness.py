@@ -18,6 +18,7 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import align_module_device
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
@@ -62,9 +63,11 @@ def load(checkpoint: str):
 def settings_of(model, processor, benchmark: Benchmark, thinking: bool | Sequence[str]) -> dict:
     """Everything that the answers of a run depend on, apart from which samples are asked about."""
     weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for place, module in model.named_modules():
+        with align_module_device(module, "cpu"):  # weights that did not fit on the accelerator lie elsewhere
+            for name, tensor in module.named_parameters(recurse=False):
+                weights.update(f"{place}.{name}".encode())
+                weights.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
     parts = [
         processor.chat_template,
         processor.image_processor.to_dict(),

@@ -29,14 +29,18 @@ def percent(value: float | None, spread: float | None = None) -> str:
     return f"{100 * value:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
 
 
+def title_of(run: dict) -> str:
+    return f"{run['settings']['benchmark']}, version {run['settings']['version']}"
+
+
 def as_table(results: dict):
     """A rich table of one run: a line for each metric of each row."""
+    from rich.markup import escape
     from rich.table import Table
 
     several = len(results["seeds"]) > 1
-    settings = results["settings"]
     table = Table(
-        title=f"{settings['benchmark']} {settings['version']}: {results['checkpoint']}",
+        title=f"{title_of(results)}: {escape(results['checkpoint'])}",
         caption=f"{results['samples']} samples a row, seed{'s' * several} {', '.join(map(str, results['seeds']))}"
         + "; mean ± standard deviation over seeds" * several,
     )
@@ -59,7 +63,7 @@ def write_report(folders: list[Path], output: Path) -> list[Path]:
     if output.suffix not in (".html", ".md"):
         raise ReportError(f"{output}: a report is an .html or an .md file")
     runs = [read_run(folder) for folder in folders]
-    benchmarks = {f"{run['settings']['benchmark']} {run['settings']['version']}" for run in runs}
+    benchmarks = {title_of(run) for run in runs}
     if len(benchmarks) > 1:
         raise ReportError(
             f"runs of {' and '.join(sorted(benchmarks))} cannot be compared: choose those of one version"
