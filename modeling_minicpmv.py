@@ -8,12 +8,14 @@ What is special:
 - `base_model` is a view of the same module that returns hidden states instead of logits.
 """
 
+import math
 from collections.abc import Mapping
 from itertools import chain
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel, Qwen3ForCausalLM
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -224,10 +226,14 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, GenerationMixin):
         )
 
     def _chunks(self, units):
-        """Split units into chunks of about `vision_batch_size` slices, which bounds the memory of the tower."""
+        """Split units into chunks of about `vision_batch_size` slices, which bounds the memory of the tower.
+
+        With ZeRO-3 there is one chunk: every process has to run the tower equally often.
+        """
+        limit = math.inf if is_deepspeed_zero3_enabled() else self.config.vision_batch_size
         chunk, slices = [], 0
         for unit in units:
-            if chunk and slices + len(unit) > self.config.vision_batch_size:
+            if chunk and slices + len(unit) > limit:
                 yield chunk
                 chunk, slices = [], 0
             chunk.append(unit)
@@ -267,17 +273,20 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, GenerationMixin):
         rows = None if features is None else _feature_rows(features)  # [slots, D]
         mask = None if rows is None else self.get_placeholder_mask(input_ids, inputs_embeds, rows)
         if rows is None or not len(rows):
-            return inputs_embeds + self._zero_gradient().to(inputs_embeds) if self._trains_vision() else inputs_embeds
+            return inputs_embeds + self._vision_zero().to(inputs_embeds) if self._needs_vision() else inputs_embeds
         return inputs_embeds.masked_scatter(mask[..., None].to(inputs_embeds.device), rows.to(inputs_embeds))
 
-    def _trains_vision(self):
+    def _needs_vision(self):
+        """Whether a batch without pictures has to run tower and resampler all the same. In distributed training every
+        process has to touch every parameter that trains; with ZeRO-3 also those that do not, and in evaluation."""
+        if is_deepspeed_zero3_enabled():
+            return True
         if not (self.training and torch.is_grad_enabled()):
             return False
         return any(p.requires_grad for p in chain(self.vpm.parameters(), self.resampler.parameters()))
 
-    def _zero_gradient(self):
-        """Zero, computed through tower and resampler: in distributed training every rank has to touch every parameter,
-        a rank without pictures too."""
+    def _vision_zero(self):
+        """Zero, computed through tower and resampler."""
         patch_size = self.config.patch_size
         blank = torch.zeros(self.config.vision_config.num_channels, patch_size, patch_size)
         return (self.get_image_features([[blank]], [[(1, 1)]]).pooler_output * 0).sum()
