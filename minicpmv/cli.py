@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from minicpmv.cli_errors import one_line_errors
+from minicpmv.evaluate.cli import evaluate_app
 from minicpmv.train.cli import align_app, train_app
 
 
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(train_app, name="train")
 app.add_typer(align_app, name="align")
+app.add_typer(evaluate_app, name="evaluate")
 
 
 @app.callback()

@@ -140,6 +140,8 @@ def test_yes_and_no_and_all_counts_are_asked_for():
     assert 0.4 < answers.count("yes") / len(answers) < 0.6
     counts = [bench_sample("count", "test", 0, i).turns[0].answer for i in range(200)]
     assert set(counts) == set("123456") and counts.count("1") < 80
+    flashes = [bench_sample("video_count", "test", 0, i).turns[0].answer for i in range(200)]
+    assert all(50 < flashes.count(count) < 85 for count in "123")
 
 
 def test_fine_print_is_small_on_a_large_page():

@@ -367,13 +367,11 @@ def clip_scene(
             Fact("video_last", "", say.colors[three[2]]),
         ]
     else:
-        # Flashes are counted as stretches in which the shape is there: one to three of them.
-        visible = [rng.random() < 0.5]
-        while len(visible) < FRAMES:
-            visible.append(not visible[-1] if rng.random() < 0.7 else visible[-1])
-        flashes = sum(on and (i == 0 or not visible[i - 1]) for i, on in enumerate(visible))
-        if not flashes:
-            return clip_scene(rng, say, size, story)
+        flashes = 0
+        wanted = rng.randint(1, 3)  # a flash is a stretch of frames in which the shape is there
+        while flashes != wanted:
+            visible = [rng.random() < 0.5 for _ in range(FRAMES)]
+            flashes = sum(on and (i == 0 or not visible[i - 1]) for i, on in enumerate(visible))
         facts += [Fact("video_count", "", str(flashes)), Fact("colour", "shape", say.colors[color])]
     drawings = []
     for now, place, shown in zip(colors, places, visible, strict=True):
