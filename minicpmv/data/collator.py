@@ -76,8 +76,9 @@ class ConversationCollator:
         on_bad_row: "raise", or "skip" to leave the row out and count it in `dropped`.
         train_on: "all" assistant turns, or the "last" one. A row's column `train_on` goes first.
         pad_to_multiple_of: pad to a multiple of this many tokens.
-        pad_pixel_values: give tensors with one entry a row instead of nested lists (`processor(pad_pixel_values=True)`),
-            for loaders that slice batches: accelerate with `split_batches=True` on a streaming dataset.
+        pad_pixel_values: give the visual inputs as tensors with one entry a row. False gives nested lists, which take
+            less memory where rows differ much; but accelerate cuts into their tensors on a streaming dataset (unless
+            `accelerator_config={"dispatch_batches": False}`), as it takes the first dimension of each for the batch.
         processor_options: options of the processor for all rows, such as {"fps": 2, "max_num_packing": 6}; a row's
             columns (`ROW_OPTIONS`) go first.
     """
@@ -88,7 +89,7 @@ class ConversationCollator:
     on_bad_row: str = "raise"
     train_on: str = "all"
     pad_to_multiple_of: int | None = None
-    pad_pixel_values: bool = False
+    pad_pixel_values: bool = True
     processor_options: dict = field(default_factory=dict)
     dropped: int = field(default=0, init=False)  # by this copy: each worker of a data loader has its own
 
@@ -101,8 +102,9 @@ class ConversationCollator:
         """A batch of rows.
 
         Returns:
-            dict: `input_ids`, `attention_mask` and `labels` [B, L]. With pictures or clips, one entry a row of
-            `pixel_values` and `tgt_sizes`; when frames are packed, `temporal_ids`.
+            dict: `input_ids`, `attention_mask` and `labels` [B, L]. With pictures or clips `pixel_values`
+            [B, slices, 3, P, W] and `tgt_sizes` [B, slices, 2], padded with zeros; when frames are packed, `temporal_ids`
+            [B, units, frames], padded with -2. Without `pad_pixel_values`, a list a row of each.
 
         Raises:
             BadRowError, ConversationTooLongError: naming the row.
@@ -187,8 +189,9 @@ class ConversationCollator:
             for part in message["content"]
             if message["role"] != "system" and part["type"] == "text"
         ]
-        for _, part in old:  # the template leaves thoughts out of earlier turns
-            part["text"] = part["text"].split("</think>")[-1]
+        for place, part in old:
+            if messages[place]["role"] == "assistant":  # the template leaves thoughts out of earlier turns
+                part["text"] = part["text"].split("</think>")[-1].lstrip("\n")
         touched = first_turn = 0
         while (excess := self._excess(inputs)) > 0 and any(part["text"] for _, part in old):
             for place, part in old:
