@@ -36,11 +36,12 @@ BETWEEN_CLAIMS = re.compile(r"[.!?](?=\s|$)|[。！？；;\n,，、]|\sand\s|和
 LEAD_IN = re.compile(r"^(?:and\s+)?(?:(?:there\s+(?:is|are)|(?:the\s+picture|it)\s+shows)\s+)?", re.IGNORECASE)
 ONE_THING = re.compile(r"^(?:an?|one|another)\s+\S", re.IGNORECASE)
 SEVERAL_THINGS = re.compile(r"^(?:two|three|four|five|six|seven|eight|nine|ten|several|many|\d+)\s+\S", re.IGNORECASE)
-CHINESE_THINGS = re.compile(r"^[一两二三四五六七八九十\d]+[个只条张颗块辆本朵头匹座棵根支片件双]\S")
+CHINESE_THINGS = re.compile(r"^[\d\u4e00-\u9fff]{2,16}$")  # "有...吗" takes a name as well as a short sentence
 
 
 def claims_by_rule(answer: str) -> Reading:
-    """Split a caption at its commas, sentences and "and"; every "a ..." or "two ..." is the claim that it is there.
+    """Split a caption at its commas, sentences and "and"; every "a ..." or "two ..." is the claim that it is there,
+    and so is every short part in Chinese.
 
     What begins otherwise ("the circle is red") is no claim to this rule and comes back as unread.
     """
@@ -78,16 +79,13 @@ you write:
 There is a cup on the table. | Is there a cup on the table?
 The cup is white. | Is the cup white?
 There are two books on the table. | Are there two books on the table?
-One of the books is open. | Is one of the books open?
-
-Question: {{question}}
-Answer: {{answer}}"""
+One of the books is open. | Is one of the books open?"""
 BULLET = re.compile(r"^(?:[-*•]|\d+[.)])\s+")
 
 
 def claims_prompt(question: str, answer: str) -> str:
     """What a language model is asked, to be read by [`parse_claims`]."""
-    return INSTRUCTION.replace("{question}", question).replace("{answer}", answer)
+    return f"{INSTRUCTION}\n\nQuestion: {question}\nAnswer: {answer}"
 
 
 def parse_claims(reply: str) -> Reading:

@@ -153,6 +153,12 @@ def train(model_args, adapter_args, freeze_args, data_args, args) -> PreferenceT
         )
     checkpoint = checkpoint_to_resume(args)
     train_dataset, eval_dataset = load_data(data_args)
+    for rows in (train_dataset, eval_dataset):
+        if rows is not None and "chosen" not in next(iter(rows)):
+            raise ArgumentsError(
+                "The rows are conversations, not pairs: they need 'prompt', 'chosen' and 'rejected'. minicpmv align feedback "
+                "makes pairs."
+            )
     set_seed(args.seed)  # an adapter starts from random weights
     model, processor = load_model_and_processor(model_args, adapter_args, freeze_args, args.trust_remote_code)
     reference = None

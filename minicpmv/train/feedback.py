@@ -159,7 +159,7 @@ def open_pictures(prompt: Prompt) -> None:
             part["image"] = Image.open(path if data is None else BytesIO(data))
             part["image"].load()
         except (OSError, SyntaxError, ValueError) as error:
-            raise BadRowError(f"{prompt.name}: the picture {path or 'in bytes'} cannot be read: {error}") from error
+            raise BadRowError(f"the picture {path or 'in bytes'} cannot be read: {error}") from error
 
 
 def batches(prompts: Iterator[Prompt], size: int) -> Iterator[list[Prompt]]:
@@ -293,6 +293,8 @@ def _answer_record(answer: Answer, reading: Reading | None, verdicts: dict) -> d
         ]
     if not answer.finished:
         record["reason"] = "cut at max_new_tokens"
+    elif "<think>" in answer.text or "</think>" in answer.text:
+        record["reason"] = "marks of a thought"  # it would not be a row to train on
     elif reading is None:
         record["reason"] = "list of claims not readable"
     elif reading.unread:
@@ -320,7 +322,7 @@ def pairs_and_summary(args: FeedbackArguments, records: list[dict]) -> tuple[lis
     found, without_pair = [], Counter()
     for record in records:
         pairs, reason = choose_pairs(record["prompt"], scored(record), args.pairs_per_prompt)
-        reason = reason if record["answers"] else "picture that cannot be read"
+        reason = reason if record["answers"] else "bad row"
         found += pairs
         if reason:
             without_pair[reason] += 1
@@ -421,6 +423,22 @@ def collect(model_args: ModelArguments, args: FeedbackArguments, rows: datasets.
     judge = load(args.feedback_model, args.feedback_model_revision) if args.feedback_model else policy
     reader = load(args.claims_model, language_only=True) if args.claims_model else judge
     feedback = Feedback(args, policy, judge, reader)
+
+    def leave_out(prompt, error):
+        """The record of a prompt that cannot be used, if such are to be skipped."""
+        if args.on_bad_row == "raise":
+            raise BadRowError(f"{prompt.name}: {error}") from error
+        tqdm.write(f"{prompt.name} is left out: {error}")
+        return [{"prompt": prompt.number, "digest": prompt.digest, "answers": []}]
+
+    def records_of(batch):
+        try:
+            return feedback.records(batch)
+        except ValueError as error:  # of the processor: a broken video, frames that do not fit together, ...
+            if len(batch) == 1:
+                return leave_out(*batch, error)
+            return [record for prompt in batch for record in records_of([prompt])]
+
     with tqdm(total=len(waiting), unit="prompt", desc="feedback", disable=not state.is_main_process) as bar:
 
         def prompts():
@@ -429,16 +447,13 @@ def collect(model_args: ModelArguments, args: FeedbackArguments, rows: datasets.
                 try:
                     open_pictures(prompt)
                 except BadRowError as error:
-                    if args.on_bad_row == "raise":
-                        raise
-                    bar.write(f"{error}. The prompt is left out.")
-                    log.add([{"prompt": number, "digest": prompt.digest, "answers": []}])
+                    log.add(leave_out(prompt, error))
                     bar.update()
                 else:
                     yield prompt
 
         for batch in batches(prompts(), args.batch_size):
-            log.add(feedback.records(batch))
+            log.add(records_of(batch))
             bar.update(len(batch))
 
 

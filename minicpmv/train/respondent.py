@@ -24,7 +24,7 @@ NO = ("no", "No", "NO", "否", "没有", "不")
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
-class UnsuitableModelError(ValueError):
+class UnsuitableModelError(RuntimeError):
     """A model cannot be asked in the way that is wanted: the message says why."""
 
 
@@ -53,10 +53,11 @@ class Respondent:
                 [message | {"content": message["content"][0]["text"]} for message in messages]
                 for messages in conversations
             ]
+        if "enable_thinking" in str(self.processor.chat_template):
+            options["enable_thinking"] = False
         return self.processor.apply_chat_template(
             conversations,
             add_generation_prompt=True,
-            enable_thinking=False,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
