@@ -14,7 +14,7 @@ from itertools import chain
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel, Qwen3ForCausalLM
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, Qwen3ForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
@@ -22,7 +22,15 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .chat_minicpmv import ChatMixin
 from .configuration_minicpmv import RESAMPLER_HEAD_DIM, MiniCPMVConfig
+
+# transformers 4 copies only the files that are named in this one.
+from .conversation_cache_minicpmv import ConversationCache  # noqa: F401
+from .image_loading_minicpmv import load_image  # noqa: F401
+from .messages_minicpmv import read_part  # noqa: F401
 from .resampler import STILL_IMAGE_ID, Resampler
+from .session_minicpmv import SessionMixin
+from .streaming_minicpmv import AnswerStream  # noqa: F401
+from .thinking_minicpmv import ThinkingMixin
 from .vision_minicpmv import MiniCPMVVisionTransformer
 
 
@@ -132,7 +140,7 @@ class Backbone:
         return getattr(self._model, name)
 
 
-class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, GenerationMixin):
+class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, GenerationMixin):
     """MiniCPM-V 4.5 for chat and generation over text, pictures and video.
 
     Source: https://arxiv.org/abs/2509.18154 and the card of openbmb/MiniCPM-V-4_5.
@@ -146,6 +154,8 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, GenerationMixin):
             self.vpm.encoder.layers = self.vpm.encoder.layers[:-1]
         heads = config.hidden_size // RESAMPLER_HEAD_DIM
         self.resampler = Resampler(config.query_num, config.hidden_size, heads, config.vision_config.hidden_size)
+        has_router = getattr(config, "thinking_router", False)
+        self.thinking_router = nn.Linear(config.hidden_size, 1) if has_router else None
         self.post_init()
         # The flat config carries the rules of its language model without the prefix; those match nothing here.
         for plan in ("_tp_plan", "_pp_plan"):
@@ -416,7 +426,9 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, GenerationMixin):
         """[`GenerationMixin.generate`] over text, pictures and video; the result starts with the prompt ids.
 
         Takes everything that the processor returns. `inputs` may also be that dict itself, and
-        `vision_hidden_states=` (the older name) features computed before.
+        `vision_hidden_states=` (the older name) features computed before. Pictures whose slots a filled
+        `past_key_values` covers are left out. `prompt_lookup_num_tokens` and `assistant_model` take pictures too; an
+        assistant of this architecture reads them by its own tower, another one reads the text alone.
         """
         if isinstance(inputs, Mapping):
             kwargs = dict(inputs) | kwargs
@@ -429,7 +441,73 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, GenerationMixin):
         absent = [name for name in VISUAL_INPUTS if name in kwargs and kwargs[name] is None]
         for name in (*UNUSED_INPUTS, *absent):
             kwargs.pop(name, None)
+        self._prefill_pictures(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
         return super().generate(inputs, *args, **kwargs)
+
+    def _prefill_pictures(self, input_ids, kwargs):
+        """Fit the pictures in `kwargs` to a filled cache. Where tokens will be guessed, put them into the cache here: the
+        first guess may hold slots, which generate's own prefill would count."""
+        cache, assistant = kwargs.get("past_key_values"), kwargs.get("assistant_model")
+        cached = cache.get_seq_length() if cache is not None else 0
+        config = kwargs.get("generation_config")
+        guesses = assistant is not None or kwargs.get(
+            "prompt_lookup_num_tokens", getattr(config, "prompt_lookup_num_tokens", None)
+        )
+        mask = kwargs.get("attention_mask")
+        only_new = mask is not None and input_ids is not None and mask.shape[1] > input_ids.shape[1]
+        if input_ids is None or only_new or not (cached or guesses):
+            return
+        outputs = dict(kwargs.pop("mm_encoder_outputs", None) or {})
+        visual = {name: kwargs.pop(name) for name in VISUAL_INPUTS if name in kwargs}
+        if visual.get("pixel_values") is not None:
+            outputs["image"] = self.get_image_features(**visual)
+            if hasattr(assistant, "get_image_features"):
+                outputs["assistant"] = assistant.get_image_features(**visual)
+        rows = self.uncached_rows(outputs.pop("image", None), input_ids, cached)
+        if rows is not None and len(rows) and guesses:
+            kwargs["past_key_values"] = cache = DynamicCache(config=self.config) if cache is None else cache
+            self.backbone_forward(
+                input_ids[:, cached:-1], mm_encoder_outputs={"image": rows}, past_key_values=cache, use_cache=True
+            )
+        elif rows is not None and len(rows):
+            outputs["image"] = rows
+        if outputs:
+            kwargs["mm_encoder_outputs"] = outputs
+
+    def uncached_rows(self, features, input_ids, cached):
+        """Rows [slots, D] of the `features` of a whole prompt for the slots behind its first `cached` tokens."""
+        if features is None:
+            return None
+        rows = _feature_rows(features)
+        slots = self.get_placeholder_mask(input_ids, None, rows)
+        uncached = slots.clone()
+        uncached[:, :cached] = False
+        return rows[uncached[slots].to(rows.device)]
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
+        # Before its first guess, assisted decoding passes the whole prompt even where its beginning is cached
+        # (transformers 5.10 to 5.23; earlier ones have no `next_sequence_length`).
+        if past_key_values is not None and kwargs.get("next_sequence_length", 0) is None:
+            whole = kwargs.get("position_ids") if attention_mask is None else attention_mask
+            if whole is not None and whole.shape[-1] == input_ids.shape[1]:
+                kwargs["next_sequence_length"] = input_ids.shape[1] - past_key_values.get_seq_length()
+        return super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+        )
+
+    def _get_candidate_generator(self, *, input_ids, assistant_model=None, model_kwargs=None, **kwargs):
+        # The assistant cannot use this model's features, and the library would not pass it others.
+        features = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("assistant")
+        generator = super()._get_candidate_generator(
+            input_ids=input_ids, assistant_model=assistant_model, model_kwargs=model_kwargs, **kwargs
+        )
+        if features is not None:
+            cache = DynamicCache(config=assistant_model.config)
+            assistant_model.backbone_forward(
+                input_ids[:, :-1], mm_encoder_outputs={"image": features}, past_key_values=cache, use_cache=True
+            )
+            generator.assistant_kwargs["past_key_values"] = cache
+        return generator
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # Beams and several return sequences: the pictures of a sample are encoded once and repeated as a block. The

@@ -1,0 +1,1 @@
+../conversation_cache_minicpmv.py

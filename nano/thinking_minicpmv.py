@@ -1,0 +1,1 @@
+../thinking_minicpmv.py
