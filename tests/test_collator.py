@@ -1,8 +1,13 @@
 """The training batch: labels are what the assistant wrote, prompts are those of inference, no picture is cut."""
 
+import ast
+import json
 import logging
+import os
 import pickle
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -417,10 +422,8 @@ def test_trainer_trains_and_evaluates(nano, nano_processor, tmp_path):
     assert trainer.state.log_history[-2]["eval_loss"] < before
 
 
-def stream_file(tmp_path, processor):
+def stream_file(tmp_path):
     """A JSONL file of rows with pictures of their own."""
-    import json
-
     rows = []
     for place in range(8):
         Image.new("RGB", (40 + place, 40), (20 * place, 90, 9)).save(tmp_path / f"{place}.png")
@@ -439,7 +442,7 @@ def test_trainer_streams_a_file_with_workers(nano, nano_processor, tmp_path):
     trainer = Trainer(
         model=nano,
         args=TrainingArguments(**trainer_settings(tmp_path, dataloader_num_workers=1)),
-        train_dataset=load_conversations(stream_file(tmp_path, nano_processor), streaming=True),
+        train_dataset=load_conversations(stream_file(tmp_path), streaming=True),
         data_collator=ConversationCollator(nano_processor),
     )
     trainer.train()
@@ -450,7 +453,7 @@ def test_sft_trainer_of_trl_trains_on_exactly_these_labels(nano, nano_processor,
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     from minicpmv.data.datasets import load_conversations
 
-    dataset = load_conversations(stream_file(tmp_path, nano_processor))
+    dataset = load_conversations(stream_file(tmp_path))
     assert isinstance(dataset, datasets.Dataset)
     collator = ConversationCollator(nano_processor)
     options = {"bf16": False, "dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
@@ -481,6 +484,46 @@ def test_accelerate_slices_batches_row_by_row(nano, nano_processor):
                 **ConversationCollator(nano_processor, pad_pixel_values=False)(rows[start : start + 2])
             ).loss
             assert float(model(**part).loss) == pytest.approx(float(expected), abs=1e-4)
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from transformers import AutoProcessor
+from minicpmv.data.collator import ConversationCollator
+from minicpmv.data.datasets import load_conversations
+
+collator = ConversationCollator(AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True))
+tokenizer = collator.processor.tokenizer
+for split in (True, False):
+    config = DataLoaderConfiguration(split_batches=split, dispatch_batches=split)
+    accelerator = Accelerator(cpu=True, dataloader_config=config)
+    rows = load_conversations(sys.argv[2], streaming=True)
+    loader = torch.utils.data.DataLoader(rows, batch_size=4 if split else 2, collate_fn=collator)
+    for batch in accelerator.prepare(loader):
+        answers = [tokenizer.decode(labels[labels >= 0], skip_special_tokens=True) for labels in batch["labels"]]
+        reds = ((batch["pixel_values"][:, 0, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+        print(f"{split} {accelerator.process_index} {list(zip(answers, reds))}", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream(tmp_path):
+    """Batches fetched by one process and sliced, or by each its own: every row goes to one of them, picture and all."""
+    pytest.importorskip("datasets")
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    arguments = [str(tmp_path / "script.py"), str(NANO), str(stream_file(tmp_path))]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(launch + arguments, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for split in (True, False):
+        lines = re.findall(rf"^{split} ([01]) (\[.*\])$", done.stdout, re.MULTILINE)
+        assert sorted(rank for rank, _ in lines) == ["0", "0", "1", "1"]
+        seen = [row for _, batch in lines for row in ast.literal_eval(batch)]
+        assert sorted(seen) == [(str(place), 20 * place) for place in range(8)]
 
 
 @pytest.mark.slow
