@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 
 
 # The linear layers of the language model: engines serve adapters on these only. (`all-linear` would take the tower too.)
-LLM_LINEAR_LAYERS = r"llm\..*\.(q|k|v|o|gate|up|down)_proj"
+LLM_LINEAR_LAYERS = r"(model\.)?llm\..*\.(q|k|v|o|gate|up|down)_proj"  # model.: under a value head
 LORA_METHODS = ("lora", "qlora", "dora")
 # What they are called here, and in the model. The first that trains is the one whose learning rate trainers log.
 PARTS = {"llm": "llm", "resampler": "resampler", "tower": "vpm"}
@@ -133,13 +133,13 @@ class AdapterArguments:
                         "adapter_options."
                     )
 
-    def peft_config(self, also_train=()):
+    def peft_config(self, also_train=(), task_type="CAUSAL_LM"):
         """The method's PEFT config, or None; the modules in `also_train` train whole beside it."""
         if self.adapter == "none":
             return None
         targets = self.target_modules or [LLM_LINEAR_LAYERS]
         fields = {
-            "task_type": "CAUSAL_LM",
+            "task_type": task_type,
             "target_modules": targets[0]
             if len(targets) == 1
             else targets,  # PEFT takes a lone string as an expression

@@ -20,10 +20,12 @@ def load_model_and_processor(
     adapter_args: AdapterArguments | None = None,
     freeze_args: FreezeArguments | None = None,
     trust_remote_code: bool = False,
+    load=AutoModelForImageTextToText.from_pretrained,
 ):
     """A model ready to train, and its processor.
 
-    The code in a folder is trusted, since the user named the folder; that of a Hub name needs `trust_remote_code`.
+    The code in a folder is trusted, since the user named the folder; that of a Hub name needs `trust_remote_code`. `load` makes
+    the model; what it has beside the three parts, such as a value head, always trains, and is saved with an adapter.
 
     Returns:
         The model (a `PeftModel` with an adapter) and the processor.
@@ -40,10 +42,10 @@ def load_model_and_processor(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["vpm", "resampler", "lm_head"],
+            llm_int8_skip_modules=["vpm", "resampler", "lm_head", "score"],
         )
     name, source = locate(model_args, trust_remote_code)
-    model = AutoModelForImageTextToText.from_pretrained(
+    model = load(
         name,
         dtype=model_args.dtype or "auto",
         attn_implementation=model_args.attn_implementation,
@@ -56,13 +58,15 @@ def load_model_and_processor(
         from peft import get_peft_model
 
         whole = [PARTS[part] for part in ("tower", "resampler") if trained[part]]
+        heads = sorted({name.split(".")[0] for name, _ in model.named_parameters() if part_of(name) is None})
+        task_type = "CAUSAL_LM" if model.can_generate() else None
         try:
-            model = get_peft_model(model, adapter_args.peft_config(also_train=whole))
+            model = get_peft_model(model, adapter_args.peft_config(whole + heads, task_type))
         except ValueError as error:  # no such modules, or fields that the method needs
             raise ArgumentsError(f"adapter {adapter_args.adapter!r}: {error}") from error
     else:
-        for part, trains in trained.items():
-            model.get_submodule(PARTS[part]).requires_grad_(trains)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained.get(part_of(name), True))
     train_in_float32(model)
     idle = [part for part in freeze_args.learning_rates() if not trained_parameters(model)[part]]
     if idle:
