@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import logging
+import pickle
 import zipfile
 
 import pytest
@@ -286,7 +287,7 @@ def test_bad_rows_are_left_out_logged_and_counted_when_asked(tmp_path, caplog, s
         ids = [row["id"] for row in load_conversations(path, on_bad_row="skip", streaming=streaming)]
     assert ids == [row["id"] for row in MIXED]  # in order, none replaced
     for index, reason in (
-        (2, "Expecting"),
+        (2, "not valid JSON: Expecting"),
         (3, "there is no picture"),
         (4, "cannot identify"),
         (5, "there is no video"),
@@ -302,7 +303,7 @@ def test_bad_rows_are_left_out_logged_and_counted_when_asked(tmp_path, caplog, s
 
 def test_sources_that_cannot_be_read_say_so(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "A"}] * 2)
-    with pytest.raises(ConversationSourceError, match="no usable row: 2 were left out"):
+    with pytest.raises(ConversationSourceError, match="no usable row; 2 bad ones were left out"):
         load_conversations(path, on_bad_row="skip")
     with pytest.raises(ConversationSourceError, match="there is no file"):
         load_conversations(tmp_path / "none.json")
@@ -320,6 +321,9 @@ def test_sources_that_cannot_be_read_say_so(tmp_path):
     write_jsonl(path, [{"messages": turns("A", "B"), "note": 1}, {"messages": turns("A", "B"), "note": "x"}])
     with pytest.raises(ConversationSourceError, match="'note' holds values of different types"):
         load_conversations(path)
+    files = [write_jsonl(tmp_path / f"{n}.jsonl", [row]) for n, row in enumerate((PICTURE_FIRST, PREFERENCE))]
+    with pytest.raises(ConversationSourceError, match="load each kind by itself"):
+        load_conversations(files)
     write_jsonl(path, [{"messages": turns("A", "B")}, PREFERENCE])
     with pytest.raises(BadRowError, match="row 1: .*use a file for each"):
         load_conversations(path)
@@ -374,6 +378,13 @@ def test_pictures_inside_a_dataset_keep_their_compression(streaming):
     assert index == 3
     if not streaming:
         assert dataset.features["solution"].dtype == "int32" and dataset.format["type"] is None
+
+
+def test_streams_can_be_sent_to_spawned_workers(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", MIXED)
+    for source in (embedded(), path):
+        stream = load_conversations(source, image_folder=ASSETS, streaming=True, on_bad_row="skip")
+        assert list(pickle.loads(pickle.dumps(stream))) == list(stream)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

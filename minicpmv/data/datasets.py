@@ -102,7 +102,7 @@ def read_conversations_file(path, *, image_folder=None, on_bad_row="raise"):
         kept, columns = kept + 1, columns or _conversation_columns(row)
         yield row
     if not kept:
-        raise ConversationSourceError(f"{path} has no usable row: {skipped} were left out, as logged")
+        raise ConversationSourceError(f"{path} has no usable row; {skipped} bad ones were left out")
     if skipped:
         logger.warning("%s: %d of %d rows were left out.", path, skipped, kept + skipped)
 
@@ -113,7 +113,7 @@ def read_conversations_file(path, *, image_folder=None, on_bad_row="raise"):
 def _good_row(row, name, index, folder, columns=None):
     """A row in the form of conversations, its files looked at, with its origin. `columns`: what other rows have."""
     try:
-        row = conversation_row(json.loads(row) if isinstance(row, bytes) else row, folder)
+        row = conversation_row(_parse(row) if isinstance(row, bytes) else row, folder)
         if columns and columns != _conversation_columns(row):
             raise BadRowError(
                 f"the row has {_conversation_columns(row)}, those before it {columns}; use a file for each"
@@ -124,6 +124,13 @@ def _good_row(row, name, index, folder, columns=None):
     except ValueError as error:
         raise BadRowError(f"{name}, row {index}: {error}", index) from error
     return row | {"origin": f"{name}[{index}]"}
+
+
+def _parse(line):
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise BadRowError(f"not valid JSON: {error}; a file is a list of rows, or has one row a line") from error
 
 
 def _conversation_columns(row):
@@ -192,6 +199,9 @@ def _read_json(path):
 
 def _as_dataset(rows):
     """Rows of JSON files as a Dataset. The types of columns that are not ours are inferred."""
+    kinds = {_conversation_columns(row) for row in rows}
+    if len(kinds) > 1:
+        raise ConversationSourceError(f"the files hold rows with {sorted(kinds)}; load each kind by itself")
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
     features = {}
     for name, values in columns.items():
@@ -244,34 +254,39 @@ def _convert(dataset, name, folder, on_bad_row):
     others = [column for column in _column_names(stream) if column not in CONVERSATION_COLUMNS | MEDIA_COLUMNS.keys()]
     others += ["train_on"] * ("completion" in _column_names(stream) and "train_on" not in others)
     names = [*columns, *(other for other in others if other != "origin"), "origin"]
-    skipped = 0
-
-    def convert(batch, indices):
-        nonlocal skipped
-        rows, good = batch.to_pylist() if hasattr(batch, "to_pylist") else _as_rows(batch), []
-        for index, row in zip(indices, rows, strict=True):
-            try:
-                good.append(_good_row(row, name, index, folder, columns))
-            except BadRowError as error:
-                if on_bad_row == "raise":
-                    raise
-                skipped += 1
-                logger.warning("%s. The row is left out (%d so far).", error, skipped)
-        return {column: [row.get(column) for row in good] for column in names}
-
-    options = {"batched": True, "with_indices": True, "remove_columns": _column_names(stream)}
+    skipped = []
+    arguments = {"columns": columns, "names": names, "name": name, "folder": folder, "skipped": skipped}
+    options = {
+        "batched": True,
+        "with_indices": True,
+        "remove_columns": _column_names(stream),
+        "fn_kwargs": arguments | {"on_bad_row": on_bad_row},
+    }
     if is_stream:
-        return stream.map(convert, batch_size=1, **options)
+        return stream.map(_convert_batch, batch_size=1, **options)
     features = {column: MESSAGES if column in columns else TEXT_COLUMNS.get(column) for column in names}
     features = {column: feature or dataset.features[column] for column, feature in features.items()}
     # As Arrow tables: else pictures would be decoded here, and compressed again. Never from the cache: what it holds
     # would outlive changes of files and of this code.
     converted = dataset.with_format("arrow").map(
-        convert, batch_size=100, features=datasets.Features(features), load_from_cache_file=False, **options
+        _convert_batch, batch_size=100, features=datasets.Features(features), load_from_cache_file=False, **options
     )
     if skipped:
-        logger.warning("%s: %d of %d rows were left out.", name, skipped, len(dataset))
+        logger.warning("%s: %d of %d rows were left out.", name, len(skipped), len(dataset))
     return converted.with_format(None)
+
+
+def _convert_batch(batch, indices, columns, names, name, folder, on_bad_row, skipped):
+    rows, good = batch.to_pylist() if hasattr(batch, "to_pylist") else _as_rows(batch), []
+    for index, row in zip(indices, rows, strict=True):
+        try:
+            good.append(_good_row(row, name, index, folder, columns))
+        except BadRowError as error:
+            if on_bad_row == "raise":
+                raise
+            skipped.append(index)
+            logger.warning("%s. The row is left out (%d so far).", error, len(skipped))
+    return {column: [row.get(column) for row in good] for column in names}
 
 
 def _first_columns(stream, name, folder, on_bad_row):
