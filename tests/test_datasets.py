@@ -441,3 +441,9 @@ def test_pictures_in_other_file_systems_are_fetched(tmp_path):
     assert row["messages"][0]["content"][0]["image"]["bytes"] == jpeg("red")
     with pytest.raises(BadRowError, match="row 1: there is no picture"):
         load_conversations(write_jsonl(tmp_path / "rows.jsonl", rows))
+
+
+def test_the_example_in_assets_has_one_row_of_each_kind():
+    dataset = load_conversations(ASSETS / "conversations.jsonl")
+    kinds = [[part["type"] for message in row["messages"] for part in message["content"]] for row in dataset]
+    assert [(kind.count("image"), kind.count("video")) for kind in kinds] == [(1, 0), (2, 0), (1, 0), (0, 1), (0, 0)]
