@@ -5,6 +5,7 @@ What is special:
 - Where messages become ids, text that a user typed never turns into control tokens (`<image>`, `<|im_end|>`, ...): each
   of them is marked before the template sees it, and the marks are taken out when the prompt is encoded. All other text
   keeps exactly the ids of the whole prompt tokenized at once, as merges cross the borders of its parts.
+- A question may name a region for the model to find: the tags around it are real, whatever the name holds.
 """
 
 import re
@@ -56,7 +57,10 @@ def read_message(message, media, guard=None):
     for part in content if isinstance(content, (list, tuple)) else [content]:
         kind, value = read_part(part)
         if kind == "text":
-            parts.append({"type": "text", "text": mark_typed(value, guard, allowed)})
+            text = mark_typed(value, guard, allowed)
+            if isinstance(part, Mapping) and part.get("ref") is not None:
+                text += f"<ref>{mark_typed(part['ref'], guard, allowed)}</ref>"
+            parts.append({"type": "text", "text": text})
         else:
             parts.append({"type": kind})
             if value is not None:

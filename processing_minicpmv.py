@@ -404,7 +404,8 @@ class MiniCPMVProcessor(ProcessorMixin):
                 (pathlib.Path with a video's suffix) and dicts: `{"type": "text", "text": ...}`, `{"type": "image"}` with
                 "image", "url", "path" or "base64", OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`, and
                 `{"type": "video"}` with "video", "url" or "path". A string is text, never a path. A part of type
-                image or video without its data takes the next of `images=` or `videos=`.
+                image or video without its data takes the next of `images=` or `videos=`. The key "ref" of a text part
+                is the name of a region, which follows the text between `<ref>` and `</ref>`.
             tokenize: return inputs instead of the rendered text.
             return_dict: return all inputs instead of `input_ids` alone.
             return_tensors: "pt", "np" or None (lists).
