@@ -118,7 +118,8 @@ class ChatMixin:
             image: older style: the picture (in a batch: one a conversation) that stands before a first message
                 whose content is a string.
             msgs: list of messages `{"role", "content"}`, a list of such lists (a batch), or either as a JSON string.
-                Content: see `MiniCPMVProcessor.apply_chat_template`; a picture may also be an [`EncodedImage`].
+                Content: see `MiniCPMVProcessor.apply_chat_template`; a picture may also be an [`EncodedImage`]. An
+                answer that ends the conversation is unfinished: the model goes on with it, without a thought.
             tokenizer, processor: those in the model's own folder where they are not given. Nothing is downloaded.
             vision_hidden_states: features [units, query_num, D] of each conversation, in place of encoding the
                 pictures again; the pictures are still needed, for the prompt.
@@ -168,6 +169,12 @@ class ChatMixin:
             seed=seed,
             **kwargs,
         )
+        begun = {messages[-1]["role"] == "assistant" for messages in conversations}
+        if True in begun and (False in begun or settings.thinking):
+            raise ValueError(
+                "A conversation that ends with an answer is continued, without a thought: pass enable_thinking=False, and "
+                "no other conversations in the same batch."
+            )
         if settings.thinking == "auto":
             if vision_hidden_states is not None or temporal_ids is not None:
                 raise ValueError(
@@ -193,7 +200,8 @@ class ChatMixin:
     # ---- one road to an answer ----
 
     def _prompts(self, processor, conversations, settings, thinking):
-        """The processor's inputs for conversations, with the mode's opening."""
+        """The processor's inputs for conversations, with the mode's opening, or all with an answer to go on with."""
+        is_begun = conversations[0][-1]["role"] == "assistant"
         variables = {} if thinking is None else {"enable_thinking": thinking}
         return processor.apply_chat_template(
             conversations,
@@ -201,7 +209,8 @@ class ChatMixin:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            add_generation_prompt=True,
+            add_generation_prompt=not is_begun,
+            continue_final_message=is_begun,
             **variables,
             **settings.template,
         )
