@@ -10,6 +10,7 @@ What is special:
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType, PartialState
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, Trainer
 
 from minicpmv.train.arguments import PARTS, AdapterArguments, ArgumentsError, FreezeArguments, ModelArguments
@@ -24,8 +25,9 @@ def load_model_and_processor(
 ):
     """A model ready to train, and its processor.
 
-    The code in a folder is trusted, since the user named the folder; that of a Hub name needs `trust_remote_code`. `load` makes
-    the model; what it has beside the three parts, such as a value head, always trains, and is saved with an adapter.
+    The code in a folder is trusted, since the user named the folder; that of a Hub name needs `trust_remote_code`.
+    `load` makes the model; what it has beside the three parts, such as a value head, always trains, and is saved with an
+    adapter.
 
     Returns:
         The model (a `PeftModel` with an adapter) and the processor.
@@ -61,7 +63,8 @@ def load_model_and_processor(
         heads = sorted({name.split(".")[0] for name, _ in model.named_parameters() if part_of(name) is None})
         task_type = "CAUSAL_LM" if model.can_generate() else None
         try:
-            model = get_peft_model(model, adapter_args.peft_config(whole + heads, task_type))
+            config = adapter_args.peft_config(whole + heads, task_type)
+            model = get_peft_model(model, config, autocast_adapter_dtype=False)  # types: `train_in_float32`
         except ValueError as error:  # no such modules, or fields that the method needs
             raise ArgumentsError(f"adapter {adapter_args.adapter!r}: {error}") from error
     else:
@@ -89,7 +92,13 @@ def locate(model_args: ModelArguments, trust_remote_code: bool):
 
 
 def train_in_float32(model):
-    """Give every parameter that trains the type float32."""
+    """Give every parameter that trains the type float32.
+
+    Not under DeepSpeed, which takes no two types in one model, and keeps float32 copies of what trains itself.
+    """
+    # Asked for its state before the trainer's options are read, accelerate would settle on one process.
+    if PartialState._shared_state and PartialState().distributed_type == DistributedType.DEEPSPEED:
+        return
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from minicpmv.cli_errors import one_line_errors
-from minicpmv.data.collator import ConversationCollator, ConversationTooLongError
+from minicpmv.data.collator import ConversationCollator, ConversationTooLongError, NothingToLearnError
 from minicpmv.data.datasets import ConversationSourceError, load_conversations
 from minicpmv.data.formats import BadRowError
 from minicpmv.train.arguments import (
@@ -163,6 +163,8 @@ def train(model_args, adapter_args, freeze_args, data_args, args) -> Conversatio
             processor,
             max_length=args.max_length or model.config.max_position_embeddings,
             on_too_long=data_args.on_too_long,
+            on_bad_row=data_args.on_bad_row,
+            pad_to_multiple_of=args.pad_to_multiple_of,
         ),
         processing_class=processor,
         callbacks=[LossCurves()],
@@ -178,10 +180,13 @@ def train(model_args, adapter_args, freeze_args, data_args, args) -> Conversatio
     return trainer
 
 
+GROUPS = (ModelArguments, AdapterArguments, FreezeArguments, DataArguments, SFTArguments)
+EXPECTED_ERRORS = (ArgumentsError, BadRowError, ConversationSourceError, ConversationTooLongError, NothingToLearnError)
+
+
 def main(argv=None):
-    with one_line_errors(ArgumentsError, BadRowError, ConversationSourceError, ConversationTooLongError):
-        groups = [ModelArguments, AdapterArguments, FreezeArguments, DataArguments, SFTArguments]
-        train(*parse(groups, argv, "Supervised fine-tuning: full, LoRA, QLoRA, DoRA."))
+    with one_line_errors(*EXPECTED_ERRORS):
+        train(*parse(GROUPS, argv, "Supervised fine-tuning: full, LoRA, QLoRA, DoRA."))
 
 
 if __name__ == "__main__":
