@@ -26,19 +26,20 @@ def write_card(trainer, method: str, dataset: str | None = None) -> None:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
     base, has_adapter = model.config._name_or_path, hasattr(model, "peft_config")
-    on_hub = not Path(base).is_dir()
+    on_hub, answers = not Path(base).is_dir(), model.can_generate()  # else it is a reward model
     reached = {name: value for entry in trainer.state.log_history for name, value in entry.items() if is_measure(name)}
     ModelCard.from_template(
         ModelCardData(
             base_model=base if on_hub else None,
             library_name="peft" if has_adapter else "transformers",
-            pipeline_tag="image-text-to-text",
+            pipeline_tag="image-text-to-text" if answers else None,
             tags=["minicpm-v", "custom_code", "generated_from_trainer"],
         ),
         template_path=str(Path(__file__).with_name("card.md.jinja")),
         name=trainer.args.hub_model_id or Path(trainer.args.output_dir).name,
         base=base if on_hub else Path(base).name,
         adapter=[config.peft_type.value for config in model.peft_config.values()] if has_adapter else None,
+        answers=answers,
         method=method,
         dataset=dataset,
         parts={

@@ -1,0 +1,164 @@
+"""A visual reward model from pairs of answers.
+
+    minicpmv train reward --config recipes/reward.yaml
+    accelerate launch --config_file recipes/accelerate/ddp.yaml -m minicpmv.train.reward --config recipes/reward.yaml
+
+What is special:
+- TRL's RewardTrainer, with its Bradley-Terry loss, on `minicpmv.train.reward_model` and this package's data: rows
+  `{"prompt", "chosen", "rejected"}`, as `minicpmv align feedback` makes them;
+- both answers lose their thoughts, so that the model learns to judge what it will be shown: final answers;
+- the value head always trains, beside an adapter too, and is saved with it. `minicpmv train rl` takes either folder.
+
+Sources: https://arxiv.org/abs/2009.01325 for the loss, https://arxiv.org/abs/2509.18154 for a reward model that sees final
+answers only.
+"""
+
+import sys
+from dataclasses import MISSING, dataclass, field, fields
+
+from transformers import set_seed
+from trl import RewardConfig, RewardTrainer
+
+from minicpmv.cli_errors import one_line_errors
+from minicpmv.data.formats import conversation_row, text_of
+from minicpmv.train.arguments import (
+    AdapterArguments,
+    ArgumentsError,
+    DataArguments,
+    FreezeArguments,
+    ModelArguments,
+    parse,
+)
+from minicpmv.train.card import write_card
+from minicpmv.train.curves import LossCurves
+from minicpmv.train.dpo import PreferenceCollator
+from minicpmv.train.loading import PartLearningRates, load_model_and_processor, train_in_float32
+from minicpmv.train.reward_model import load_reward_model
+from minicpmv.train.rewards import final_answer
+from minicpmv.train.sft import EXPECTED_ERRORS, check, checkpoint_to_resume, load_data
+
+
+# What RewardConfig offers for its own reading of data, which is not used here.
+OTHER_DATA_OPTIONS = ("model_init_kwargs", "chat_template_path", "eos_token", "pad_token", "dataset_num_proc")
+
+
+@dataclass
+class RewardArguments(RewardConfig):
+    """TRL's RewardConfig with the defaults of this model."""
+
+    _argument_group_name = "training"
+
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of prompt and answer; what the model has positions for without."},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint folder, or 'last': the newest whole one in output_dir, or a start without any."
+        },
+    )
+    ddp_find_unused_parameters: bool | None = False  # a batch without pictures gives the tower a gradient of zero
+    remove_unused_columns: bool = False
+
+    def __post_init__(self):
+        defaults = {entry.name: entry.default for entry in fields(RewardConfig) if entry.default is not MISSING}
+        for name in OTHER_DATA_OPTIONS:
+            if getattr(self, name) != defaults[name]:
+                raise ArgumentsError(
+                    f"{name} is an option of RewardTrainer's own data preparation, which is not used here."
+                )
+        super().__post_init__()
+
+
+class FinalAnswerCollator(PreferenceCollator):
+    """Rows `{"prompt", "chosen", "rejected"}` -> a batch for RewardTrainer: all chosen final answers, then all rejected."""
+
+    def encode(self, row):
+        row = conversation_row(row)
+        for name in row.keys() & {"chosen", "rejected"}:
+            answer = final_answer(text_of(row[name][-1]))
+            row[name] = [*row[name][:-1], {"role": "assistant", "content": answer}]
+        return super().encode(row)
+
+    def _pad(self, encoded):
+        batch = super()._pad(encoded)
+        del batch["completion_mask"]  # the score is of the whole
+        return batch
+
+
+class VisualRewardTrainer(PartLearningRates, RewardTrainer):
+    """RewardTrainer on rows that the collator encodes, with this package's card. `processing_class` is the processor."""
+
+    card_dataset: str | None = None
+
+    def __init__(self, *args, processing_class, **kwargs):
+        super().__init__(*args, processing_class=processing_class.tokenizer, **kwargs)
+        self.processing_class = processing_class  # checkpoints hold all of it
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
+
+    def create_model_card(self, *args, **kwargs):
+        write_card(self, "learning to score answers (Bradley-Terry)", self.card_dataset)
+
+
+def train(model_args, adapter_args, freeze_args, data_args, args) -> VisualRewardTrainer:
+    """Train, evaluate, and leave in `args.output_dir` the reward model or its adapter, processor, card and curves."""
+    check(data_args, args)
+    if data_args.on_too_long == "shorten":
+        raise ArgumentsError(
+            "on_too_long: shorten would give the two answers different prompts. Choose error or drop."
+        )
+    checkpoint = checkpoint_to_resume(args)
+    train_dataset, eval_dataset = load_data(data_args)
+    for rows in (train_dataset, eval_dataset):
+        if rows is not None and "chosen" not in next(iter(rows)):
+            raise ArgumentsError(
+                "The rows are conversations, not pairs: they need 'prompt', 'chosen' and 'rejected'. minicpmv align feedback "
+                "makes pairs."
+            )
+    set_seed(args.seed)  # the head starts from random weights
+    model, processor = load_model_and_processor(
+        model_args, adapter_args, freeze_args, args.trust_remote_code, load=new_reward_model
+    )
+    trainer = VisualRewardTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=FinalAnswerCollator(
+            processor,
+            max_length=args.max_length or model.config.max_position_embeddings,
+            on_too_long=data_args.on_too_long,
+            on_bad_row=data_args.on_bad_row,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+        ),
+        processing_class=processor,
+        callbacks=[LossCurves()],
+    )
+    trainer.part_learning_rates = freeze_args.learning_rates()
+    trainer.card_dataset = data_args.dataset_name
+    train_in_float32(trainer.model)  # RewardTrainer makes what trains beside a 4-bit model bfloat16
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if eval_dataset is not None and args.eval_strategy == "no":
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.create_model_card()
+    return trainer
+
+
+def new_reward_model(name, **kwargs):
+    return load_reward_model(name, new_head=True, **kwargs)
+
+
+GROUPS = (ModelArguments, AdapterArguments, FreezeArguments, DataArguments, RewardArguments)
+
+
+def main(argv=None):
+    with one_line_errors(*EXPECTED_ERRORS):
+        train(*parse(GROUPS, argv, "A visual reward model from pairs of answers."))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
