@@ -105,7 +105,9 @@ def test_boxes_of_a_picture_without_area_are_refused():
 
 def ids_of(processor, content):
     messages = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors=None)["input_ids"][0]
+    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors=None)["input_ids"][
+        0
+    ]
 
 
 def test_the_question_has_the_ids_that_the_model_was_trained_with(processor):

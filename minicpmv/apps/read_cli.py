@@ -1,0 +1,208 @@
+"""`minicpmv read`: documents as Markdown, text or JSON; data, regions, tables, summaries and answers from them."""
+
+import importlib.util
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minicpmv.cli_errors import one_line_errors
+
+
+class ReadFormat(str, Enum):
+    markdown = "markdown"
+    text = "text"
+    json = "json"
+
+
+class SummaryLength(str, Enum):
+    short = "short"
+    medium = "medium"
+    long = "long"
+
+
+class MissingPackageError(RuntimeError):
+    """A package of the extra `documents` is not installed."""
+
+
+def read(
+    files: Annotated[list[Path], typer.Argument(help="PDF, TIFF or pictures; several are read as one document.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Model folder or Hub repository.")] = ".",
+    format: Annotated[ReadFormat, typer.Option("--format", "-f", help="Of what is written.")] = ReadFormat.markdown,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
+    pages: Annotated[str | None, typer.Option(help="Only these pages, such as 1-3,7.")] = None,
+    question: Annotated[
+        list[str] | None, typer.Option("--question", "-q", help="Answer this, with pages. May be given several times.")
+    ] = None,
+    summary: Annotated[SummaryLength | None, typer.Option(help="Summarize the document.")] = None,
+    schema: Annotated[Path | None, typer.Option(help="Give data that fits this JSON Schema.")] = None,
+    regions: Annotated[
+        Path | None, typer.Option(help="Find regions; write the pages with their boxes to this folder.")
+    ] = None,
+    tables: Annotated[Path | None, typer.Option(help="Write every table as CSV to this folder.")] = None,
+    deskew: Annotated[bool, typer.Option("--deskew", help="Straighten crooked scans.")] = False,
+    contrast: Annotated[bool, typer.Option("--contrast", help="Make faded print black on white.")] = False,
+    dpi: Annotated[int, typer.Option(help="Resolution of PDF pages.")] = 200,
+    password: Annotated[str | None, typer.Option(help="Of an encrypted PDF.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to ask for each page, in place of its transcription.")
+    ] = None,
+    max_pages: Annotated[int, typer.Option(min=1, help="Most pages to read.")] = 1000,
+    max_page_tokens: Annotated[int, typer.Option(min=1, help="Most tokens written about a page.")] = 8192,
+    revision: Annotated[str | None, typer.Option(help="Commit or tag of a Hub repository.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that a Hub repository brings.")
+    ] = False,
+):
+    """Read a document: all of it, or what you ask for.
+
+    Without --question, --summary, --schema or --regions the pages are transcribed.
+
+    Examples:
+
+      minicpmv read letter.pdf -o letter.md
+
+      minicpmv read scan.tif --deskew --contrast --pages 2-5 --tables csv
+
+      minicpmv read report.pdf -q "Who signed it?" --summary short
+
+      minicpmv read receipt.jpg --schema receipt.schema.json --format json
+    """
+    import json
+    from dataclasses import asdict, replace
+
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+
+    def note(text):
+        typer.echo(f"minicpmv: note: {text}", err=True)
+
+    def shown(items, what):
+        """Items with a progress bar."""
+        return track(items, what, total=len(document), console=console)
+
+    with one_line_errors(ValueError, OSError, MissingPackageError):
+        require(
+            "pypdfium2",
+            "py3langid",
+            "markdown_it",
+            *(["deskew"] if deskew else []),
+            *(["jsonschema"] if schema else []),
+        )
+        from minicpmv.apps.checkpoint import load
+        from minicpmv.apps.documents.pages import Limits, OpenDocument
+        from minicpmv.apps.documents.prompts import Prompts
+        from minicpmv.apps.documents.reader import DocumentReader, schema_validator
+        from minicpmv.apps.documents.tables import write_csv
+        from minicpmv.apps.grounding import draw_boxes
+
+        prompts = Prompts() if prompt is None else replace(Prompts(), markdown=prompt, text=prompt)
+        structure = None if schema is None else json.loads(schema.read_text(encoding="utf-8"))
+        if schema is not None:
+            schema_validator(structure)  # before the model is loaded
+        transcribes = tables is not None or not (question or summary or schema or regions)
+        markup = "text" if format is ReadFormat.text and tables is None else "markdown"
+        found = {"files": [str(file) for file in files]}
+        with OpenDocument(list(files), pages, dpi, password, Limits(max_pages=max_pages)) as document:
+            chat, processor = load(model, revision, trust_remote_code)
+            reader = DocumentReader(
+                chat,
+                processor,
+                deskew=deskew,
+                contrast=contrast,
+                max_page_tokens=max_page_tokens,
+                prompts=prompts,
+            )
+            if schema is not None:
+                found["data"] = reader.extract(shown(document, "Looking"), structure)
+            if summary is not None:
+                answer = reader.summarize(shown(document, "Summarizing"), summary.value)
+                found["summary"] = asdict(answer)
+            if question:
+                answers = reader.ask(shown(document, "Looking"), question)
+                found["answers"] = [
+                    {"question": text} | asdict(answer) for text, answer in zip(question, answers, strict=True)
+                ]
+            if regions is not None:
+                regions.mkdir(parents=True, exist_ok=True)
+                found["regions"] = []
+                for page in shown(reader.regions(document), "Finding regions"):
+                    drawn = regions / f"page-{page.number:04}.png"
+                    draw_boxes(page.image, page.boxes).save(drawn)
+                    boxes = [asdict(box) for box in page.boxes]
+                    found["regions"].append(
+                        {"page": page.number, "picture": str(drawn), "boxes": boxes, "notices": page.notices}
+                    )
+            if transcribes:
+                found["pages"] = []
+                for page in shown(reader.read(document, markup), "Reading"):
+                    found["pages"].append(record(page))
+                    if tables is not None:
+                        tables.mkdir(parents=True, exist_ok=True)
+                        for place, table in enumerate(page.tables, 1):
+                            write_csv(table, tables / f"page-{page.number:04}-table-{place}.csv")
+        for part in (
+            found.get("summary"),
+            *found.get("answers", []),
+            *found.get("regions", []),
+            *found.get("pages", []),
+        ):
+            for text in part["notices"] if part else []:
+                note(f"page {part['page']}: {text}" if "page" in part else text)
+        if format is ReadFormat.json:
+            text = json.dumps(found, ensure_ascii=False, indent=2)
+        else:
+            text = as_text(found)
+        if output is None:
+            typer.echo(text)
+        else:
+            output.write_text(text + "\n", encoding="utf-8")
+
+
+def require(*packages: str) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise MissingPackageError(f"{', '.join(missing)} not installed: pip install '.[documents]' in a clone")
+
+
+def record(page) -> dict:
+    """What is known about a transcribed page, for JSON."""
+    language = page.language
+    return {
+        "page": page.number,
+        "file": page.file,
+        "width": page.width,
+        "height": page.height,
+        "language": language and {"code": language.code, "confidence": round(language.confidence, 3)},
+        "text": page.text,
+        "tables": page.tables,
+        "tokens": page.tokens,
+        "is_complete": page.is_complete,
+        "notices": page.notices,
+    }
+
+
+def as_text(found: dict) -> str:
+    """Everything that was asked for, one below the other; with a heading each where it is more than one thing."""
+    import json
+
+    parts = []
+    if "data" in found:
+        parts.append(("Data", json.dumps(found["data"], ensure_ascii=False, indent=2)))
+    if "summary" in found:
+        parts.append(("Summary", found["summary"]["text"]))
+    for answer in found.get("answers", []):
+        pages = ", ".join(map(str, answer["pages"]))
+        parts.append((answer["question"], answer["text"] + (f"\n\nPages: {pages}" if pages else "")))
+    for page in found.get("regions", []):
+        lines = [f"{box['label']}: {', '.join(str(round(box[side])) for side in SIDES)}" for box in page["boxes"]]
+        parts.append((f"Regions of page {page['page']}", "\n".join(lines)))
+    if "pages" in found:
+        parts.append(("Text", "\n\n".join(page["text"] for page in found["pages"])))
+    return parts[0][1] if len(parts) == 1 else "\n\n".join(f"# {title}\n\n{text}" for title, text in parts)
+
+
+SIDES = ("left", "top", "right", "bottom")
