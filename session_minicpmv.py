@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -366,6 +367,8 @@ def _stored_message(message, folder, numbers):
     for part in _parts(message):
         kind, value = read_part(part)
         parts.append({"type": kind, kind: value if kind == "text" else _store(kind, value, folder, next(numbers))})
+        if isinstance(part, Mapping) and "ref" in part:
+            parts[-1]["ref"] = part["ref"]
     return stored | {"content": parts}
 
 
