@@ -125,7 +125,7 @@ TURNS = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(turns=st.lists(TURNS, min_size=1, max_size=3), system=st.one_of(st.none(), TEXTS))
 def test_labels_are_the_answers_and_the_prompt_is_that_of_inference(collator, turns, system):
     contents, expected = [], []

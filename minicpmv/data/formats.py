@@ -137,7 +137,9 @@ def _read_question(row):
     if not all(isinstance(text, str) for text in question):
         raise BadRowError(f"a question is text, not {_short(question)}")
     history = row.get("history", [])
-    if not isinstance(history, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history):
+    if not isinstance(history, list) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in history
+    ):
         raise BadRowError(f"'history' is a list of [question, answer], not {_short(history)}")
     pairs = [*history, ("\n".join(question), row.get("response", row.get("output")))]
     messages = [
@@ -353,7 +355,9 @@ def _check(conversation, options):
             raise BadRowError(f"the last message of {column!r} is the {part[-1]['role']}'s; it must be the {asked}'s")
     for column in conversation.keys() & {"chosen", "rejected"}:
         if conversation[column][0]["role"] != "assistant":
-            raise BadRowError(f"{column!r} begins with a question; beside 'prompt' it holds only what follows the prompt")
+            raise BadRowError(
+                f"{column!r} begins with a question; beside 'prompt' it holds only what follows the prompt"
+            )
     if "messages" in conversation and options.get("enable_thinking") not in (None, has_thought(messages[-1])):
         raise BadRowError(
             f"enable_thinking is {options['enable_thinking']}, but the last answer has "
