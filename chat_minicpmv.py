@@ -181,14 +181,17 @@ class ChatMixin:
                     'enable_thinking="auto" takes pictures and videos in the messages: pass no vision_hidden_states (an '
                     "EncodedImage instead) and no temporal_ids (a video instead)."
                 )
-            answers = [self._prepare_turn(processor, messages, settings) for messages in conversations]
+            answers = [self._prepare_turn(processor, messages, settings)[1] for messages in conversations]
         else:
             answers = [self._prepare_batch(processor, conversations, settings, vision_hidden_states)]
         watch.note("inputs")
 
         def answer(watch, streamer=None):
             with seeded(seed, self.device):
-                return list(chain.from_iterable(answer(watch, streamer) for answer in answers))
+                outputs = answers[0](watch, streamer)
+                for following in answers[1:]:
+                    outputs += following(Watch())
+                return outputs
 
         if stream:
             return AnswerStream(answer, watch, processor.tokenizer)
@@ -246,8 +249,8 @@ class ChatMixin:
         return answer
 
     def _prepare_turn(self, processor, messages, settings, memory=None):
-        """Make the prompt of one conversation, whose states are cached in `memory`; returns a function
-        (watch, streamer) -> list of one [`ChatOutput`]. The function has the prompts as `prompt(thinking)`."""
+        """Make the prompt of one conversation, whose states are cached in `memory` (with "auto": the fast one); returns
+        it, and a function (watch, streamer) -> list of one [`ChatOutput`]."""
         memory = memory or ConversationCache()
         attached = memory.attach(processor)
 
@@ -257,16 +260,18 @@ class ChatMixin:
             ids, (units,) = inputs["input_ids"][0].tolist(), read_units(inputs)
             return Prompt(ids, slot_keys(ids, units, self.config.image_token_id), units)
 
+        first = prompt(False if settings.thinking == "auto" else settings.thinking)
+
         def answer(watch, streamer=None):
-            thinking, draft, facts = settings.thinking, [], {}
-            first = prompt(False if thinking == "auto" else thinking)
-            facts["cached_tokens"] = memory.common_length(first.keys)
+            thinking, draft = settings.thinking, []
+            facts = {"cached_tokens": memory.common_length(first.keys)}
             if first.units:
                 readers = _readers(self, settings.decoding)
                 memory.encode(first.units, *readers.values())
                 watch.note("vision", memory.features[self, first.units[-1]])
             if thinking == "auto":
                 thinking, draft, facts["need"] = self._decide(processor, messages, prompt, settings, memory, watch)
+                watch.timings.pop("first_token", None)  # that of the draft, which nobody has seen yet
                 if thinking:
                     facts["draft_tokens"], draft = len(draft), []
             chosen = prompt(thinking)
@@ -278,6 +283,7 @@ class ChatMixin:
             is_over = draft and (len(draft) < DRAFT_TOKENS or draft[-1] in stop_ids or not left)
             if is_over or watch.cancelled.is_set():
                 new = draft
+                watch.note("first_token")
                 if streamer is not None:
                     streamer.put(torch.tensor([[*chosen.ids, *draft]]))
                     streamer.end()
@@ -289,8 +295,7 @@ class ChatMixin:
             watch.note("total")
             return [_read_output(processor, new, len(chosen.ids), settings, thinking, watch, **facts)]
 
-        answer.prompt = prompt
-        return answer
+        return first, answer
 
     def _decide(self, processor, messages, prompt, settings, memory, watch):
         """Whether to think about this conversation: (decision, ids of a draft of the fast answer, need)."""

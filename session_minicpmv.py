@@ -137,8 +137,7 @@ class ChatSession:
         dropped, share = 0, 1.0
         while True:
             kept = [*system, *(message for turn in turns[dropped:] for message in turn)]
-            answer = self.model._prepare_turn(self.processor, kept, settings, self._memory)
-            prompt = answer.prompt(False if settings.thinking == "auto" else settings.thinking)
+            prompt, answer = self.model._prepare_turn(self.processor, kept, settings, self._memory)
             tokens, pictures = len(prompt.ids) + settings.max_new_tokens, _count_pictures(kept)
             if tokens <= share * self.max_tokens and pictures <= share * self.max_pictures:
                 break
@@ -147,7 +146,7 @@ class ChatSession:
                 break
             if is_last or self.when_full == "error":
                 raise SessionFullError(
-                    f"The turn needs {tokens} tokens ({len(prompt.ids)} to read, max_new_tokens={settings.max_new_tokens} "
+                    f"With this turn the conversation needs {tokens} tokens ({len(prompt.ids)} to read, max_new_tokens={settings.max_new_tokens} "
                     f"to write) and {pictures} pictures; the session has room for max_tokens={self.max_tokens} and "
                     f"max_pictures={self.max_pictures}. Lower max_new_tokens, start a session with higher limits, or "
                     + ("give less." if is_last else 'let it drop old turns (when_full="drop").')

@@ -1,0 +1,357 @@
+"""Thinking: budgets, "auto", and what is known about an answer."""
+
+import re
+
+import pytest
+import torch
+from conftest import GREEDY, REPOSITORY, ground_floor, name_seeded_model, wave_picture
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModel, AutoProcessor, Qwen3Config, Qwen3ForCausalLM
+
+
+PICTURE = wave_picture(260, 180, 1)  # in slices
+QUESTION = [{"role": "user", "content": [PICTURE, "how many stars are there"]}]
+thinking = ground_floor("thinking_minicpmv")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(REPOSITORY / "nano", trust_remote_code=True)
+
+
+def nano_config(**changes):
+    config = AutoConfig.from_pretrained(REPOSITORY / "nano", trust_remote_code=True)
+    return type(config)(**{name: v for name, v in config.to_dict().items() if name != "layer_types"} | changes)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return name_seeded_model(nano_config())
+
+
+@pytest.fixture
+def ask(model, processor):
+    """chat() with greedy search; the threshold is put back afterwards."""
+
+    def ask(msgs=QUESTION, **options):
+        defaults = {"processor": processor, "max_new_tokens": 24, "return_dict": not options.get("stream"), **GREEDY}
+        return model.chat(msgs=msgs, **defaults | options)
+
+    yield ask
+    model.set_threshold(thinking.DEFAULT_THRESHOLD)
+
+
+# ---- budgets ----
+
+
+@pytest.mark.parametrize("budget", [0, 1, 7])
+def test_a_budget_closes_the_thought_and_the_answer_follows(ask, processor, budget):
+    free = ask(enable_thinking=True)
+    assert free.text == "" and free.reasoning_tokens == 24  # this model would think on and on
+    output = ask(enable_thinking=True, thinking_budget=budget)
+    begun = processor.tokenizer.tokenize(free.raw_text)[: budget + 2]
+    assert processor.tokenizer.tokenize(output.raw_text)[: budget + 2][:budget] == begun[:budget]
+    assert output.raw_text.startswith("<think>\n") and output.text
+    assert output.raw_text.count("</think>\n\n") == 1
+    assert output.reasoning_tokens <= budget + 2  # "\n</think>" belongs to it
+    assert output.finish_reason == "length" and output.generated_tokens == 24
+
+
+def test_budgets_hold_in_batches_of_unequal_prompts_streams_and_guessed_decoding(ask):
+    text = [{"role": "user", "content": "why"}]
+    alone = [ask(msgs=messages, enable_thinking=True, thinking_budget=5).raw_text for messages in (QUESTION, text)]
+    batch = ask(msgs=[QUESTION, text], enable_thinking=True, thinking_budget=5)
+    assert [output.raw_text for output in batch] == alone
+    assert "".join(ask(enable_thinking=True, thinking_budget=5, stream=True)) == alone[0]
+    assert ask(enable_thinking=True, thinking_budget=5, prompt_lookup_num_tokens=3).raw_text == alone[0]
+
+
+def test_a_thought_that_closes_itself_is_not_touched():
+    budget = thinking.ThoughtBudget(budget=3, prompt_length=2, think_end=9, closing=[4, 9, 5])
+    scores = torch.zeros(2, 10)
+    for length, forced in ((4, None), (5, 4), (6, 9), (7, 5), (8, None)):
+        ids = torch.ones(2, length, dtype=torch.long)
+        ids[1, 3:4] = 9  # the second row has closed its thought
+        result = budget(ids, scores)
+        assert torch.equal(result[1], scores[1])
+        assert (
+            result[0].argmax() == forced and result[0].isfinite().sum() == 1 if forced else torch.equal(result, scores)
+        )
+
+
+@pytest.mark.parametrize("budget", [-1, 24, 2.5, True])
+def test_a_budget_that_cannot_be_kept_is_refused(ask, budget):
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        ask(enable_thinking=True, thinking_budget=budget)
+
+
+# ---- auto ----
+
+
+@pytest.mark.parametrize(("threshold", "mode"), [(0, "deep"), (1, "fast")])
+@pytest.mark.parametrize("new", [5, 24])
+def test_auto_gives_the_answer_of_the_mode_it_chooses(model, ask, threshold, mode, new):
+    model.set_threshold(threshold)
+    output = ask(enable_thinking="auto", max_new_tokens=new)
+    chosen = ask(enable_thinking=mode == "deep", max_new_tokens=new)
+    assert output.mode == chosen.mode == mode and output.raw_text == chosen.raw_text
+    assert (output.reasoning is None) == (mode == "fast")
+    assert output.generated_tokens == chosen.generated_tokens and output.prompt_tokens == chosen.prompt_tokens
+    assert 0 < output.need < 1 and chosen.need is None
+    assert output.draft_tokens == (min(8, new) if mode == "deep" else 0)
+
+
+def test_auto_computes_the_prompt_once(model, ask):
+    fed, slices = [], []
+    hooks = [
+        model.llm.model.register_forward_pre_hook(
+            lambda module, args, kwargs: fed.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        ),
+        model.vpm.register_forward_pre_hook(lambda module, args: slices.append(len(args[0]))),
+    ]
+    for threshold in (0, 1):
+        fed.clear(), slices.clear()
+        model.set_threshold(threshold)
+        output = ask(enable_thinking="auto")
+        assert slices == [5] and max(fed[1:]) <= 4  # behind the draft: the opening of a thought, or one token
+        assert sum(fed) <= output.prompt_tokens + output.generated_tokens + output.draft_tokens + 4
+    for hook in hooks:
+        hook.remove()
+
+
+def test_auto_streams_only_what_it_decided_for(model, ask):
+    for threshold, mode in ((0, "deep"), (1, "fast")):
+        model.set_threshold(threshold)
+        stream = ask(enable_thinking="auto", stream=True, thinking_budget=6)
+        pieces = [(piece, stream.is_thought) for piece in stream]
+        plain = ask(enable_thinking=mode == "deep", thinking_budget=6)
+        assert "".join(piece for piece, _ in pieces) == plain.raw_text
+        assert stream.output.mode == mode
+        thought = "".join(piece for piece, is_thought in pieces if is_thought)
+        assert thought == (plain.raw_text.split("</think>")[0] + "</think>" if mode == "deep" else "")
+
+
+def test_auto_decides_for_each_conversation_of_a_batch(model, ask):
+    batch = [QUESTION, [{"role": "user", "content": "why"}], [{"role": "user", "content": "a " * 300}]]
+    needs = [ask(msgs=messages, enable_thinking="auto").need for messages in batch]
+    model.set_threshold((min(needs) + max(needs)) / 2)
+    outputs = ask(msgs=batch, enable_thinking="auto")
+    assert [output.need for output in outputs] == pytest.approx(needs)
+    assert [output.mode for output in outputs] == [
+        "deep" if need >= model.thinking_threshold else "fast" for need in needs
+    ]
+    assert {output.mode for output in outputs} == {"fast", "deep"}
+
+
+def test_auto_samples_and_searches_with_beams_too(model, ask):
+    model.set_threshold(1)
+    sampled = {"sampling": True, "num_beams": 1, "repetition_penalty": 1.0, "seed": 4}
+    assert ask(enable_thinking="auto", **sampled).raw_text == ask(**sampled).raw_text
+    assert ask(enable_thinking="auto", num_beams=2).raw_text == ask(num_beams=2).raw_text
+
+
+def test_a_short_certain_answer_costs_nothing_more_than_fast(ask, model):
+    """nano itself: it knows the number, so the draft is the whole answer."""
+    nano = AutoModel.from_pretrained(REPOSITORY / "nano", trust_remote_code=True).eval()
+    messages = [{"role": "user", "content": [REPOSITORY / "assets" / "number.jpg", "What number is this?"]}]
+    steps = []
+    nano.llm.register_forward_hook(lambda *_: steps.append(1))
+    output = nano.chat(msgs=messages, enable_thinking="auto", return_dict=True, **GREEDY)
+    assert output.text == "47" and output.mode == "fast" and output.finish_reason == "stop"
+    assert len(steps) == output.generated_tokens and output.need < 0.3
+
+
+def test_the_need_grows_with_doubt_and_with_the_question():
+    need = thinking.need_to_think
+    assert need(1.0, 0, 0) == 0 and need(0.0, 10**6, 0) == 1
+    assert need(0.5, 20, 1) > need(0.9, 20, 1)
+    assert need(0.9, 200, 1) > need(0.9, 20, 1) and need(0.9, 20, 4) > need(0.9, 20, 1)
+    logits = [torch.log(torch.tensor([[0.9, 0.1]])), torch.log(torch.tensor([[0.4, 0.6]]))]
+    assert thinking.least_certainty(logits) == pytest.approx(0.6)
+
+
+def test_a_router_in_the_checkpoint_decides_instead(processor, tmp_path):
+    model = name_seeded_model(nano_config(thinking_router=True))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    options = {"processor": processor, "max_new_tokens": 12, "return_dict": True, **GREEDY}
+    for bias, mode in ((9.0, "deep"), (-9.0, "fast")):
+        with torch.no_grad():
+            loaded.thinking_router.weight.mul_(0.01)
+            loaded.thinking_router.bias.fill_(bias)
+        output = loaded.chat(msgs=QUESTION, enable_thinking="auto", **options)
+        chosen = model.chat(msgs=QUESTION, enable_thinking=mode == "deep", **options)
+        assert output.mode == mode and output.raw_text == chosen.raw_text and output.draft_tokens == 0
+        assert (output.need > 0.5) == (mode == "deep")
+    assert name_seeded_model(nano_config()).thinking_router is None
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan"), "high", None, True])
+def test_a_threshold_is_a_number_from_0_to_1(model, threshold):
+    before = model.thinking_threshold
+    with pytest.raises(ValueError, match="from 0"):
+        model.set_threshold(threshold)
+    assert model.thinking_threshold == before
+
+
+def test_the_threshold_is_saved_with_the_model(tmp_path):
+    model = name_seeded_model(nano_config())
+    assert model.thinking_threshold == 0.5
+    model.set_threshold(0.25)
+    model.save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path, trust_remote_code=True).thinking_threshold == 0.25
+
+
+def test_the_curve_tells_accuracy_and_tokens_of_every_threshold(model):
+    curve = model.threshold_curve(
+        need=[0.9, 0.2, 0.2, 0.6],
+        fast_correct=[False, True, True, False],
+        deep_correct=[True, True, False, True],
+        fast_tokens=[2, 2, 2, 20],
+        deep_tokens=[50, 40, 30, 60],
+    )
+    # From all deep: then the two at 0.2 go fast together, then 0.6, then 0.9. A draft costs at most 8 tokens.
+    assert [point.threshold for point in curve] == pytest.approx([0, 0.4, 0.75, 1])
+    assert [point.accuracy for point in curve] == [0.75, 1.0, 0.75, 0.5]
+    assert [point.tokens for point in curve] == [
+        (180 + 2 + 2 + 2 + 8) / 4,
+        (110 + 4 + 2 + 8) / 4,
+        (50 + 2 + 24) / 4,
+        26 / 4,
+    ]
+    assert [point.deep_share for point in curve] == [1, 0.5, 0.25, 0]
+    with pytest.raises(ValueError, match="one entry a question"):
+        model.threshold_curve([0.5], [1], [1], [3], [])
+
+
+def test_the_curve_predicts_what_auto_does(model, ask):
+    questions = [[{"role": "user", "content": text}] for text in ("why", "how many stars", "what color is it " * 20)]
+    model.set_threshold(1)
+    fast = [ask(msgs=messages, enable_thinking="auto") for messages in questions]
+    deep = [ask(msgs=messages, enable_thinking=True) for messages in questions]
+    counts = [[output.generated_tokens for output in outputs] for outputs in (fast, deep)]
+    for point in model.threshold_curve([output.need for output in fast], [0] * 3, [1] * 3, *counts):
+        model.set_threshold(point.threshold)
+        outputs = [ask(msgs=messages, enable_thinking="auto") for messages in questions]
+        assert sum(output.mode == "deep" for output in outputs) / 3 == pytest.approx(point.deep_share)
+        assert sum(output.generated_tokens + output.draft_tokens for output in outputs) / 3 == pytest.approx(
+            point.tokens
+        )
+
+
+# ---- results ----
+
+
+def test_an_output_tells_where_its_time_went(ask):
+    output = ask(enable_thinking=True, thinking_budget=4)
+    times = [output.timings[stage] for stage in ("inputs", "vision", "first_token", "total")]
+    assert times == sorted(times) and times[0] > 0
+    assert str(output) == output.text and output.raw_text.endswith(output.text)
+    assert output.cached_tokens == output.dropped_turns == output.draft_tokens == 0
+
+
+def test_a_stop_string_is_a_stop_and_no_length(ask):
+    word = re.search("[a-zA-Z]{3}", ask().text)[0]
+    output = ask(stop_strings=[word])
+    assert output.finish_reason == "stop" and output.text.endswith(word) and output.generated_tokens < 24
+
+
+# ---- decoding ----
+
+
+def assistants():
+    small = {"hidden_size": 128, "num_hidden_layers": 1, "max_window_layers": 1}
+    text = Qwen3Config(
+        vocab_size=640, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16
+    )
+    return [name_seeded_model(nano_config(**small)), Qwen3ForCausalLM(text).eval()]
+
+
+def test_guessed_decoding_gives_the_plain_tokens_with_pictures(model, processor, ask):
+    """Guesses from the prompt, from a small model of this kind that sees the pictures too, and from a text model."""
+    plain = ask().raw_text
+    sees = []
+    seeing, blind = assistants()
+    seeing.vpm.register_forward_hook(lambda *_: sees.append(1))
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": seeing}, {"assistant_model": blind}):
+        assert ask(**options).raw_text == plain
+        assert "".join(ask(**options, stream=True)) == plain
+    assert sees
+    inputs = processor.apply_chat_template(
+        QUESTION,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        enable_thinking=False,
+    )
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": seeing}, {"assistant_model": blind}):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=12, do_sample=False, **options), expected)
+
+
+def test_a_perfect_guess_saves_steps(model, ask):
+    steps = []
+    hook = model.llm.register_forward_hook(lambda *_: steps.append(1))
+    ask(prompt_lookup_num_tokens=8, msgs=[{"role": "user", "content": [PICTURE, "star " * 20]}])
+    hook.remove()
+    assert len(steps) < 24
+
+
+def test_generate_leaves_out_the_pictures_that_a_filled_cache_holds(model, processor):
+    inputs = processor.apply_chat_template(
+        QUESTION,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        enable_thinking=False,
+    )
+    first = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    grown = {**inputs, "input_ids": torch.cat([first.sequences, inputs["input_ids"][:, -8:]], dim=1)}
+    grown["attention_mask"] = torch.ones_like(grown["input_ids"])
+    fresh = model.generate(**grown, max_new_tokens=6, do_sample=False)
+    assert torch.equal(
+        model.generate(**grown, past_key_values=first.past_key_values, max_new_tokens=6, do_sample=False), fresh
+    )
+
+
+def test_a_static_cache_gives_the_same(ask):
+    assert ask(cache_implementation="static").raw_text == ask().raw_text
+
+
+def test_logits_are_computed_for_the_last_position_only(model, ask):
+    lengths = []
+    hook = model.llm.lm_head.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    ask()
+    hook.remove()
+    assert set(lengths) == {1}
+
+
+class CountSyncs(TorchDispatchMode):
+    """Counts the reads of single values, which make a host wait for its device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_the_device_no_more_often_than_the_language_model_alone(model, ask):
+    def syncs(generate, new):
+        with CountSyncs() as counter:
+            generate(new)
+        return counter.count
+
+    ids = torch.arange(20)[None]
+    alone = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"min_new_tokens": 4, "enable_thinking": True, "thinking_budget": 2}
+    ours, theirs = (
+        syncs(generate, 20) - syncs(generate, 10)
+        for generate in (
+            lambda new: ask(max_new_tokens=new, **options | {"min_new_tokens": new}),
+            lambda new: model.llm.generate(ids, max_new_tokens=new, min_new_tokens=new, **alone),
+        )
+    )
+    assert ours <= theirs
