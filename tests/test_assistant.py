@@ -152,11 +152,13 @@ def test_reset_begins_anew(assistant):
 def test_a_transcript_holds_everything_and_can_be_gone_on_from(assistant, nano, nano_processor, tmp_path):
     talk = assistant(media="once", max_turns=2, personality="concise")
     talk.send([picture(), "What color is it?"])
-    talk.send("And <b>now</b>?")
+    talk.send([{"type": "video", "video": str(REPOSITORY / "assets" / "star.mp4")}, "And <b>now</b>?"])
     talk.send("The end?", min_new_tokens=4)
     folder = tmp_path / "talk"
     text = talk.save(folder).read_text(encoding="utf-8")
     assert PERSONALITIES["concise"] in text and "![picture](0.png)" in text and (folder / "0.png").is_file()
+    assert "[clip](1.mp4)" in text and (folder / "1.mp4").is_file()
+    assert seen(talk) == [["The end?"]]
     for turn in talk.turns:
         assert turn.time in text and turn.answer in text
     assert "were forgotten here" in text and "unfinished: length" in text

@@ -289,9 +289,9 @@ class Scripted:
     def start_chat(self, processor, **options):
         turns = []
 
-        def send(content):
+        def send(content, **more):
             turns.append(content)
-            return self.chat([{"role": "user", "content": content}], **options)
+            return self.chat([{"role": "user", "content": content}], **options, **more)
 
         self.sessions.append(turns)
         return SimpleNamespace(send=send, undo=lambda: None)
@@ -509,6 +509,14 @@ def test_an_answer_without_pages_or_without_an_end_says_so():
     (answer,) = DocumentReader(Scripted(("Five", "length")), PLAIN).ask(blank_pages(), "How many?")
     assert answer.pages == []
     assert "max_new_tokens" in answer.notices[0] and "names no page" in answer.notices[1]
+
+
+def test_an_answer_that_loops_is_cut_and_says_so():
+    (answer,) = DocumentReader(Scripted("It is 5 [page 1].\n" + "Yes. " * 100), PLAIN).ask(
+        blank_pages(), ["How many?"]
+    )
+    assert answer.text == "It is 5 [page 1].\nYes. " and answer.pages == [1]
+    assert len(answer.notices) == 1 and "looped" in answer.notices[0]
 
 
 def test_summaries_have_three_lengths():

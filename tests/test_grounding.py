@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from conftest import REPOSITORY
+from conftest import GREEDY, REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -178,3 +178,11 @@ def test_boxes_are_drawn_on_a_copy_with_one_color_a_label():
 def test_boxes_at_the_edge_of_a_grey_picture_are_drawn():
     drawn = draw_boxes(Image.new("L", (30, 30)), [Box("x", 0, 0, 30, 30), Box(None, 1, 1, 2, 2)])
     assert drawn.size == (30, 30) and len(drawn.getcolors(10_000)) > 1
+
+
+def test_the_name_of_a_thing_is_part_of_a_saved_history(nano, nano_processor, tmp_path):
+    session = nano.start_chat(nano_processor, max_new_tokens=2, **GREEDY)
+    question = {"type": "text", "text": QUESTION, "ref": "book"}
+    session.send([Image.new("RGB", (60, 40)), question])
+    session.save(tmp_path / "talk")
+    assert nano.load_chat(tmp_path / "talk", nano_processor).history[0]["content"][1] == question

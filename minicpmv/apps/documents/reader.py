@@ -21,7 +21,7 @@ from minicpmv.apps.documents.pages import Page
 from minicpmv.apps.documents.prompts import SUMMARY_LENGTHS, Prompts
 from minicpmv.apps.documents.repair import raise_contrast, straighten
 from minicpmv.apps.documents.tables import find_tables
-from minicpmv.apps.documents.writing import GREEDY, write
+from minicpmv.apps.documents.writing import GREEDY, LoopStop, cut_loop, write
 from minicpmv.apps.grounding import Box, parse_boxes
 
 
@@ -231,10 +231,13 @@ class DocumentReader:
             numbers |= {page.number for page in part}
             session = self.model.start_chat(self.processor, when_full="error", **options)
             for place, question in enumerate(questions):
-                output = session.send([*shown, question])
+                output = session.send([*shown, question], stopping_criteria=[LoopStop(self.processor.tokenizer)])
                 session.undo()  # the next question knows the pages, and not this one
-                answers[place].append((part[0].number, part[-1].number, output.text))
-                if output.finish_reason == "length":
+                text, notice = cut_loop(output.text)
+                answers[place].append((part[0].number, part[-1].number, text))
+                if notice:
+                    notices[place].append(notice)
+                elif output.finish_reason == "length":
                     notices[place].append(
                         f"an answer ended after {output.generated_tokens} tokens; raise max_new_tokens for the rest"
                     )

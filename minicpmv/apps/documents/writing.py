@@ -55,6 +55,21 @@ def find_loop(text: str) -> tuple[int, int] | None:
     return start, best
 
 
+def cut_loop(text: str) -> tuple[str, str | None]:
+    """The text up to the end of the first round of the loop that it ends with, and a notice; without a loop the text."""
+    loop = find_loop(text)
+    if loop is None:
+        return text, None
+    start, period = loop
+    phrase = " ".join(text[start : start + period].split())
+    if len(phrase) > 40:
+        phrase = f"{phrase[:37]}..."
+    return text[: start + period], (
+        f"the answer looped ({phrase!r}, {(len(text) - start) // period} times) and was cut after the first round; what "
+        "would have followed is missing"
+    )
+
+
 class LoopStop(StoppingCriteria):
     """Stops the model when the text before this call, and what it writes now, end in a loop."""
 
@@ -95,16 +110,9 @@ def write(model, processor, messages, max_tokens=8192, max_new_tokens=2048, **op
         )
         answer.text += output.text
         answer.tokens += output.generated_tokens
-        loop = find_loop(answer.text)
-        if loop:
-            start, period = loop
-            rounds = (len(answer.text) - start) // period
-            phrase = answer.text[start : start + period]
-            answer.text = answer.text[: start + period]
-            answer.notices.append(
-                f"the answer looped ({_short(phrase)!r}, {rounds} times) and was cut after the first round; what would "
-                "have followed is missing"
-            )
+        answer.text, notice = cut_loop(answer.text)
+        if notice:
+            answer.notices.append(notice)
         elif output.finish_reason == "length" and answer.tokens < max_tokens and output.generated_tokens:
             # A character of several tokens may be cut in two: the model writes it again.
             answer.text = answer.text.rstrip("\ufffd")
@@ -117,8 +125,3 @@ def write(model, processor, messages, max_tokens=8192, max_new_tokens=2048, **op
             return answer
         answer.is_complete = False
         return answer
-
-
-def _short(text):
-    text = " ".join(text.split())
-    return text if len(text) <= 40 else f"{text[:37]}..."
