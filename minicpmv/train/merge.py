@@ -20,6 +20,7 @@ def merge(adapter: Path, output: Path, trust_remote_code: bool = False) -> None:
         ArgumentsError: `adapter` holds none, `output` is not empty, or the base model is not there.
     """
     from peft import PeftConfig, PeftModel
+    from peft.utils import ModulesToSaveWrapper
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from minicpmv.train.arguments import ModelArguments
@@ -33,8 +34,13 @@ def merge(adapter: Path, output: Path, trust_remote_code: bool = False) -> None:
         ModelArguments(PeftConfig.from_pretrained(adapter).base_model_name_or_path), trust_remote_code
     )
     model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", **source)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(output)
+    model = PeftModel.from_pretrained(model, adapter)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            # By hand, since PEFT does it for LoRA, but elsewhere looks for `weight` in it.
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.modules_to_save[module.active_adapters[0]])
+    model.merge_and_unload(safe_merge=True).save_pretrained(output)
     AutoProcessor.from_pretrained(base, **source).save_pretrained(output)
 
 
