@@ -176,7 +176,7 @@ def test_boxes_are_drawn_on_a_copy_with_one_color_a_label():
 
 
 def test_boxes_at_the_edge_of_a_grey_picture_are_drawn():
-    drawn = draw_boxes(Image.new("L", (30, 30)), [Box("x", 0, 0, 30, 30), Box(None, 1, 1, 2, 2)])
+    drawn = draw_boxes(Image.new("L", (30, 30)), [Box("x\ny and more", 0, 0, 30, 30), Box(None, 1, 1, 2, 2)])
     assert drawn.size == (30, 30) and len(drawn.getcolors(10_000)) > 1
 
 

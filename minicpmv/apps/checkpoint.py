@@ -31,7 +31,10 @@ def load(name: str, revision: str | None = None, trust_remote_code: bool = False
         processor = AutoProcessor.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{name} is no model that can be loaded: {reason}") from error
+        raise CheckpointError(
+            f"{name} is no model that can be loaded: {reason} Name one with --model, or get the published weights with "
+            "minicpmv fetch."
+        ) from error
     if not hasattr(model, "start_chat"):
         raise CheckpointError(
             f"{name} is a {type(model).__name__} without sessions: give a MiniCPM-V 4.5 with the code of this repository."

@@ -167,8 +167,10 @@ def draw_boxes(image: Image.Image, boxes: list[Box], font: str | PathLike | None
         color = ImageColor.getrgb(COLORS[labels.index(box.label) % len(COLORS)])
         pen.rectangle(box.corners, outline=color, width=max(2, size // 6))
         if box.label:
-            x = box.left
-            y = max(0, box.top - size * 1.3)  # above the box, or inside where there is no room
-            pen.rectangle(pen.textbbox((x + 2, y), box.label, font=letters), fill=color, outline=color, width=2)
-            pen.text((x + 2, y), box.label, fill="white", font=letters)
+            label = " ".join(box.label.split())
+            # Above the box, or inside where there is no room; and never out of the picture on the right.
+            x = max(0, min(box.left, image.width - letters.getlength(label) - 4))
+            y = max(0, box.top - size * 1.3)
+            pen.rectangle(pen.textbbox((x + 2, y), label, font=letters), fill=color, outline=color, width=2)
+            pen.text((x + 2, y), label, fill="white", font=letters)
     return image
