@@ -631,7 +631,7 @@ def nano_pdf(tmp_path_factory):
 
 def ask_nano(nano, nano_processor, *content, **options):
     messages = [{"role": "user", "content": list(content)}]
-    return nano.chat(msgs=messages, processor=nano_processor, max_new_tokens=8, **GREEDY | options)
+    return nano.chat(msgs=messages, processor=nano_processor, **{"max_new_tokens": 8, **GREEDY, **options})
 
 
 def test_a_real_model_reads_a_real_pdf(nano, nano_processor, nano_pdf):
