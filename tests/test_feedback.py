@@ -1,7 +1,10 @@
 """Preference pairs from the model's own answers: claims, pairs, sampling, verdicts, the whole command."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from io import BytesIO
@@ -455,6 +458,53 @@ def test_a_picture_that_cannot_be_decoded_ends_the_run_or_is_counted(prompts, sc
     finally:
         (prompts.parent / "3.png").write_bytes(whole)
     assert summary["prompts"] == 6 and summary["prompts_without_pairs"]["bad row"] == 1
+
+
+PROGRAM = """
+import sys, zlib
+from minicpmv.train import feedback
+from minicpmv.train.claims import Claim, Reading
+feedback.claims_by_rule = lambda answer: Reading([Claim(word, f"Is there {word}?") for word in answer.split()[:5]])
+rejects = lambda asked: zlib.crc32(asked[-1]["content"][-1]["text"].encode()) % 2
+feedback.Respondent.yes_and_no = lambda self, asked, *rest: [(0, 1) if rejects(one) else (1, 0) for one in asked]
+feedback.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_prompts_and_one_can_go_on_alone(prompts, tmp_path, scripted):
+    program, output = tmp_path / "program.py", tmp_path / "output"
+    program.write_text(PROGRAM)
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "recipes/accelerate/ddp.yaml",
+        "--num_processes",
+        "2",
+    ]
+    launch += ["--mixed_precision", "no", "--main_process_port", "0", str(program), "--model_name_or_path", NANO]
+    launch += ["--dataset_name", str(prompts), "--output_dir", str(output), "--batch_size", "2", "--use_cpu", "true"]
+    launch += ["--temperature", "2.0", "--max_new_tokens", "12", "--length_tolerance", "0.9"]
+    done = subprocess.run(
+        [sys.executable, *launch],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    shared = [
+        sorted(json.loads(line)["prompt"] for line in path.read_text().splitlines()[1:])
+        for path in sorted(output.glob("answers-*.jsonl"))
+    ]
+    assert shared == [[0, 2, 4], [1, 3, 5]]
+    assert json.loads((output / "summary.json").read_text())["prompts"] == 6
+    second = output / "answers-001.jsonl"
+    second.write_text("".join(second.read_text().splitlines(keepends=True)[:2]))  # as if it had been killed
+    run(prompts, output, temperature=2.0, max_new_tokens=12, length_tolerance=0.9)
+    assert scripted.sampled == [3, 5]
 
 
 def test_without_a_pair_the_command_says_in_one_line_what_became_of_the_prompts(

@@ -92,6 +92,8 @@ class PreferenceCollator(ConversationCollator):
     dropped whole.
     """
 
+    pad_pixel_values: bool = False  # both answers share their pictures' slices; padded tensors would be copies
+
     def encode(self, row):
         row = conversation_row(row)
         if "chosen" not in row:
@@ -103,6 +105,7 @@ class PreferenceCollator(ConversationCollator):
             super(PreferenceCollator, self).encode(row | {"messages": prompt + answer, "train_on": "last"})
             for answer in answers
         )
+        rejected.pixel_values = chosen.pixel_values
         return EncodedPair(chosen, rejected, {name: row[name] for name in REFERENCE_COLUMNS if name in row})
 
     def _pad(self, encoded):

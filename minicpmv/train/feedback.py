@@ -26,7 +26,7 @@ from typing import Literal
 
 import datasets
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
@@ -45,7 +45,15 @@ from minicpmv.train.sampling import Answer, sample_answers
 CLAIMS_TOKENS = 1024  # of a language model's list of claims
 MODEL_QUESTION = " Please answer yes or no."  # after a question that a language model wrote
 # What may differ between a run and the one that goes on from its log.
-FREE_OPTIONS = ("output_dir", "batch_size", "pairs_per_prompt", "length_tolerance", "max_prompts", "on_bad_row")
+FREE_OPTIONS = (
+    "output_dir",
+    "batch_size",
+    "pairs_per_prompt",
+    "length_tolerance",
+    "max_prompts",
+    "on_bad_row",
+    "use_cpu",
+)
 
 
 class NoPairsError(RuntimeError):
@@ -81,6 +89,7 @@ class FeedbackArguments:
     length_tolerance: float = option(0.25, "How much lengths of matched pairs may differ, as a share; see pairs.py.")
     batch_size: int = option(8, "Prompts at once.")
     seed: int = option(0, "Seed of sampling.")
+    use_cpu: bool = option(False, "Use the CPU even where there is something faster.")
     trust_remote_code: bool = option(False, "Run the code that models on the Hub bring with them.")
 
     def __post_init__(self):
@@ -408,10 +417,10 @@ def settings_of(args: FeedbackArguments, model_args: ModelArguments) -> dict:
 
 def collect(model_args: ModelArguments, args: FeedbackArguments, rows: datasets.Dataset, log: FeedbackLog) -> None:
     """Log the answers and verdicts of all prompts that are not in the log yet; this process's share of them."""
-    state = PartialState()
+    accelerator = Accelerator(cpu=args.use_cpu)
     numbers = range(args.first_prompt, args.first_prompt + len(rows))
     waiting = [number for number in numbers if number not in log.records]
-    waiting = waiting[state.process_index :: state.num_processes]
+    waiting = waiting[accelerator.process_index :: accelerator.num_processes]
     if not waiting:
         return
 
@@ -439,7 +448,7 @@ def collect(model_args: ModelArguments, args: FeedbackArguments, rows: datasets.
                 return leave_out(*batch, error)
             return [record for prompt in batch for record in records_of([prompt])]
 
-    with tqdm(total=len(waiting), unit="prompt", desc="feedback", disable=not state.is_main_process) as bar:
+    with tqdm(total=len(waiting), unit="prompt", desc="feedback", disable=not accelerator.is_main_process) as bar:
 
         def prompts():
             for number in waiting:
@@ -459,14 +468,14 @@ def collect(model_args: ModelArguments, args: FeedbackArguments, rows: datasets.
 
 def run(model_args: ModelArguments, args: FeedbackArguments) -> dict:
     """Collect feedback, choose pairs, save them as `pairs` in the output folder; returns the summary."""
-    state, folder = PartialState(), Path(args.output_dir)
+    accelerator, folder = Accelerator(cpu=args.use_cpu), Path(args.output_dir)
     rows = load_prompts(args)
     settings = settings_of(args, model_args)
-    log = FeedbackLog(folder, settings, state.process_index)
-    state.wait_for_everyone()  # all have read the same logs before anybody writes
+    log = FeedbackLog(folder, settings, accelerator.process_index)
+    accelerator.wait_for_everyone()  # all have read the same logs before anybody writes
     collect(model_args, args, rows, log)
-    state.wait_for_everyone()
-    if not state.is_main_process:
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
         return {}
     records = FeedbackLog(folder, settings).records
     records = [records[number] for number in sorted(records) if 0 <= number - args.first_prompt < len(rows)]
