@@ -14,6 +14,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from minicpmv.data.formats import BadRowError, conversation_row
@@ -246,17 +247,19 @@ def padded_visual_inputs(encoded):
     """Tensors with one entry a row, as `processor(pad_pixel_values=True)` gives them, of rows encoded one by one."""
     slices = [pixels for row in encoded for pixels in row.pixel_values]
     patch_size, width = slices[0].shape[1], max(pixels.shape[2] for pixels in slices)
-    pixel_values = torch.zeros(len(encoded), max(len(row.pixel_values) for row in encoded), 3, patch_size, width)
-    tgt_sizes = torch.zeros(*pixel_values.shape[:2], 2, dtype=torch.long)
+    most = max(len(row.pixel_values) for row in encoded)
+    # numpy, because torch's threads stall on busy cores and gain nothing here
+    pixel_values = np.zeros((len(encoded), most, 3, patch_size, width), np.float32)
+    tgt_sizes = torch.zeros(len(encoded), most, 2, dtype=torch.long)
     units = [unit for row in encoded for unit in row.temporal_ids]
     temporal_ids = torch.full((len(encoded), max(len(row.temporal_ids) for row in encoded), max(map(len, units))), -2)
     for place, row in enumerate(encoded):
         tgt_sizes[place, : len(row.tgt_sizes)] = row.tgt_sizes
         for number, pixels in enumerate(row.pixel_values):
-            pixel_values[place, number, :, :, : pixels.shape[2]] = pixels
+            pixel_values[place, number, :, :, : pixels.shape[2]] = pixels.numpy()
         for number, unit in enumerate(row.temporal_ids):
             temporal_ids[place, number, : len(unit)] = torch.tensor(unit)
-    batch = {"pixel_values": pixel_values, "tgt_sizes": tgt_sizes}
+    batch = {"pixel_values": torch.from_numpy(pixel_values), "tgt_sizes": tgt_sizes}
     return batch | {"temporal_ids": temporal_ids} if any(unit != STILL_PICTURE for unit in units) else batch
 
 
