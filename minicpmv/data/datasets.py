@@ -22,6 +22,7 @@ import fsspec
 from PIL import Image
 
 from minicpmv.data.formats import CONVERSATION_COLUMNS, MEDIA_COLUMNS, BadRowError, conversation_row
+from minicpmv.data.synthetic_dataset import SyntheticData, synthetic_dataset
 
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ def load_conversations(source, *, split=None, image_folder=None, streaming=False
 
     Args:
         source: a JSON file (a list of rows) or JSONL file (one row a line), a list of such files, a `datasets` dataset,
-            a folder or Hub name that `datasets` loads.
+            a folder or Hub name that `datasets` loads, or a YAML file that describes synthetic rows
+            ([`minicpmv.data.synthetic_dataset`]), which are always a stream.
         split: the split of a dataset, such as "train" or "train[:100]"; not needed when there is only one.
         image_folder: where relative paths begin; for JSON files the folder of the file when None.
         streaming: read while training instead of before. A list of JSONL files is shared out to data loader workers.
@@ -70,6 +72,8 @@ def load_conversations(source, *, split=None, image_folder=None, streaming=False
     """
     if on_bad_row not in ("raise", "skip"):
         raise ValueError(f"on_bad_row={on_bad_row!r} is unknown; choose 'raise' or 'skip'")
+    if isinstance(source, (str, os.PathLike)) and Path(source).suffix in (".yaml", ".yml"):
+        return synthetic_dataset(SyntheticData.load(source))
     files = _json_files(source)
     if files and split is not None:
         raise ConversationSourceError(
