@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from minicpmv.apps.read_cli import read
+from minicpmv.apps.video_cli import video
 from minicpmv.cli_errors import one_line_errors
 from minicpmv.evaluate.cli import evaluate_app
 from minicpmv.train.cli import align_app, train_app
@@ -20,6 +22,8 @@ app = typer.Typer(
 app.add_typer(train_app, name="train")
 app.add_typer(align_app, name="align")
 app.add_typer(evaluate_app, name="evaluate")
+app.command()(read)
+app.command()(video)
 
 
 @app.callback()
