@@ -21,6 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -45,15 +46,7 @@ from minicpmv.train.sampling import Answer, sample_answers
 CLAIMS_TOKENS = 1024  # of a language model's list of claims
 MODEL_QUESTION = " Please answer yes or no."  # after a question that a language model wrote
 # What may differ between a run and the one that goes on from its log.
-FREE_OPTIONS = (
-    "output_dir",
-    "batch_size",
-    "pairs_per_prompt",
-    "length_tolerance",
-    "max_prompts",
-    "on_bad_row",
-    "use_cpu",
-)
+FREE_OPTIONS = "output_dir batch_size pairs_per_prompt length_tolerance max_prompts on_bad_row use_cpu".split()
 
 
 class NoPairsError(RuntimeError):
@@ -244,25 +237,20 @@ class Feedback:
         """The claims of each answer; None where a language model's list of them cannot be read."""
         if self.args.claims == "rule":
             return [[claims_by_rule(answer.text) for answer in group] for group in answers]
-        asked = list(
-            {
-                claims_prompt(text_of(prompt.messages[-1]), answer.text): None
-                for prompt, group in zip(prompts, answers, strict=True)
-                for answer in group
-            }
-        )
+        asked = [
+            [claims_prompt(text_of(prompt.messages[-1]), answer.text) for answer in group]
+            for prompt, group in zip(prompts, answers, strict=True)
+        ]
+        different = list(dict.fromkeys(chain.from_iterable(asked)))
         readings = {}
-        for start in range(0, len(asked), self._rows):
-            texts = asked[start : start + self._rows]
+        for start in range(0, len(different), self._rows):
+            texts = different[start : start + self._rows]
             for text, reply in zip(texts, self.reader.reply(texts, CLAIMS_TOKENS), strict=True):
                 try:
                     readings[text] = parse_claims(reply)
                 except MalformedClaimsError:
                     readings[text] = None
-        return [
-            [readings[claims_prompt(text_of(prompt.messages[-1]), answer.text)] for answer in group]
-            for prompt, group in zip(prompts, answers, strict=True)
-        ]
+        return [[readings[text] for text in group] for group in asked]
 
     def _judge(self, prompts, readings, features) -> list[dict[str, tuple[float, float]]]:
         """For each prompt the probabilities of yes and no for every question, each asked once."""
