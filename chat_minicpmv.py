@@ -235,7 +235,7 @@ class ChatMixin:
                 arguments["mm_encoder_outputs"] = {name: memory.rows(units, m) for name, m in readers.items()}
                 watch.note("vision", arguments["mm_encoder_outputs"]["image"])
             if streamer is not None:
-                streamer.expect(ids.shape[1], settings.thinking)
+                streamer.expect(ids.shape[1], settings.thinking, settings.max_new_tokens)
                 arguments["streamer"] = streamer
             output = self.generate(ids, attention_mask=mask, **arguments)
             rows = getattr(output, "sequences", output)[:, ids.shape[1] :].tolist()
@@ -277,7 +277,7 @@ class ChatMixin:
             chosen = prompt(thinking)
             arguments = self._decoding_arguments(processor, settings, thinking, len(chosen.ids), watch)
             if streamer is not None:
-                streamer.expect(len(chosen.ids), thinking)
+                streamer.expect(len(chosen.ids), thinking, settings.max_new_tokens)
             left = settings.max_new_tokens - len(draft)
             stop_ids = arguments["eos_token_id"]
             is_over = draft and (len(draft) < DRAFT_TOKENS or draft[-1] in stop_ids or not left)
@@ -493,6 +493,7 @@ def _read_output(processor, ids, prompt_tokens, settings, thinking, watch, **fac
     """[`ChatOutput`] of the generated ids of one answer."""
     tokenizer = processor.tokenizer
     stop_ids = stop_ids_of(tokenizer)
+    ids = ids[: settings.max_new_tokens]  # guessed decoding may come to more (transformers 4.57, 5.0)
     stops = [place for place, token in enumerate(ids) if token in stop_ids]
     answer = ids[: stops[0]] if stops else ids
     if stops:

@@ -45,11 +45,12 @@ class AnswerStreamer(TextIteratorStreamer):
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=False)
         self.stop_ids = set(stop_ids_of(tokenizer))
-        self.prompt_length, self.thinking = 0, False
+        self.prompt_length, self.left, self.thinking = 0, 0, False
 
-    def expect(self, prompt_length, thinking):
-        """Tell the length of the prompt, behind which a draft may stand, and whether it opens a thought."""
-        self.prompt_length, self.thinking = prompt_length, thinking
+    def expect(self, prompt_length, thinking, max_new_tokens):
+        """Tell the length of the prompt, behind which a draft may stand, whether it opens a thought, and how many tokens
+        may follow."""
+        self.prompt_length, self.thinking, self.left = prompt_length, thinking, max_new_tokens
         if thinking:
             self.text_queue.put(OPENING)
 
@@ -58,7 +59,9 @@ class AnswerStreamer(TextIteratorStreamer):
         if self.next_tokens_are_prompt:
             self.next_tokens_are_prompt = False
             tokens = tokens[self.prompt_length :]
-        for token in tokens:  # several at a time where tokens are guessed
+        tokens = tokens[: self.left]  # several at a time, and perhaps too many, where tokens are guessed
+        self.left -= len(tokens)
+        for token in tokens:
             if token not in self.stop_ids:
                 super().put(torch.tensor([token]))
 
