@@ -287,13 +287,15 @@ def png(picture):
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
-    """A JSONL file of prompts: one picture, two pictures, a packed clip, and rows that hold answers already."""
+    """A JSONL file of prompts about one picture, two pictures, frames that are packed, and a video."""
     folder = tmp_path_factory.mktemp("prompts")
     for k in range(4):
         wave_picture(120, 90, k).save(folder / f"{k}.png")
     rows = [{"images": [f"{k}.png"], "prompt": f"What do you see? ({k})"} for k in range(4)]
     rows.append({"images": ["0.png", "1.png"], "prompt": "What is on both?"})
     rows.append({"images": ["0.png", "1.png", "2.png"], "prompt": "What happens?", "temporal_ids": [[0, 3, 6]]})
+    star = str(REPOSITORY / "assets/star.mp4")
+    rows.append({"videos": [star], "prompt": "Which way?", "fps": 2, "force_packing": 3})
     rows = [row | {"use_image_id": False} for row in rows]
     path = folder / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -345,12 +347,14 @@ def log_of(folder):
     return {line["prompt"]: line for line in lines if "prompt" in line}
 
 
-def test_pairs_are_saved_as_a_preference_dataset_and_everything_is_counted(prompts, scripted, tmp_path):
+def test_pairs_are_saved_as_a_preference_dataset_and_everything_is_counted(prompts, scripted, tmp_path, nano):
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
     summary = run(prompts, tmp_path)
-    assert summary["prompts"] == 6
-    assert summary["prompts_with_pairs"] + sum(summary["prompts_without_pairs"].values()) == 6
-    assert summary["answers"] == 48
-    assert summary["answers_without_score"] == {"parts that are no claim": 6, "cut at max_new_tokens": 6}
+    assert summary["prompts"] == 7
+    assert summary["prompts_with_pairs"] + sum(summary["prompts_without_pairs"].values()) == 7
+    assert summary["answers"] == 56
+    assert summary["answers_without_score"] == {"parts that are no claim": 7, "cut at max_new_tokens": 7}
     assert summary["claims_rejected"] == sum(
         claim["no"] > claim["yes"]
         for line in log_of(tmp_path).values()
@@ -369,11 +373,16 @@ def test_pairs_are_saved_as_a_preference_dataset_and_everything_is_counted(promp
         assert (row["chosen_errors"], row["rejected_errors"]) == (errors["chosen"], errors["rejected"])
         assert errors["chosen"] < errors["rejected"]
         assert len(row["images"]) == sum(part["type"] == "image" for part in row["prompt"][0]["content"])
+    pictured = next(row for row in saved if len(row["images"]) == 1)
+    stock = DataCollatorForVisionPreference(nano.processor)([dict(pictured)])  # TRL's own reads them as well
+    assert len(stock["input_ids"]) == len(stock["pixel_values"]) == 2
     (prompts.parent / "0.png").rename(prompts.parent / "moved.png")  # pictures were stored, not their paths
     try:
         rows = load_conversations(str(tmp_path / "pairs"))
     finally:
         (prompts.parent / "moved.png").rename(prompts.parent / "0.png")
+    video = next(row for row in rows if row["fps"])
+    assert video["prompt"][0]["content"][0]["video"].endswith("star.mp4") and video["force_packing"] == 3
     clip = next(row for row in rows if row["temporal_ids"])
     assert [part["type"] for part in clip["prompt"][0]["content"]] == ["image"] * 3 + ["text"]
     assert clip["temporal_ids"] == [[0, 3, 6]]
@@ -398,11 +407,11 @@ def test_a_run_that_was_killed_goes_on_and_ends_like_one_that_was_not(prompts, s
     log.write_bytes(log.read_bytes() + b'{"prompt": 5, "answ')  # in the middle of a line
     scripted.sampled.clear()
     assert run(prompts, tmp_path / "killed") == whole
-    assert len(scripted.sampled) == 2
+    assert len(scripted.sampled) == 3
     assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
     # Pairs are chosen anew without asking again.
     assert run(prompts, tmp_path / "killed", pairs_per_prompt=1)["pairs"] < whole["pairs"]
-    assert len(scripted.sampled) == 2
+    assert len(scripted.sampled) == 3
 
 
 def test_a_log_of_other_options_or_prompts_is_refused(prompts, scripted, tmp_path):
@@ -425,8 +434,8 @@ def test_a_log_of_other_options_or_prompts_is_refused(prompts, scripted, tmp_pat
 def test_rounds_take_their_own_prompts(prompts, scripted, tmp_path):
     run(prompts, tmp_path, first_prompt=4, max_prompts=2)
     assert scripted.sampled == [4, 5]
-    with pytest.raises(ArgumentsError, match="first_prompt is 6, but .* has 6 prompts"):
-        run(prompts, tmp_path, first_prompt=6)
+    with pytest.raises(ArgumentsError, match="first_prompt is 7, but .* has 7 prompts"):
+        run(prompts, tmp_path, first_prompt=7)
 
 
 def test_claims_by_a_language_model_and_replies_that_cannot_be_read(prompts, scripted, tmp_path, monkeypatch):
@@ -443,7 +452,7 @@ def test_claims_by_a_language_model_and_replies_that_cannot_be_read(prompts, scr
     texts = [answer for line in log_of(tmp_path).values() for answer in line["answers"]]
     malformed = sum("pink cat" in answer["text"] for answer in texts)
     assert malformed and summary["answers_without_score"]["list of claims not readable"] == malformed
-    assert summary["answers_without_score"]["no claim"] == 6
+    assert summary["answers_without_score"]["no claim"] == 7
     assert all(asked.endswith("? Please answer yes or no.") for asked in scripted.asked)
     assert not any("pink cat" in a["text"] and a["errors"] is not None for a in texts)
 
@@ -457,7 +466,7 @@ def test_a_picture_that_cannot_be_decoded_ends_the_run_or_is_counted(prompts, sc
         summary = run(prompts, tmp_path / "skip", on_bad_row="skip")
     finally:
         (prompts.parent / "3.png").write_bytes(whole)
-    assert summary["prompts"] == 6 and summary["prompts_without_pairs"]["bad row"] == 1
+    assert summary["prompts"] == 7 and summary["prompts_without_pairs"]["bad row"] == 1
 
 
 PROGRAM = """
@@ -499,8 +508,8 @@ def test_two_processes_share_the_prompts_and_one_can_go_on_alone(prompts, tmp_pa
         sorted(json.loads(line)["prompt"] for line in path.read_text().splitlines()[1:])
         for path in sorted(output.glob("answers-*.jsonl"))
     ]
-    assert shared == [[0, 2, 4], [1, 3, 5]]
-    assert json.loads((output / "summary.json").read_text())["prompts"] == 6
+    assert shared == [[0, 2, 4, 6], [1, 3, 5]]
+    assert json.loads((output / "summary.json").read_text())["prompts"] == 7
     second = output / "answers-001.jsonl"
     second.write_text("".join(second.read_text().splitlines(keepends=True)[:2]))  # as if it had been killed
     run(prompts, output, temperature=2.0, max_new_tokens=12, length_tolerance=0.9)
@@ -515,7 +524,7 @@ def test_without_a_pair_the_command_says_in_one_line_what_became_of_the_prompts(
     with pytest.raises(SystemExit):
         feedback.main(flags)
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("minicpmv: 6 prompts gave no pair") and "all answers have as many errors" in error
+    assert error.startswith("minicpmv: 7 prompts gave no pair") and "all answers have as many errors" in error
     with pytest.raises(SystemExit):
         feedback.main([*flags, "--temperture", "2"])
     assert "Did you mean '--temperature'" in capsys.readouterr().err

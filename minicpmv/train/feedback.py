@@ -356,6 +356,8 @@ def pairs_and_summary(args: FeedbackArguments, records: list[dict]) -> tuple[lis
 def pair_dataset(rows: datasets.Dataset, first_prompt: int, pairs: list[Pair], digests: dict) -> datasets.Dataset:
     """The pairs in TRL's preference format: `prompt`, `chosen`, `rejected`, `images`; the options of their rows beside it.
 
+    Pictures are stored whole, videos as paths.
+
     Raises:
         FeedbackLogError: a prompt is not the one that the log is about.
     """
@@ -381,7 +383,8 @@ def pair_dataset(rows: datasets.Dataset, first_prompt: int, pairs: list[Pair], d
             for side in ("chosen", "rejected")
         }
         errors = {f"{side}_errors": getattr(pair, side).errors for side in answers}
-        return {"prompt": prompt.messages, **answers, "images": media["image"], "videos": media["video"], **errors}
+        videos = [os.path.abspath(path) for path in media["video"]]
+        return {"prompt": prompt.messages, **answers, "images": media["image"], "videos": videos, **errors}
 
     chosen_rows = rows.select([pair.prompt - first_prompt for pair in pairs])
     return chosen_rows.map(
