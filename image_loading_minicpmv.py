@@ -137,6 +137,10 @@ def _open_image(source: Any) -> Image.Image:
         raise ImageInputError(
             f"{name}: cannot be read as a picture ({error}); give a complete file that is not damaged"
         ) from error
+    except Exception as error:  # of the HTTP library, which differs between versions of transformers
+        if opener is not load_image_from_url:
+            raise
+        raise ImageInputError(f"{name}: cannot be fetched ({error}); download it and give the file") from error
 
 
 def _open_file(file: str | Path | BytesIO) -> Image.Image:

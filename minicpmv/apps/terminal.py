@@ -110,12 +110,15 @@ def media_part(model, processor, source, max_slice_nums=None, kind=None):
         check_media([source])
         source = source if is_address(source) else os.path.expanduser(source)
         kind = kind or ("video" if Path(source).suffix.lower() in VIDEO_SUFFIXES else "image")
-    if kind == "video":
-        from minicpmv.apps.video import duration_of
+    if kind != "video":
+        return model.encode_images(source, processor, max_slice_nums)
+    from minicpmv.apps.video import duration_of
 
+    try:
         duration_of(processor, source)  # a damaged clip is refused here, not with the question
-        return {"type": "video", "video": source}
-    return model.encode_images(source, processor, max_slice_nums)
+    except OSError as error:
+        raise MediaError(f"the clip cannot be read: {error}") from error
+    return {"type": "video", "video": source}
 
 
 def show_answer(stream, console, fold: bool = True) -> None:
