@@ -547,10 +547,17 @@ def test_every_recipe_is_accepted(recipe, monkeypatch):
     assert adapter.adapter in recipe.stem or adapter.adapter == "none"
 
 
-@pytest.mark.parametrize(
-    ("arguments_", "message"), [((ASSETS, "new"), "holds no adapter"), ((ASSETS, ASSETS), "holds no adapter")]
-)
-def test_merging_refuses_what_it_cannot_merge(arguments_, message, capsys):
-    with pytest.raises(SystemExit):
-        merge.main([str(argument) for argument in arguments_])
-    assert message in capsys.readouterr().err
+def test_merging_refuses_what_it_cannot_merge(tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(NANO)})
+    )
+    for source, output, message in (
+        (ASSETS, tmp_path / "new", "holds no adapter"),
+        (adapter, NANO, "would be written over"),
+        (adapter, adapter, "would be written over"),
+    ):
+        with pytest.raises(SystemExit):
+            merge.main([str(source), str(output)])
+        assert message in capsys.readouterr().err

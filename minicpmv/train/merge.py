@@ -17,7 +17,7 @@ def merge(adapter: Path, output: Path, trust_remote_code: bool = False) -> None:
     """Write the model with the adapter merged into it to the folder `output`.
 
     Raises:
-        ArgumentsError: `adapter` holds none, `output` is not empty, or the base model is not there.
+        ArgumentsError: `adapter` holds none, its model is not there, or `output` is the folder of one of them.
     """
     from peft import PeftConfig, PeftModel
     from peft.utils import ModulesToSaveWrapper
@@ -28,11 +28,11 @@ def merge(adapter: Path, output: Path, trust_remote_code: bool = False) -> None:
 
     if not (adapter / "adapter_config.json").is_file():
         raise ArgumentsError(f"{adapter} has no adapter_config.json, so it holds no adapter.")
-    if output.exists() and any(output.iterdir()):
-        raise ArgumentsError(f"{output} is not empty. Name a new folder.")
     base, source = locate(
         ModelArguments(PeftConfig.from_pretrained(adapter).base_model_name_or_path), trust_remote_code
     )
+    if output.resolve() in (adapter.resolve(), Path(base).resolve()):
+        raise ArgumentsError(f"{output} holds what is to be merged, and would be written over. Name another folder.")
     model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", **source)
     model = PeftModel.from_pretrained(model, adapter)
     for name, module in list(model.named_modules()):

@@ -147,10 +147,8 @@ def load_data(data_args: DataArguments):
     return train, load_conversations(source, split=data_args.dataset_test_split, **options)
 
 
-def train(model_args, adapter_args, freeze_args, data_args, args) -> ConversationTrainer:
-    """Train, evaluate, and leave in `args.output_dir` the model or adapter, processor, card and curves."""
-    check(data_args, args)
-    checkpoint = checkpoint_to_resume(args)
+def make_trainer(model_args, adapter_args, freeze_args, data_args, args) -> ConversationTrainer:
+    """Data, model and collator in a trainer that is ready to run."""
     train_dataset, eval_dataset = load_data(data_args)
     set_seed(args.seed)  # an adapter starts from random weights
     model, processor = load_model_and_processor(model_args, adapter_args, freeze_args, args.trust_remote_code)
@@ -172,8 +170,16 @@ def train(model_args, adapter_args, freeze_args, data_args, args) -> Conversatio
     trainer.part_learning_rates = freeze_args.learning_rates()
     trainer.card_dataset = data_args.dataset_name
     train_in_float32(trainer.model)  # SFTTrainer makes what trains beside a 4-bit model bfloat16
+    return trainer
+
+
+def train(model_args, adapter_args, freeze_args, data_args, args) -> ConversationTrainer:
+    """Train, evaluate, and leave in `args.output_dir` the model or adapter, processor, card and curves."""
+    check(data_args, args)
+    checkpoint = checkpoint_to_resume(args)
+    trainer = make_trainer(model_args, adapter_args, freeze_args, data_args, args)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if eval_dataset is not None and args.eval_strategy == "no":
+    if trainer.eval_dataset is not None and args.eval_strategy == "no":
         trainer.evaluate()
     trainer.save_model()
     trainer.create_model_card()
