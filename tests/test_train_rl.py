@@ -1,5 +1,6 @@
 """Reinforcement learning: modes, rollouts with pictures and clips, log-probabilities, rewards, and that it learns."""
 
+import csv
 import json
 import math
 import os
@@ -17,7 +18,9 @@ from transformers import AutoModel, AutoProcessor
 trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
 
-from minicpmv.train.grpo import HybridGRPOTrainer, UnsupportedRolloutError, reward_model_term  # noqa: E402
+from minicpmv.data.formats import BadRowError  # noqa: E402
+from minicpmv.train import rl  # noqa: E402
+from minicpmv.train.grpo import HybridGRPOTrainer, UnsupportedRolloutError, question_row, reward_model_term  # noqa: E402
 from minicpmv.train.reward_model import load_reward_model, score_answers  # noqa: E402
 from minicpmv.train.rewards import accuracy_reward, format_reward  # noqa: E402
 
@@ -69,7 +72,14 @@ def mixed_rows():
 
 
 def trainer(
-    model, processor, rows, output, reward_funcs=(accuracy_reward, format_reward), thinking_share=0.5, **settings
+    model,
+    processor,
+    rows,
+    output,
+    reward_funcs=(accuracy_reward, format_reward),
+    thinking_share=0.5,
+    eval_dataset=None,
+    **settings,
 ):
     defaults = {
         "output_dir": str(output),
@@ -93,6 +103,7 @@ def trainer(
         trl.GRPOConfig(**defaults | settings),
         thinking_share=thinking_share,
         train_dataset=rows,
+        eval_dataset=eval_dataset,
         processing_class=processor,
     )
 
@@ -275,6 +286,91 @@ def test_a_run_with_a_reward_model_logs_every_term_and_each_mode(processor, tmp_
     assert math.isfinite(logged["reward_model_score/raw"]) and "kl" not in logged
 
 
+# --- The command ---
+
+
+def flags(folder, rows, **options):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    quick = {
+        "model_name_or_path": NANO,
+        "dataset_name": path,
+        "image_folder": REPOSITORY / "assets",
+        "output_dir": folder / "output",
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 8,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    return [f"--{name}={value}" for name, value in (quick | options).items()]
+
+
+CONVERSATION = {
+    "image": "shapes.jpg",
+    "conversations": [
+        {"role": "user", "content": "<image>\nHow many shapes are there?"},
+        {"role": "assistant", "content": "<think>\nOne, two.\n</think>\n\n2"},
+    ],
+}
+QUESTION = {"prompt": ask({"type": "image"}, text="Which number is it?"), "images": ["number.jpg"], "answer": "47"}
+
+
+def test_a_conversation_becomes_a_question_whose_answer_is_its_last_without_the_thought():
+    row = question_row(CONVERSATION | {"max_slice_nums": 2})
+    assert row["answer"] == "2" and row["max_slice_nums"] == 2
+    assert [message["role"] for message in row["prompt"]] == ["user"]
+    assert [part["type"] for part in row["prompt"][0]["content"]] == ["image", "text"]
+    row = question_row(QUESTION)
+    assert row["answer"] == "47" and row["prompt"][0]["content"][0]["image"]["path"] == "number.jpg"
+    assert question_row({"prompt": "Hi"})["answer"] is None
+    with pytest.raises(BadRowError, match="no question"):
+        question_row({"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"})
+    with pytest.raises(BadRowError, match="'answer' is text"):
+        question_row(QUESTION | {"answer": 47})
+
+
+def test_the_command_trains_an_adapter_with_all_terms_and_leaves_card_log_and_curves(processor, tmp_path):
+    torch.manual_seed(0)
+    load_reward_model(NANO, new_head=True, trust_remote_code=True).save_pretrained(tmp_path / "judge")
+    processor.save_pretrained(tmp_path / "judge")
+    rl.main(flags(tmp_path, [CONVERSATION] * 2, adapter="lora", reward_model=tmp_path / "judge", max_steps=2))
+    output = tmp_path / "output"
+    names = {row["name"] for row in csv.DictReader((output / "log.csv").open())}
+    terms = ("accuracy_reward", "format_reward", "repetition_penalty_reward", "reward_model_score")
+    assert {f"rewards/{term}/mean" for term in terms} <= names
+    assert {"README.md", "curves.png", "adapter_model.safetensors", "processing_minicpmv.py"} <= {
+        path.name for path in output.iterdir()
+    }
+    model = AutoModel.from_pretrained(output, trust_remote_code=True)
+    assert any("lora_B" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"prompt": "Hi"}], {}, "Nothing says what a good answer is"),
+        ([{"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"}], {}, "minicpmv train reward"),
+        ([QUESTION], {"thinking_share": 2}, "thinking_share"),
+        ([QUESTION], {"use_vllm": True}, "own generate"),
+        ([QUESTION], {"reward_model": "nowhere/at/all"}, "nowhere/at/all"),
+        ([QUESTION], {"reward_model": NANO}, "no value head"),
+        ([QUESTION], {"on_too_long": "drop"}, "on_too_long"),
+    ],
+)
+def test_what_cannot_work_ends_the_command_in_one_line(rows, options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        rl.main(flags(tmp_path, rows, **options))
+    assert end.value.code == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("minicpmv: ") and message in last
+
+
 # --- Learning ---
 
 
@@ -300,24 +396,26 @@ def taught_two_ways(model, processor, steps=40):
 
 
 @pytest.mark.slow
-def test_grpo_learns_to_answer_by_the_picture_in_both_modes_from_the_reward_alone(processor, tmp_path):
+def test_grpo_learns_what_the_reward_wants_about_pictures_in_both_modes(processor, tmp_path):
     torch.manual_seed(0)
-    model = taught_two_ways(nano(), processor)
     run = trainer(
-        model,
+        taught_two_ways(nano(), processor),
         processor,
         color_rows(8),
         tmp_path,
+        eval_dataset=color_rows(8),
         per_device_train_batch_size=16,
-        learning_rate=5e-4,
-        max_steps=30,
-        seed=1,
+        per_device_eval_batch_size=32,
+        learning_rate=1e-4,
+        max_steps=25,
     )
+    before = run.evaluate()
     run.train()
+    after = run.evaluate()
     for mode in ("deep", "fast"):
-        accuracy = [entry[f"accuracy/{mode}"] for entry in run.state.log_history if f"accuracy/{mode}" in entry]
-        first, last = sum(accuracy[:5]) / 5, sum(accuracy[-5:]) / 5
-        assert first < 0.75 and last > 0.85, (mode, accuracy)
+        name = f"eval_accuracy/{mode}"
+        assert before[name] < 0.75 and after[name] > 0.8, (before, after)
+    assert all(entry.get("thinking_share", 0.5) == 0.5 for entry in run.state.log_history)
 
 
 TWO_RANKS = """
@@ -353,8 +451,8 @@ with open(f"{{output}}/rank{{run.accelerator.process_index}}.json", "w") as file
 def test_two_processes_train_the_same_model_though_one_has_no_pictures(tmp_path):
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS.format(tests=str(REPOSITORY / "tests")))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", str(script), str(tmp_path)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"]
+    launch += ["--num_processes=2", "--mixed_precision=no", "--main_process_port=0", str(script), str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300, env=environment, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr[-3000:]
