@@ -21,7 +21,7 @@ class QuestionError(ValueError):
 def ask(
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[FILE...] QUESTION", help="Pictures and clips, then the question. - is stdin."),
+        typer.Argument(metavar="FILE|QUESTION", help="Pictures and clips, then the question. - is stdin."),
     ] = None,
     model: terminal.Model = ".",
     as_json: Annotated[bool, typer.Option("--json", help="Write answer, thought and figures as JSON.")] = False,
