@@ -184,6 +184,21 @@ def test_bfloat16_autocast_and_gradient_checkpointing_give_the_same_curve(tmp_pa
         assert bfloat16 == pytest.approx(plain, rel=0.1) and bfloat16 != plain
 
 
+def test_without_padding_the_curve_is_the_same(tmp_path):
+    curves = []
+    for padding_free in (False, True):
+        output = tmp_path / str(padding_free)
+        rows = [NUMBER, STAR | {"force_packing": 3}, TEXT, TEXT]
+        trainer = run(tmp_path, rows, per_device_train_batch_size=3, padding_free=padding_free, output_dir=output)
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        assert ("attention_mask" in batch) == (not padding_free) and len(batch["input_ids"]) == (
+            1 if padding_free else 4
+        )
+        curves.append([logged(output, measure) for measure in ("loss", "grad_norm")])
+    for padded, joined in zip(*curves, strict=True):
+        assert joined == pytest.approx(padded, rel=1e-3)
+
+
 # ---- what trains ----
 
 

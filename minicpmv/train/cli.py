@@ -27,4 +27,5 @@ add_verb(train_app, "sft", "minicpmv.train.sft", "Supervised fine-tuning: full, 
 add_verb(train_app, "dpo", "minicpmv.train.dpo", "Direct preference optimisation on pairs of answers.")
 add_verb(train_app, "reward", "minicpmv.train.reward", "A visual reward model from pairs of answers.")
 add_verb(train_app, "rl", "minicpmv.train.rl", "Reinforcement learning with GRPO, thinking and fast rollouts mixed.")
+add_verb(train_app, "merge", "minicpmv.train.merge", "Merge an adapter into its model.")
 add_verb(align_app, "feedback", "minicpmv.train.feedback", "Sample answers, check their claims, choose pairs.")

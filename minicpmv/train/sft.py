@@ -6,7 +6,7 @@
 What is special:
 - TRL's SFTTrainer (a Trainer of transformers, whose loss needs no logits of the whole vocabulary at once) with this
   package's data: `load_conversations` reads the rows, `ConversationCollator` makes prompt and labels;
-- no packing: a row of a batch is one conversation, whole;
+- a row of a batch is one conversation, whole; `padding_free: true` puts those of a batch side by side in one row;
 - `resume_from_checkpoint: last` goes on from the newest whole checkpoint, or starts: the same command after every stop.
 """
 
@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 from transformers import set_seed
@@ -40,7 +41,7 @@ from minicpmv.train.loading import PartLearningRates, load_model_and_processor, 
 # What SFTConfig offers for its own reading of data, which is not used here.
 OTHER_DATA_OPTIONS = (
     *("model_init_kwargs", "chat_template_path", "eos_token", "pad_token", "dataset_text_field", "dataset_num_proc"),
-    *("truncation_mode", "shuffle_dataset", "packing", "packing_strategy", "padding_free", "eval_packing"),
+    *("truncation_mode", "shuffle_dataset", "packing", "packing_strategy", "eval_packing"),
     *("completion_only_loss", "assistant_only_loss"),
 )
 
@@ -61,6 +62,10 @@ class SFTArguments(SFTConfig):
             "help": "A checkpoint folder, or 'last': the newest whole one in output_dir, or a start without any."
         },
     )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "The samples of a batch in one row without padding; each attends to itself alone."},
+    )
     # A batch without pictures gives tower and resampler a gradient of zero, so none goes unused.
     ddp_find_unused_parameters: bool | None = False
     remove_unused_columns: bool = False
@@ -71,7 +76,8 @@ class SFTArguments(SFTConfig):
             if getattr(self, name) != defaults[name]:
                 raise ArgumentsError(
                     f"{name} is an option of SFTTrainer's own data preparation, which is not used here: every sample is "
-                    "a row of messages, encoded by the chat template, with the loss on the assistant's text."
+                    "a row of messages, encoded by the chat template, with the loss on the assistant's text. (Instead of "
+                    "packing there is padding_free.)"
                 )
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
@@ -147,23 +153,39 @@ def load_data(data_args: DataArguments):
     return train, load_conversations(source, split=data_args.dataset_test_split, **options)
 
 
+def join_rows(collator, rows) -> dict:
+    """The batch of `collator` in one row [1, all tokens]: positions begin anew with each sample, which keeps attention apart."""
+    batch = collator(rows)
+    is_token = batch.pop("attention_mask").bool()
+    joined = {name: batch[name][is_token][None] for name in ("input_ids", "labels")}
+    joined["position_ids"] = (is_token.cumsum(1) - 1)[is_token][None]
+    for name in ("pixel_values", "tgt_sizes", "temporal_ids"):
+        if name in batch:
+            joined[name] = batch[name].flatten(0, 1)[None]  # the model passes over the places that padding fills
+    return joined
+
+
 def make_trainer(model_args, adapter_args, freeze_args, data_args, args) -> ConversationTrainer:
     """Data, model and collator in a trainer that is ready to run."""
     train_dataset, eval_dataset = load_data(data_args)
     set_seed(args.seed)  # an adapter starts from random weights
     model, processor = load_model_and_processor(model_args, adapter_args, freeze_args, args.trust_remote_code)
+    collator = ConversationCollator(
+        processor,
+        max_length=args.max_length or model.config.max_position_embeddings,
+        on_too_long=data_args.on_too_long,
+        on_bad_row=data_args.on_bad_row,
+        pad_to_multiple_of=args.pad_to_multiple_of,
+    )
+    if args.padding_free:
+        collator = partial(join_rows, collator)
+        args.padding_free = False  # SFTTrainer would insist on its own collator
     trainer = ConversationTrainer(
         model=model,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=ConversationCollator(
-            processor,
-            max_length=args.max_length or model.config.max_position_embeddings,
-            on_too_long=data_args.on_too_long,
-            on_bad_row=data_args.on_bad_row,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-        ),
+        data_collator=collator,
         processing_class=processor,
         callbacks=[LossCurves()],
     )
