@@ -14,7 +14,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from minicpmv.data.drawing import COLORS, Drawing, add_shape, add_text, text_width  # noqa: E402
+from minicpmv.data.drawing import COLORS, Drawing, Print, add_shape, add_text  # noqa: E402
 
 
 SMOOTH = 2  # everything is drawn twice as large and scaled down
@@ -42,9 +42,24 @@ def draw(size, seed, things=(), text=None):
     for kind, color, (x, y), radius in things:
         add_shape(drawing, kind, color, (SMOOTH * x, SMOOTH * y), SMOOTH * radius, COLORS[color])
     if text:
-        points = height // 2
-        corner = ((width - text_width(text, points, True)) / 2, height * 0.16)
-        add_text(drawing, text, "blue", corner, points, True, COLORS["blue"])
+        style = Print("aileron", True, height // 2)
+        corner = ((width - style.width(text)) / 2, height * 0.16)
+        add_text(drawing, text, "blue", corner, style, COLORS["blue"])
+    return with_grain(drawing.image.resize(size, Image.Resampling.LANCZOS), seed)
+
+
+def paper(size, lines, points, seed, margin=0.06):
+    """Black print on paper: `lines`, each a text, or a text at the left and one at the right edge."""
+    width, height = (SMOOTH * side for side in size)
+    drawing = Drawing(lit_backdrop((width, height), (236, 234, 228), (236, 234, 228)), Image.new("L", (width, height)))
+    style = Print("mono", False, SMOOTH * points)
+    pitch = height / (len(lines) + 0.6)
+    for i, line in enumerate(lines):
+        y = pitch * (i + 0.3)
+        left, *right = line if isinstance(line, tuple) else (line,)
+        add_text(drawing, left, "neutral", (margin * width, y), style, (20, 20, 20))
+        for text in right:
+            add_text(drawing, text, "neutral", ((1 - margin) * width - style.width(text), y), style, (20, 20, 20))
     return with_grain(drawing.image.resize(size, Image.Resampling.LANCZOS), seed)
 
 
@@ -75,6 +90,9 @@ def main():
     )
     shapes.save(HERE / "shapes.jpg", quality=88)
     draw((640, 480), seed=2, text="47").save(HERE / "number.jpg", quality=88)
+    entries = [("TABLE:", "47"), ("DATE:", "21/11"), ("TIME:", "18:05"), ("TOTAL:", "12.50")]
+    paper((220, 170), entries, points=24, seed=3).save(HERE / "receipt.jpg", quality=92)
+    paper((200, 64), ["7+5-3+8"], points=34, seed=4).save(HERE / "sum.jpg", quality=92)
     write_clip(HERE / "star.mp4", (320, 240), moving_star((320, 240)))
 
 

@@ -12,8 +12,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # What nano was trained for; the published weights answer these as well.
 PICTURES = {
-    "shapes.jpg": ("How many shapes are there?", "What color is the circle?", "What shape is on the right?"),
-    "number.jpg": ("What number is this?",),
+    "shapes.jpg": ("How many shapes are there?", "What shape is red?", "What shape is on the right?"),
+    "number.jpg": ("What does it say?",),
 }
 CLIP = "star.mp4"
 CLIP_QUESTIONS = ("Which way does the shape move?", "What color is the shape?")

@@ -17,21 +17,22 @@ def nano():
 
 
 def ask(model, *content, **options):
-    return model.chat(msgs=[{"role": "user", "content": list(content)}], max_new_tokens=32, **GREEDY | options)
+    options = GREEDY | {"max_new_tokens": 32} | options
+    return model.chat(msgs=[{"role": "user", "content": list(content)}], **options)
 
 
 def test_nano_loads_from_its_folder_from_the_repository_and_from_a_copy(nano, tmp_path, monkeypatch):
     number = ASSETS / "number.jpg"
-    assert ask(nano, number, "What number is this?") == "47"
+    assert ask(nano, number, "What does it say?") == "47"
     monkeypatch.chdir(REPOSITORY)
     beside = AutoModelForImageTextToText.from_pretrained("nano", trust_remote_code=True).eval()
     inside = AutoModel.from_pretrained(".", subfolder="nano", trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(".", subfolder="nano", trust_remote_code=True)
     shutil.copytree("nano", tmp_path / "my nano v1.0")  # links become files
     copied = AutoModel.from_pretrained(tmp_path / "my nano v1.0", trust_remote_code=True).eval()
-    assert ask(beside, number, "What number is this?") == "47"
-    assert ask(inside, number, "What number is this?", processor=processor) == "47"
-    assert ask(copied, number, "What number is this?") == "47"
+    assert ask(beside, number, "What does it say?") == "47"
+    assert ask(inside, number, "What does it say?", processor=processor) == "47"
+    assert ask(copied, number, "What does it say?") == "47"
 
 
 def test_nano_holds_links_to_the_code_and_no_copies():
@@ -43,8 +44,17 @@ def test_nano_holds_links_to_the_code_and_no_copies():
 def test_nano_answers_about_a_picture_and_a_clip(nano):
     shapes, clip = ASSETS / "shapes.jpg", ASSETS / "star.mp4"
     assert ask(nano, shapes, "How many shapes are there?") == "2"
-    assert ask(nano, shapes, "What color is the circle?") == "red"
+    assert ask(nano, shapes, "What shape is red?") == "circle"
     assert ask(nano, clip, "Which way does the shape move?", fps=3, force_packing=3) == "right"
+
+
+def test_nano_thinks_before_it_answers(nano):
+    answer = ask(
+        nano, ASSETS / "sum.jpg", "What is the result?", enable_thinking=True, return_dict=True, max_new_tokens=96
+    )
+    assert answer.finish_reason == "stop" and answer.text.isdigit()
+    first, *steps = answer.reasoning.splitlines()
+    assert first == "7+5-3+8" and steps[0] == "7+5=12" and all("=" in step for step in steps)
 
 
 def test_nano_batches_and_streams_like_it_answers_alone(nano):

@@ -1,4 +1,4 @@
-"""The model card keeps its word: its metadata is well-formed, its commands run, its code prints what it says."""
+"""The pages keep their word: the card's metadata is well-formed, commands run, code prints what it says."""
 
 import builtins
 import os
@@ -12,17 +12,18 @@ from huggingface_hub import ModelCard
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
 
 
-def code_blocks(language):
+def code_blocks(page, language):
     """`(line number of the first code line, code)` of every fenced block of a language."""
-    for match in re.finditer(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
-        yield README.count("\n", 0, match.start(1)) + 1, match.group(1)
+    text = page.read_text(encoding="utf-8")
+    for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield text.count("\n", 0, match.start(1)) + 1, match.group(1)
 
 
-PYTHON_BLOCKS = list(code_blocks("python"))
-BASH_BLOCKS = list(code_blocks("bash"))
+BASH_BLOCKS = [(page, line, code) for page in PAGES for line, code in code_blocks(page, "bash")]
 
 
 def test_metadata_is_what_the_hub_expects():
@@ -34,9 +35,10 @@ def test_metadata_is_what_the_hub_expects():
     assert all((REPOSITORY / example["src"]).is_file() and example["text"] for example in data.widget)
 
 
-def test_every_link_into_the_repository_leads_somewhere():
-    targets = re.findall(r"\]\((?!https?://)([^)#]+)\)", README)
-    assert targets and [target for target in targets if not (REPOSITORY / target).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_into_the_repository_leads_somewhere(page):
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
 def test_every_code_file_at_the_top_is_in_the_file_table():
@@ -50,14 +52,18 @@ def test_the_list_of_files_that_run_with_trust_remote_code_is_complete():
         assert f"`{file.name}`" in security or f"`{file.name.removesuffix('minicpmv.py')}`" in security, file.name
 
 
-def test_every_fenced_block_is_run_or_known_not_to_be():
-    languages = re.findall(r"^```(.*)\n", README, re.MULTILINE)[::2]  # every second fence closes a block
-    assert set(languages) <= {"python", "bash", "text", "bibtex"}
-    assert len(PYTHON_BLOCKS) >= 6 and BASH_BLOCKS
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_fenced_block_is_run_or_known_not_to_be(page):
+    # Every second fence closes a block.
+    languages = re.findall(r"^```(.*)\n", page.read_text(encoding="utf-8"), re.MULTILINE)[::2]
+    assert set(languages) <= {"python", "bash", "text", "json", "bibtex"}
+    assert "bash" in languages
 
 
-@pytest.mark.parametrize(("line", "script"), BASH_BLOCKS, ids=[f"line{line}" for line, _ in BASH_BLOCKS])
-def test_commands_run(line, script, monkeypatch):
+@pytest.mark.parametrize(
+    ("page", "line", "script"), BASH_BLOCKS, ids=[f"{page.stem}-line{line}" for page, line, _ in BASH_BLOCKS]
+)
+def test_commands_run(page, line, script, monkeypatch):
     """make only says what it would do: its targets run in CI, some of them this very test."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     python = f'"{sys.executable}"'
@@ -71,14 +77,15 @@ def test_commands_run(line, script, monkeypatch):
     done = subprocess.run(
         ["bash", "-c", prelude + script], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, f"README.md, line {line}: {done.stderr}"
+    assert done.returncode == 0, f"{page.name}, line {line}: {done.stderr}"
 
 
-def test_python_blocks_run_in_order_and_print_what_their_comments_say(monkeypatch):
-    """All blocks share one namespace, as a reader's session does. `print(x)  # prints: y` promises the output y."""
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run_in_order_and_print_what_their_comments_say(page, monkeypatch):
+    """The blocks of a page share one namespace, as a reader's session does. `print(x)  # prints: y` promises y."""
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    lines = README.splitlines()
+    lines = page.read_text(encoding="utf-8").splitlines()
     printed = []
 
     def record(*values, **options):
@@ -86,12 +93,13 @@ def test_python_blocks_run_in_order_and_print_what_their_comments_say(monkeypatc
         builtins.print(*values, **options)
 
     namespace = {"__name__": "__readme__", "print": record}
-    for line, code in PYTHON_BLOCKS:
+    for line, code in code_blocks(page, "python"):
         # Blank lines in front give tracebacks the line numbers of the page.
-        exec(compile("\n" * (line - 1) + code, "README.md", "exec"), namespace)
+        exec(compile("\n" * (line - 1) + code, page.name, "exec"), namespace)
 
-    assert printed
     for number, output in printed:
         promise = re.search(r"# prints: (.*)$", lines[number - 1])
         if promise:
-            assert output == promise.group(1), f"README.md, line {number}"
+            assert output == promise.group(1), f"{page.name}, line {number}"
+    promised = sum("# prints: " in line for line in lines)
+    assert promised <= len(printed)
