@@ -8,7 +8,7 @@ MATRIX ?= 4.57.6 5.0.0 5.10.1 5.19.0 5.23.0
 PYTEST_ARGS ?=
 # What depends on the version of transformers.
 MATRIX_TESTS := $(addprefix tests/test_,golden.py vision_and_resampler.py model.py processor.py chat.py tokenizer.py \
-	chat_template.py image_processing.py video_processing.py interop.py nano_model.py)
+	chat_template.py image_processing.py video_processing.py interop.py nano_model.py sessions.py thinking.py)
 
 VENV := .venv
 PY := $(VENV)/bin/python

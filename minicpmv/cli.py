@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from minicpmv.apps.ask_cli import ask
+from minicpmv.apps.chat_cli import chat
 from minicpmv.apps.read_cli import read
 from minicpmv.apps.video_cli import video
 from minicpmv.cli_errors import one_line_errors
@@ -16,12 +18,13 @@ app = typer.Typer(
     name="minicpmv",
     help="MiniCPM-V 4.5: what to do with the model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(train_app, name="train")
 app.add_typer(align_app, name="align")
 app.add_typer(evaluate_app, name="evaluate")
+app.command()(chat)
+app.command()(ask)
 app.command()(read)
 app.command()(video)
 
