@@ -280,7 +280,8 @@ def parse(dataclass_types, argv=None, description=None):
     Raises:
         ArgumentsError: what is wrong, and where it can be told, what to write instead.
     """
-    parser = ArgumentsParser(dataclass_types, description=description, allow_abbrev=False)
+    usage = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
+    parser = ArgumentsParser(dataclass_types, usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with options under the names of the flags.")
     if "use_cpu" in {action.dest for action in parser._actions} and not torch.accelerator.is_available():
         parser.set_defaults(use_cpu=True)  # else the default of bf16 would be refused

@@ -69,6 +69,7 @@ class SFTArguments(SFTConfig):
     # A batch without pictures gives tower and resampler a gradient of zero, so none goes unused.
     ddp_find_unused_parameters: bool | None = False
     remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False  # a loss that is no number is to be seen
 
     def __post_init__(self):
         defaults = {entry.name: entry.default for entry in fields(SFTConfig) if entry.default is not MISSING}
