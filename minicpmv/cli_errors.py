@@ -11,4 +11,6 @@ def one_line_errors(*expected):
         yield
     except expected as error:
         print(f"minicpmv: {error}", file=sys.stderr)
-        raise SystemExit(1) from error  # not typer's own Exit: modules run without typer as well (accelerate launch -m)
+        raise SystemExit(
+            1
+        ) from error  # not typer's own Exit: modules run without typer as well (accelerate launch -m)
