@@ -101,7 +101,7 @@ class ChatSession:
                         + (" as max_tokens." if name == "max_inp_length" else ".")
                     )
             settings = self.model._read_settings(self.processor, **{**self._options, **options, "stream": stream})
-            question = {"role": "user", "content": content}
+            question = _snapshot({"role": "user", "content": content})
             messages, answer, units, dropped = self._make_room([*self._messages, question], settings)
         except BaseException:
             self._busy.release()
@@ -146,9 +146,10 @@ class ChatSession:
                 break
             if is_last or self.when_full == "error":
                 raise SessionFullError(
-                    f"With this turn the conversation needs {tokens} tokens ({len(prompt.ids)} to read, max_new_tokens={settings.max_new_tokens} "
-                    f"to write) and {pictures} pictures; the session has room for max_tokens={self.max_tokens} and "
-                    f"max_pictures={self.max_pictures}. Lower max_new_tokens, start a session with higher limits, or "
+                    f"With this turn the conversation needs {tokens} tokens ({len(prompt.ids)} to read, "
+                    f"max_new_tokens={settings.max_new_tokens} to write) and {pictures} pictures; the session has room for "
+                    f"max_tokens={self.max_tokens} and max_pictures={self.max_pictures}. Lower max_new_tokens, start a "
+                    "session with higher limits, or "
                     + ("give less." if is_last else 'let it drop old turns (when_full="drop").')
                 )
             dropped, share = dropped + 1, KEPT_SHARE
@@ -275,7 +276,7 @@ class SessionMixin:
         messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
         if history:
             (conversation,), _ = read_conversations(history)
-            messages += _copies(conversation)
+            messages += _snapshot(conversation)
         return ChatSession(self, processor, messages, max_tokens, max_pictures, when_full, options)
 
     def load_chat(self, folder, processor=None, **options):
@@ -340,6 +341,18 @@ def _split_turns(messages):
 def _parts(message):
     content = message.get("content")
     return list(content) if isinstance(content, (list, tuple)) else [] if content is None else [content]
+
+
+def _snapshot(given):
+    """Messages as they are now: what is read again in a later turn must not have changed, such as the array of a camera."""
+    if isinstance(given, Mapping):
+        return {name: _snapshot(value) for name, value in given.items()}
+    if isinstance(given, (list, tuple)):
+        return [_snapshot(value) for value in given]
+    for copy in ("clone", "copy"):  # tensors; arrays, pictures and bytearrays
+        if hasattr(given, copy):
+            return getattr(given, copy)()
+    return given
 
 
 def _copies(messages):
