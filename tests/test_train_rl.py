@@ -20,6 +20,7 @@ from datasets import Dataset  # noqa: E402
 
 from minicpmv.data.formats import BadRowError  # noqa: E402
 from minicpmv.train import rl  # noqa: E402
+from minicpmv.train.arguments import parse  # noqa: E402
 from minicpmv.train.grpo import HybridGRPOTrainer, UnsupportedRolloutError, question_row, reward_model_term  # noqa: E402
 from minicpmv.train.reward_model import load_reward_model, score_answers  # noqa: E402
 from minicpmv.train.rewards import accuracy_reward, format_reward  # noqa: E402
@@ -67,8 +68,7 @@ def mixed_rows():
         {"prompt": ask(clip, text="Which way does it move?"), "fps": 3.0, "force_packing": 3},
         {"prompt": ask(text="Hi!")},
     ]
-    columns = ("prompt", "images", "max_slice_nums", "fps", "force_packing")
-    return [{name: row.get(name) for name in columns} for row in rows]  # as a dataset gives them
+    return rows  # with columns of their own, as a stream gives them
 
 
 def trainer(
@@ -116,7 +116,7 @@ def rollouts(trained, rows, generations):
 
 def inputs_of(processor, row, enable_thinking):
     """What the model is asked outside of training."""
-    pictures = iter(row["images"] or [])
+    pictures = iter(row.get("images", []))
     prompt = [
         {
             **message,
@@ -369,6 +369,20 @@ def test_what_cannot_work_ends_the_command_in_one_line(rows, options, message, t
     assert end.value.code == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("minicpmv: ") and message in last
+
+
+def test_the_recipe_is_that_of_the_paper(tmp_path):
+    (tmp_path / "questions.jsonl").write_text("")
+    recipe = ["--config", str(REPOSITORY / "recipes/rl.yaml"), "--model_name_or_path", NANO]
+    *_, args = parse(
+        rl.GROUPS, [*recipe, "--dataset_name", str(tmp_path / "questions.jsonl"), "--use_cpu", "--bf16=False"]
+    )
+    rollouts = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    assert (rollouts // args.num_generations, args.num_generations) == (128, 8)
+    assert (args.max_completion_length, args.temperature, args.learning_rate) == (8192, 1.0, 1e-6)
+    assert (args.thinking_share, args.beta, args.entropy_coef) == (0.5, 0.0, 0.0)
+    # Every rollout of a step comes from the same policy.
+    assert args.gradient_accumulation_steps % args.steps_per_generation == 0
 
 
 # --- Learning ---

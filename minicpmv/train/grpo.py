@@ -16,6 +16,7 @@ Source: https://arxiv.org/abs/2509.18154 for hybrid modes and rewards.
 
 from collections import defaultdict
 from functools import partial
+from itertools import chain
 from math import floor
 
 import torch
@@ -120,6 +121,9 @@ class HybridGRPOTrainer(PartLearningRates, GRPOTrainer):
                 by_group[group] = self._encode(row)
             rows.append(row)
             self._encoded.append(by_group[group])
+        # Rows of a stream may lack a column, and TRL looks at the first row alone.
+        columns = dict.fromkeys(chain.from_iterable(rows))
+        rows = [{name: row.get(name) for name in columns} for row in rows]
         modes = [row["enable_thinking"] for row in rows]
         self._log_completion_extra("enable_thinking", modes)
         self._log_metric("thinking_share", sum(modes) / len(modes))

@@ -119,6 +119,8 @@ def train(model_args, adapter_args, freeze_args, data_args, args) -> HybridGRPOT
         raise ArgumentsError("The rows are pairs of answers. Train a reward model on them: minicpmv train reward.")
     terms, weights = reward_terms(args, "messages" in first or "answer" in first, model_args.dtype)
     args.reward_weights = args.reward_weights or weights
+    # With a KL term TRL loads the reference by itself, from the same folder.
+    args.trust_remote_code = args.trust_remote_code or Path(model_args.model_name_or_path).expanduser().is_dir()
     set_seed(args.seed)  # an adapter starts from random weights
     model, processor = load_model_and_processor(model_args, adapter_args, freeze_args, args.trust_remote_code)
     trainer = HybridGRPOTrainer(
