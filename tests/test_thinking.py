@@ -1,6 +1,5 @@
 """Thinking: budgets, "auto", and what is known about an answer."""
 
-
 import pytest
 import torch
 from conftest import GREEDY, REPOSITORY, ground_floor, name_seeded_model, wave_picture
