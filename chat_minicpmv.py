@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
 
@@ -176,12 +176,18 @@ class ChatMixin:
                 "no other conversations in the same batch."
             )
         if settings.thinking == "auto":
-            if vision_hidden_states is not None or temporal_ids is not None:
+            if vision_hidden_states is not None:
                 raise ValueError(
-                    'enable_thinking="auto" takes pictures and videos in the messages: pass no vision_hidden_states (an '
-                    "EncodedImage instead) and no temporal_ids (a video instead)."
+                    'enable_thinking="auto" takes no vision_hidden_states: put an EncodedImage into the messages.'
                 )
-            answers = [self._prepare_turn(processor, messages, settings)[1] for messages in conversations]
+            groups = temporal_ids if is_batch and temporal_ids is not None else [temporal_ids] * len(conversations)
+            if len(groups) != len(conversations):
+                raise ValueError(f"temporal_ids has {len(groups)} entries for {len(conversations)} conversations.")
+            each = [replace(settings, template=settings.template | {"temporal_ids": ids}) for ids in groups]
+            answers = [
+                self._prepare_turn(processor, messages, own)[1]
+                for messages, own in zip(conversations, each, strict=True)
+            ]
         else:
             answers = [self._prepare_batch(processor, conversations, settings, vision_hidden_states)]
         watch.note("inputs")
