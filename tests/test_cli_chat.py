@@ -245,7 +245,7 @@ def test_errors_leave_the_conversation_usable_and_end_in_exit_code_1(run, answer
 
 
 def test_of_several_pictures_none_is_shown_where_one_is_broken(run, answer):
-    result = run("chat", *SHORT, stdin=f"/image {NUMBER} {ASSETS / 'README.md'}\nHello\n")
+    result = run("chat", *SHORT, stdin=f"/image '{NUMBER}' '{ASSETS / 'README.md'}'\nHello\n")
     assert result.exit_code == 1 and "not a picture" in result.stderr
     assert result.stdout == answer("Hello") + "\n"
 

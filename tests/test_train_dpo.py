@@ -286,12 +286,18 @@ def test_two_rounds_of_feedback_and_optimisation_run_one_after_the_other(tmp_pat
     for number in range(2):
         pairs, adapter, merged = (tmp_path / f"{name}{number}" for name in ("feedback", "adapter", "model"))
         feedback.main(
-            f"--model_name_or_path {model} --dataset_name {tmp_path}/prompts.jsonl --output_dir {pairs} --first_prompt "
-            f"{4 * number} --max_prompts 4 --num_answers 6 --temperature 2.0 --max_new_tokens 24 --length_tolerance 0.9".split()
+            ["--model_name_or_path", model]  # a path with a space stays whole
+            + (
+                f"--dataset_name {tmp_path}/prompts.jsonl --output_dir {pairs} --first_prompt {4 * number} --max_prompts 4 "
+                "--num_answers 6 --temperature 2.0 --max_new_tokens 24 --length_tolerance 0.9"
+            ).split()
         )
         dpo.main(
-            f"--model_name_or_path {model} --dataset_name {pairs}/pairs --output_dir {adapter} --adapter lora --max_steps 2 "
-            "--per_device_train_batch_size 2 --report_to none --learning_rate 1e-3 --save_strategy no".split()
+            ["--model_name_or_path", model]
+            + (
+                f"--dataset_name {pairs}/pairs --output_dir {adapter} --adapter lora --max_steps 2 "
+                "--per_device_train_batch_size 2 --report_to none --learning_rate 1e-3 --save_strategy no"
+            ).split()
         )
         merge.merge(adapter, merged)
         answers = (pairs / "answers-000.jsonl").read_text()
