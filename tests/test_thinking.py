@@ -141,6 +141,21 @@ def test_auto_decides_for_each_conversation_of_a_batch(model, ask):
     assert {output.mode for output in outputs} == {"fast", "deep"}
 
 
+def test_auto_takes_frames_in_groups(model, ask):
+    model.set_threshold(1)
+    frames = [[wave_picture(64, 48, k) for k in range(3)], [wave_picture(64, 48, k) for k in (5, 6)]]
+    batch = [[{"role": "user", "content": [*pictures, "what moves"]}] for pictures in frames]
+    options = {"use_image_id": False, "max_slice_nums": 1}
+    groups = [[[0, 3, 6]], [[0], [5]]]
+    fast = ask(msgs=batch, temporal_ids=groups, **options)
+    auto = ask(msgs=batch, temporal_ids=groups, enable_thinking="auto", **options)
+    assert [output.raw_text for output in auto] == [output.raw_text for output in fast]
+    alone = ask(msgs=batch[0], temporal_ids=groups[0], enable_thinking="auto", **options)
+    assert alone.raw_text == fast[0].raw_text and alone.prompt_tokens == fast[0].prompt_tokens
+    with pytest.raises(ValueError, match="1 entries for 2"):
+        ask(msgs=batch, temporal_ids=groups[:1], enable_thinking="auto", **options)
+
+
 def test_auto_samples_and_searches_with_beams_too(model, ask):
     model.set_threshold(1)
     sampled = {"sampling": True, "num_beams": 1, "repetition_penalty": 1.0, "seed": 4}
