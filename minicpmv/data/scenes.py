@@ -248,6 +248,7 @@ def form_scene(rng: random.Random, say: Wording, split: str) -> tuple[Drawing, l
     width = round(widest * rng.uniform(1.1, 1.4)) + 8
     pitch = style.size * rng.uniform(1.35, 1.7)
     title = rng.random() < 0.5
+    lines = [f"{key}: {value}" for key, value in values.items()]
     size = (width, round(pitch * (len(values) + title) + style.size))
     drawing, dark = blank(size, rng)
     name, rgb = ink(rng, dark, colored=0.3)
@@ -255,6 +256,7 @@ def form_scene(rng: random.Random, say: Wording, split: str) -> tuple[Drawing, l
     if title:
         heading = Print(style.family, True, style.size)
         text = rng.choice(("RECEIPT", "TICKET", "FORM", "BILL"))
+        lines.insert(0, text)
         add_text(drawing, text, name, ((width - heading.width(text)) / 2, y), heading, rgb)
         y += pitch
     in_column = rng.random() < 0.5  # values begin at the right edge, or behind their keys
@@ -265,7 +267,8 @@ def form_scene(rng: random.Random, say: Wording, split: str) -> tuple[Drawing, l
         y += pitch
     if rng.random() < 0.2:
         add_noise(drawing, rng, rng.randint(5, 15))
-    return drawing, [Fact("form_value", key, value) for key, value in values.items()]
+    facts = [Fact("form_value", key, value) for key, value in values.items()]
+    return drawing, [*facts, Fact("printed_line", "", "\n".join(lines))]
 
 
 def page_scene(rng: random.Random, say: Wording, split: str, seen: int) -> tuple[Drawing, list[Fact]]:
@@ -292,7 +295,9 @@ def page_scene(rng: random.Random, say: Wording, split: str, seen: int) -> tuple
         y = top + pitch * (i + rng.uniform(0, max(0.0, 1 - 1.4 * style.size / pitch)))
         add_text(drawing, text, name, (x, y), style, rgb)
     facts = [Fact("form_value", key, value) for key, value in values.items()]
-    return drawing, [*facts, Fact("only_shape", "", say.shapes[kind]), Fact("colour", "shape", say.colors[color])]
+    lines = "\n".join(f"{key}: {value}" for key, value in values.items())
+    facts += [Fact("printed_line", "", lines), Fact("only_shape", "", say.shapes[kind])]
+    return drawing, [*facts, Fact("colour", "shape", say.colors[color])]
 
 
 # --- Charts ---
@@ -328,8 +333,8 @@ def chart_scene(rng: random.Random, say: Wording) -> tuple[Drawing, list[Fact]]:
         ImageDraw.Draw(drawing.object_map).rectangle(box, fill=len(drawing.things))
         add_text(drawing, name, "neutral", (x + pitch * 0.3 - style.width(name) / 2, bottom + 1), style, rgb)
     seen = say.comma.join(f"{name} {value}" for name, value in zip(names, values, strict=True))
-    facts = [Fact("chart_bars", "", str(count), seen)]
-    facts += [Fact("chart_value", name, str(value)) for name, value in zip(names, values, strict=True)]
+    facts = [Fact("chart_bars", "", str(count), seen), Fact("caption", "", seen)]
+    facts += [Fact("chart_value", name, str(value), seen) for name, value in zip(names, values, strict=True)]
     for task, end in (("chart_highest", max(values)), ("chart_lowest", min(values))):
         if values.count(end) == 1:
             facts.append(Fact(task, "", names[values.index(end)], seen))
