@@ -8,6 +8,7 @@ import typer
 from minicpmv.apps.ask_cli import ask
 from minicpmv.apps.chat_cli import chat
 from minicpmv.apps.read_cli import read
+from minicpmv.apps.serve_cli import serve
 from minicpmv.apps.video_cli import video
 from minicpmv.cli_errors import one_line_errors
 from minicpmv.evaluate.cli import evaluate_app
@@ -27,6 +28,7 @@ app.command()(chat)
 app.command()(ask)
 app.command()(read)
 app.command()(video)
+app.command()(serve)
 
 
 @app.callback()
