@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+CHINESE = REPOSITORY / "README_zh.md"
 README = PAGES[0].read_text(encoding="utf-8")
 
 
@@ -35,7 +36,7 @@ def test_metadata_is_what_the_hub_expects():
     assert all((REPOSITORY / example["src"]).is_file() and example["text"] for example in data.widget)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, CHINESE, REPOSITORY / "ROADMAP.md"], ids=lambda page: page.name)
 def test_every_link_into_the_repository_leads_somewhere(page):
     targets = re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text(encoding="utf-8"))
     assert [target for target in targets if not (page.parent / target).exists()] == []
@@ -52,7 +53,7 @@ def test_the_list_of_files_that_run_with_trust_remote_code_is_complete():
         assert f"`{file.name}`" in security or f"`{file.name.removesuffix('minicpmv.py')}`" in security, file.name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, CHINESE], ids=lambda page: page.name)
 def test_every_fenced_block_is_run_or_known_not_to_be(page):
     # Every second fence closes a block.
     languages = re.findall(r"^```(.*)\n", page.read_text(encoding="utf-8"), re.MULTILINE)[::2]
@@ -103,3 +104,51 @@ def test_python_blocks_run_in_order_and_print_what_their_comments_say(page, monk
             assert output == promise.group(1), f"{page.name}, line {number}"
     promised = sum("# prints: " in line for line in lines)
     assert promised <= len(printed)
+
+
+# ---- the Chinese README says what the English one says ----
+
+
+def sections(text):
+    """The texts between headings, without code blocks; the first is what stands above all of them."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.split(r"^#+ .*$", text, flags=re.MULTILINE)
+
+
+def table_rows(text):
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def test_the_readmes_have_the_same_code_blocks_apart_from_comments():
+    def without_comments(page):
+        blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        return [(language, re.sub(r" *#(?! prints: ).*", "", code)) for language, code in blocks]
+
+    assert without_comments(CHINESE) == without_comments(PAGES[0])
+
+
+def test_the_readmes_have_the_same_outline():
+    outlines = [
+        [len(marks) for marks in re.findall(r"^(#+) ", re.sub(r"(?s)^```.*?^```$", "", text, flags=re.M), re.M)]
+        for text in (README, CHINESE.read_text(encoding="utf-8"))
+    ]
+    assert outlines[0] == outlines[1]
+
+
+def test_each_section_of_the_readmes_has_the_same_names_in_code_and_the_same_links():
+    english, chinese = sections(README), sections(CHINESE.read_text(encoding="utf-8"))
+    for ours, theirs in zip(english[2:], chinese[2:], strict=True):  # below the title, where they link to each other
+        for pattern in (r"`[^`\n]+`", r"\]\(([^)]+)\)"):
+            assert set(re.findall(pattern, theirs)) == set(re.findall(pattern, ours))
+
+
+def test_the_tables_of_the_readmes_have_the_same_rows_with_the_same_numbers():
+    english, chinese = table_rows(README), table_rows(CHINESE.read_text(encoding="utf-8"))
+    for ours, theirs in zip(english, chinese, strict=True):
+        assert re.findall(r"\d+(?:\.\d+)*", theirs) == re.findall(r"\d+(?:\.\d+)*", ours), theirs
+
+
+@pytest.mark.parametrize("page", [PAGES[0], CHINESE], ids=lambda page: page.name)
+def test_the_table_of_nano_stands_between_its_marks(page):
+    (table,) = re.findall(r"<!-- nano table -->\n(.*?)\n<!-- end -->", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert all(line.startswith("|") for line in table.splitlines()) and "| `printed_line` |" in table
