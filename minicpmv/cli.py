@@ -10,6 +10,7 @@ from minicpmv.apps.chat_cli import chat
 from minicpmv.apps.read_cli import read
 from minicpmv.apps.serve_cli import serve
 from minicpmv.apps.video_cli import video
+from minicpmv.apps.web_cli import web
 from minicpmv.cli_errors import one_line_errors
 from minicpmv.evaluate.cli import evaluate_app
 from minicpmv.train.cli import align_app, train_app
@@ -28,6 +29,7 @@ app.command()(chat)
 app.command()(ask)
 app.command()(read)
 app.command()(video)
+app.command()(web)
 app.command()(serve)
 
 
