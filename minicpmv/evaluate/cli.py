@@ -1,4 +1,4 @@
-"""`minicpmv evaluate BENCHMARK` and `minicpmv evaluate report`."""
+"""`minicpmv evaluate BENCHMARK`, `minicpmv evaluate calibrate` and `minicpmv evaluate report`."""
 
 import importlib.util
 import sys
@@ -45,7 +45,8 @@ def add_benchmark(name: str, summary: str) -> None:
         ] = None,
         rows: Annotated[str | None, typer.Option(help="Only these rows, such as count,chart.")] = None,
         thinking: Annotated[
-            str, typer.Option(help="on, off, or the rows that think, such as count,chart. Rows that fix it keep it.")
+            str,
+            typer.Option(help="on, off, auto, or the rows that think, such as count,chart. Rows that fix it keep it."),
         ] = "off",
         batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 50,
         output: Annotated[
@@ -73,7 +74,11 @@ def add_benchmark(name: str, summary: str) -> None:
             benchmark = load_benchmark(name)
             chosen = names(rows) if rows else None
             benchmark.choose(chosen)  # before the model is loaded
-            thinks = thinking == "on" if thinking in ("on", "off") else names(thinking)
+            thinks = (
+                {"on": True, "off": False, "auto": "auto"}[thinking]
+                if thinking in ("on", "off", "auto")
+                else names(thinking)
+            )
             model, processor = harness.load(checkpoint)
             if output is None:
                 settings = harness.settings_of(model, processor, benchmark, thinks)
@@ -100,6 +105,65 @@ def add_benchmark(name: str, summary: str) -> None:
 
 for name, (_, summary) in BENCHMARKS.items():
     add_benchmark(name, f"{summary} Run it again after an interruption: it goes on where it stopped.")
+
+
+@evaluate_app.command()
+def calibrate(
+    checkpoint: Annotated[str, typer.Option(help="Model folder or Hub repository.")] = "nano",
+    benchmark: Annotated[str, typer.Option(help="Whose questions to ask.")] = "nanobench",
+    samples: Annotated[int, typer.Option(min=1, help="Questions of each row, and as many again for the check.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the questions; the check takes the next one.")] = 1,
+    rows: Annotated[str | None, typer.Option(help="Only these rows, such as count,chart.")] = None,
+    keep: Annotated[float, typer.Option(help="Share of the accuracy of always thinking that has to stay.")] = 0.95,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 50,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of answers, curve and result; by default one a checkpoint in runs/.")
+    ] = None,
+    save: Annotated[bool, typer.Option("--save", help="Store the threshold in the checkpoint's config.json.")] = False,
+):
+    """Find the threshold of enable_thinking="auto": fewest tokens for (nearly) the accuracy of always thinking."""
+    import json
+
+    for package in ("rapidfuzz", "matplotlib"):
+        require(package)
+    from minicpmv.evaluate import benchmark as benchmarks
+    from minicpmv.evaluate import calibration, harness, sample_log
+    from minicpmv.evaluate.benchmarks import load_benchmark
+
+    if benchmark not in BENCHMARKS:
+        raise typer.BadParameter(f"{benchmark!r} is none of {', '.join(BENCHMARKS)}")
+    config = Path(checkpoint) / "config.json"
+    if save and not config.is_file():
+        raise typer.BadParameter(f"--save writes to {config}, which is not there: give the folder of the checkpoint")
+    with one_line_errors(
+        benchmarks.UnknownRowError,
+        calibration.CalibrationError,
+        harness.CheckpointError,
+        harness.SampleCountError,
+        sample_log.SampleLogError,
+    ):
+        asked = load_benchmark(benchmark)
+        calibration.questions_in_both_modes(asked, names(rows) if rows else None)  # before the model is loaded
+        model, processor = harness.load(checkpoint)
+        result = calibration.calibrate(
+            model,
+            processor,
+            asked,
+            output or DEFAULT_FOLDER / f"calibration-{Path(checkpoint).resolve().name}",
+            checkpoint=checkpoint,
+            rows=names(rows) if rows else None,
+            samples=samples,
+            seed=seed,
+            keep=keep,
+            batch_size=batch_size,
+        )
+    for mode, found in result["check"].items():
+        typer.echo(f"{mode:5} {100 * found['accuracy']:5.1f} % right, {found['tokens']:6.1f} tokens a question")
+    typer.echo(f"threshold {result['threshold']:.4f}")
+    if save:
+        settings = json.loads(config.read_text(encoding="utf-8")) | {"thinking_threshold": result["threshold"]}
+        sample_log.write_whole(config, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        typer.echo(f"{config}: stored")
 
 
 @evaluate_app.command()

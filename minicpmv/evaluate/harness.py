@@ -15,7 +15,7 @@ from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from accelerate.utils import align_module_device
@@ -60,7 +60,10 @@ def load(checkpoint: str):
     return model, processor
 
 
-def settings_of(model, processor, benchmark: Benchmark, thinking: bool | Sequence[str]) -> dict:
+Thinking = bool | Literal["auto"] | Sequence[str]  # a sequence: the ids of the rows that think
+
+
+def settings_of(model, processor, benchmark: Benchmark, thinking: Thinking) -> dict:
     """Everything that the answers of a run depend on, apart from which samples are asked about."""
     weights = hashlib.sha256()
     for place, module in model.named_modules():
@@ -80,7 +83,8 @@ def settings_of(model, processor, benchmark: Benchmark, thinking: bool | Sequenc
         "weights": weights.hexdigest()[:16],
         "dtype": str(model.dtype).removeprefix("torch."),
         "processor": hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16],
-        "thinking": thinking if isinstance(thinking, bool) else sorted(thinking),
+        "thinking": thinking if _is_for_all(thinking) else sorted(thinking),
+        **({"threshold": model.thinking_threshold} if thinking == "auto" else {}),
     }
 
 
@@ -90,7 +94,7 @@ class Question(NamedTuple):
 
 
 @torch.inference_mode()
-def ask(model, processor, row: Row, thinks: bool, questions: list[Question]) -> list[dict]:
+def ask(model, processor, row: Row, thinks: bool | str, questions: list[Question]) -> list[dict]:
     """The log's entries for questions with equal options, asked in one batch."""
     options = dict(questions[0].prompt.options)
     if "temporal_ids" in options:
@@ -99,7 +103,7 @@ def ask(model, processor, row: Row, thinks: bool, questions: list[Question]) -> 
         msgs=[[{"role": "user", "content": question.prompt.content}] for question in questions],
         processor=processor,
         enable_thinking=thinks,
-        max_new_tokens=row.max_new_tokens + row.max_thought_tokens * thinks,
+        max_new_tokens=row.max_new_tokens + row.max_thought_tokens * bool(thinks),
         return_dict=True,
         **GREEDY,
         **options,
@@ -114,9 +118,11 @@ def ask(model, processor, row: Row, thinks: bool, questions: list[Question]) -> 
                 "expected": prompt.expected,
                 "answer": answer,
                 "thought": output.reasoning,
+                "mode": output.mode,
+                "need": output.need,
                 "finish_reason": output.finish_reason,
                 "prompt_tokens": output.prompt_tokens,
-                "generated_tokens": output.generated_tokens,
+                "generated_tokens": output.generated_tokens + output.draft_tokens,
                 "scores": row.scorer(answer, prompt.expected),
             }
         )
@@ -150,7 +156,7 @@ def run(
     rows: list[str] | None = None,
     samples: int = 100,
     seeds: Sequence[int] = (0,),
-    thinking: bool | Sequence[str] = False,
+    thinking: Thinking = False,
     batch_size: int = 50,
 ) -> dict:
     """Evaluate a model; goes on where an earlier run into the same folder stopped.
@@ -161,12 +167,12 @@ def run(
         rows: ids of the rows to run; all of them for None.
         samples: how many, for each row and seed.
         seeds: seeds of the samples.
-        thinking: True or False for all rows that leave it open, or the ids of those that think.
+        thinking: True, False or "auto" for all rows that leave it open, or the ids of those that think.
         batch_size: questions asked at once.
 
     Returns:
         What `results.json` holds: settings, and for each row `n` answered samples, the metrics of each seed, their
-        `mean` and their `std` (sample standard deviation; None for one seed).
+        `mean` and their `std` (sample standard deviation; None for one seed), and the mean of the generated `tokens`.
 
     Raises:
         UnknownRowError, SampleCountError: before anything is asked.
@@ -176,7 +182,7 @@ def run(
         raise SampleCountError(f"the seeds {', '.join(map(str, seeds))} are not all different: give each once")
     chosen = benchmark.choose(rows)
     thinks = {row.id: _thinks(row, thinking) for row in benchmark.rows}
-    if not isinstance(thinking, bool):
+    if not _is_for_all(thinking):
         for row in benchmark.choose(list(thinking)):
             if row.thinking is False:
                 raise UnknownRowError(f"{row.id} is the row without thinking: leave it out of the rows that think")
@@ -214,23 +220,30 @@ def run(
     return results
 
 
-def _thinks(row: Row, thinking: bool | Sequence[str]) -> bool:
+def _is_for_all(thinking: Thinking) -> bool:
+    return isinstance(thinking, bool) or thinking == "auto"
+
+
+def _thinks(row: Row, thinking: Thinking) -> bool | str:
     if row.thinking is not None:
         return row.thinking
-    return thinking if isinstance(thinking, bool) else row.id in thinking
+    return thinking if _is_for_all(thinking) else row.id in thinking
 
 
 def _summary(row: Row, log: SampleLog, samples: int, seeds: Sequence[int]) -> dict:
     """Metrics of a row, seed by seed, and their mean and spread."""
     by_seed: dict[str, Metrics] = {}
+    tokens = []
     for seed in seeds:
-        keys = [SampleKey(row.id, seed, index) for index in range(samples * row.questions_per_sample)]
-        by_seed[str(seed)] = row.aggregate([log.entries[key]["scores"] for key in keys])
+        entries = [log.entries[row.id, seed, index] for index in range(samples * row.questions_per_sample)]
+        by_seed[str(seed)] = row.aggregate([entry["scores"] for entry in entries])
+        tokens += [entry["generated_tokens"] for entry in entries]
     columns = {name: [metrics[name] for metrics in by_seed.values()] for name in by_seed[str(seeds[0])]}
     return {
         "title": row.title,
         "lower_is_better": row.lower_is_better,
         "n": samples * len(seeds),
+        "tokens": fmean(tokens),
         "mean": {name: None if None in values else fmean(values) for name, values in columns.items()},
         "std": {
             name: None if None in values or len(values) < 2 else stdev(values) for name, values in columns.items()

@@ -102,8 +102,8 @@ def read_run(folder: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def thinking_in_words(thinking: bool | list[str]) -> str:
-    return {True: "on", False: "off"}[thinking] if isinstance(thinking, bool) else ", ".join(thinking)
+def thinking_in_words(thinking: bool | str | list[str]) -> str:
+    return ", ".join(thinking) if isinstance(thinking, list) else {True: "on", False: "off"}.get(thinking, thinking)
 
 
 def labels_of(folders: list[Path], runs: list[dict]) -> list[str]:

@@ -1,0 +1,155 @@
+"""Finds the threshold of `enable_thinking="auto"` for a checkpoint, and says what it gives on other questions.
+
+What is special:
+- both modes answer the same questions; what each threshold would have given follows from these answers
+  (`threshold_curve` of the model), so no threshold is tried by asking again;
+- the choice is the threshold that generates fewest tokens while it keeps a share of what thinking gets right;
+- it is then put to the test with questions of the next seed, which the choice has not seen.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import fmean
+
+from minicpmv.evaluate import harness
+from minicpmv.evaluate.benchmark import Benchmark
+from minicpmv.evaluate.sample_log import SAMPLES_FILE, read_entries, write_whole
+
+
+CALIBRATION_FILE, CURVE_FILE = "calibration.json", "curve.png"
+SCORE = "exact"  # of rows that can take part: whether an answer was right
+
+
+class CalibrationError(ValueError):
+    """The threshold cannot be found with these rows."""
+
+
+def questions_in_both_modes(benchmark: Benchmark, rows: Sequence[str] | None) -> Benchmark:
+    """The benchmark's rows, free to think or not.
+
+    Of a pair of rows that differ in thinking alone, the one without is left out; so are controls, unless they are named.
+    """
+    chosen = [row for row in benchmark.choose(rows) if row.thinking is not False]
+    if rows is None:
+        chosen = [row for row in chosen if not row.lower_is_better and row.questions_per_sample == 1]
+    if not chosen:
+        raise CalibrationError(f"{', '.join(rows)}: the rows without thinking cannot be asked with it; name others")
+    return replace(benchmark, rows=tuple(replace(row, thinking=None) for row in chosen))
+
+
+def answers(model, processor, benchmark, output, thinking, **options) -> list[dict]:
+    """The log's entries of one run, in the order of the questions."""
+    harness.run(model, processor, benchmark, output, thinking=thinking, **options)
+    places = {row.id: place for place, row in enumerate(benchmark.rows)}
+    entries = [
+        entry
+        for entry in read_entries(output / SAMPLES_FILE)
+        if entry["seed"] in options["seeds"] and entry["row"] in places and entry["index"] < options["samples"]
+    ]
+    for entry in entries:
+        if SCORE not in entry["scores"]:
+            raise CalibrationError(f"{entry['row']} has no score {SCORE!r}: an answer has to be right or wrong")
+    return sorted(entries, key=lambda entry: (places[entry["row"]], entry["index"]))
+
+
+def column(entries: list[dict], name: str) -> list[float]:
+    return [entry["scores"][SCORE] if name == SCORE else entry[name] for entry in entries]
+
+
+def choose(curve, keep: float):
+    """The point with the fewest tokens among those that keep the share `keep` of the accuracy of always thinking."""
+    return min((point for point in curve if point.accuracy >= keep * curve[0].accuracy), key=lambda p: p.tokens)
+
+
+def calibrate(
+    model,
+    processor,
+    benchmark: Benchmark,
+    output: Path,
+    *,
+    checkpoint: str,
+    rows: Sequence[str] | None = None,
+    samples: int = 100,
+    seed: int = 1,
+    keep: float = 0.95,
+    batch_size: int = 50,
+) -> dict:
+    """Set the model's threshold, and return what `calibration.json` in the folder `output` holds.
+
+    Args:
+        output: folder of the logs, the curve (`curve.png`) and the result; a run that was stopped goes on from it.
+        rows: rows to ask; by default all that can be right or wrong, without controls.
+        samples: questions of each row, once to choose (`seed`) and once to check (`seed` + 1).
+        keep: share of the accuracy of always thinking that has to stay.
+
+    Returns:
+        `threshold`; `curve`, a list of `ThresholdPoint` as dicts; `check`, for "deep", "fast" and "auto" the accuracy and
+        the mean of generated tokens on the questions of `seed` + 1.
+
+    Raises:
+        CalibrationError, and what `harness.run` raises.
+    """
+    if not 0 < keep <= 1:
+        raise CalibrationError(f"keep={keep} is no share above 0 and up to 1")
+    benchmark = questions_in_both_modes(benchmark, rows)
+    options = {"checkpoint": checkpoint, "samples": samples, "batch_size": batch_size}
+    model.set_threshold(1.0)  # auto writes how it would decide, and answers fast
+    deep = answers(model, processor, benchmark, output / "deep", True, seeds=[seed], **options)
+    fast = answers(model, processor, benchmark, output / "needs", "auto", seeds=[seed], **options)
+    by_mode = [column(entries, name) for name in (SCORE, "generated_tokens") for entries in (fast, deep)]
+    curve = model.threshold_curve(column(fast, "need"), *by_mode)
+    chosen = choose(curve, keep)
+
+    check = {}
+    for mode, thinking in (("deep", True), ("fast", False), ("auto", "auto")):
+        model.set_threshold(chosen.threshold)
+        folder = output / (mode if mode != "auto" else f"auto-{chosen.threshold:.4f}")
+        entries = answers(model, processor, benchmark, folder, thinking, seeds=[seed + 1], **options)
+        check[mode] = {"accuracy": fmean(column(entries, SCORE)), "tokens": fmean(column(entries, "generated_tokens"))}
+        check[mode]["deep_share"] = fmean(entry["mode"] == "deep" for entry in entries)
+    result = {
+        "checkpoint": checkpoint,
+        "threshold": chosen.threshold,
+        "keep": keep,
+        "rows": [row.id for row in benchmark.rows],
+        "samples": samples,
+        "seeds": {"chosen on": seed, "checked on": seed + 1},
+        "check": check,
+        "curve": [asdict(point) for point in curve],
+    }
+    write_whole(output / CALIBRATION_FILE, json.dumps(result, indent=1) + "\n")
+    draw(result).savefig(output / CURVE_FILE, dpi=110)
+    return result
+
+
+def draw(result: dict):
+    """A matplotlib figure: accuracy over generated tokens for each threshold, and the three modes as they were checked."""
+    from matplotlib.figure import Figure
+
+    from minicpmv.evaluate.charts import STYLE, colour_of
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    curve, check = result["curve"], result["check"]
+    accuracies = [100 * point["accuracy"] for point in curve]
+    label = f"thresholds 0 to 1, seed {result['seeds']['chosen on']}"
+    axes.plot([point["tokens"] for point in curve], accuracies, color=colour_of(0), linewidth=1.5, label=label)
+    for place, (mode, marker) in enumerate((("fast", "o"), ("auto", "D"), ("deep", "s")), start=1):
+        name = f"auto at {result['threshold']:.2f}" if mode == "auto" else mode
+        axes.plot(
+            check[mode]["tokens"],
+            100 * check[mode]["accuracy"],
+            marker,
+            color=colour_of(place),
+            markersize=8,
+            label=f"{name}, seed {result['seeds']['checked on']}",
+        )
+    axes.set_xlabel("generated tokens a question", **STYLE)
+    axes.set_ylabel("right answers, %", **STYLE)
+    axes.set_xlim(left=0)
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    return figure
