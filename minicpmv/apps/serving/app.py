@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from PIL import EpsImagePlugin
+from starlette.background import BackgroundTask
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from transformers import StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -102,14 +103,17 @@ class ChatHandler(ChatCompletionHandler):
         turn = Turn(self.model, body.seed)
         arguments = (request.state.request_id, turn, self.processor, self.name, inputs, config)
         manager = self.generation_state.get_manager(self.name)
-        if await request.is_disconnected():
-            raise HTTPException(499, "The client has gone.")
         if body.stream:
-            return self._streaming(*arguments, gen_manager=manager, tools=tools)
+            response = self._streaming(*arguments, gen_manager=manager, tools=tools)
+            # The stream itself cancels the work where it is cut off; a stream that never began runs only this.
+            response.background = BackgroundTask(turn.client_has_gone.set)
+            return response
         answer = asyncio.ensure_future(self._non_streaming(*arguments, gen_manager=manager, tools=tools))
-        while not (await asyncio.wait({answer}, timeout=0.5))[0]:
-            if await request.is_disconnected():
-                turn.client_has_gone.set()
+        leaving = asyncio.ensure_future(_disconnected(request))
+        await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            turn.client_has_gone.set()
+        leaving.cancel()
         return await answer
 
     def _read(self, messages, tools, body):
@@ -164,6 +168,12 @@ class Turn:
 
     def _stop(self, input_ids, scores, **kwargs):
         return torch.full((len(input_ids),), self.client_has_gone.is_set(), device=input_ids.device)
+
+
+async def _disconnected(request):
+    # Request.is_disconnected() misses it behind the middleware of transformers' server.
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _refusal(status, message):
