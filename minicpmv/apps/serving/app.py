@@ -149,6 +149,8 @@ class ChatHandler(ChatCompletionHandler):
         for name in ("top_k", "min_p", "repetition_penalty"):
             if name in fields:
                 setattr(config, name, fields[name])
+        if not config.do_sample:  # else transformers warns of each of them
+            config.temperature = config.top_p = config.top_k = config.min_p = None
         return config
 
 
