@@ -89,6 +89,14 @@ def test_demo_of_a_folder_without_a_model_is_a_one_line_error(tmp_path):
     assert_one_line_error(run("demo", "--model", tmp_path), "holds no model")
 
 
+def test_training_without_its_packages_is_a_one_line_error_with_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "minicpmv.train.sft", raising=False)
+    result = CliRunner().invoke(app, ["train", "sft", "--help"])
+    assert result.exit_code == 1
+    assert result.stderr == "minicpmv: trl is not installed: pip install '.[train]' in a clone\n"
+
+
 def test_an_unknown_option_exits_with_2_and_names_it(tmp_path):
     result = run("fetch", tmp_path, "--revison", "abc")
     assert result.exit_code == 2
