@@ -8,7 +8,7 @@ from transformers import AutoProcessor
 
 from minicpmv.data.collator import ConversationCollator
 from minicpmv.data.datasets import load_conversations
-from minicpmv.data.synthetic import Mixture, make_sample
+from minicpmv.data.synthetic import Mixture, UnknownTaskError, make_sample
 from minicpmv.data.synthetic_dataset import SyntheticData, SyntheticDataError, conversation_row, synthetic_dataset
 
 
@@ -48,3 +48,10 @@ def test_a_misspelt_field_and_an_empty_stream_are_refused(tmp_path):
         load_conversations(file)
     with pytest.raises(SyntheticDataError, match="at least 1"):
         synthetic_dataset(SyntheticData(samples=0))
+
+
+def test_only_questions_of_the_named_kinds_are_asked():
+    mixture = Mixture(scenes={"shapes": 1, "line": 1}, tasks=["caption"])
+    assert {turn.task for i in range(20) for turn in make_sample("train", 0, i, mixture).turns} == {"caption"}
+    with pytest.raises(UnknownTaskError, match="video_order"):
+        make_sample("train", 0, 0, Mixture(scenes={"line": 1}, tasks=["video_order"]))

@@ -83,7 +83,7 @@ def load_conversations(source, *, split=None, image_folder=None, streaming=False
         options = {"files": files, "image_folder": image_folder, "on_bad_row": on_bad_row}
         return datasets.IterableDataset.from_generator(_read_files, gen_kwargs=options)
     if files:
-        return _as_dataset(list(_read_files(files, image_folder, on_bad_row)))
+        return as_dataset(list(_read_files(files, image_folder, on_bad_row)))
     dataset = _load_dataset(source, split, streaming)
     name = source if isinstance(source, str) else dataset.info.dataset_name or "dataset"
     return _convert(dataset, name, image_folder, on_bad_row)
@@ -201,8 +201,8 @@ def _read_json(path):
     yield from enumerate(rows)
 
 
-def _as_dataset(rows):
-    """Rows of JSON files as a Dataset. The types of columns that are not ours are inferred."""
+def as_dataset(rows):
+    """Conversation rows as a Dataset. The types of columns that are not ours are inferred."""
     kinds = {_conversation_columns(row) for row in rows}
     if len(kinds) > 1:
         raise ConversationSourceError(f"the files hold rows with {sorted(kinds)}; load each kind by itself")

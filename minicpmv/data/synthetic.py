@@ -34,6 +34,7 @@ SPLITS = ("train", "validation", "test")
 SLICE_SIDE = 112  # nano's slices; a picture of this side squared is one view
 SLICES = 4  # what nano cuts a picture into at most, unless it is asked for more
 PAGE_SLICES = 9  # fine print takes these
+MOST_DRAWN = 200  # scenes for one sample, where few have a question of the kind that is asked for
 CLIPS = {"clip_move": "move", "clip_order": "order", "clip_flash": "flash"}
 SCENES = ("shapes", "line", "lower", "sum", "form", "page", "chart", *CLIPS)
 
@@ -62,7 +63,7 @@ class UnknownSplitError(ValueError):
 
 
 class UnknownTaskError(ValueError):
-    """The task is none of BENCH_TASKS, or the language none of WORDINGS."""
+    """No scene has questions of this kind, or the language is none of WORDINGS."""
 
 
 @dataclass
@@ -104,6 +105,7 @@ class Mixture:
     thinking: share of those last turns that think first, where a thought would help.
     turns: fewest and most questions a sample.
     characters: fewest and most characters of a printed line.
+    tasks: ask only questions of these kinds (keys of `Wording.phrases`); all kinds for None.
     """
 
     scenes: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SCENES, 1.0))
@@ -112,6 +114,7 @@ class Mixture:
     thinking: float = 0.3
     turns: tuple[int, int] = (1, 4)
     characters: tuple[int, int] = (1, 12)
+    tasks: list[str] | None = None
 
 
 def sample_rng(split: str, *key) -> random.Random:
@@ -174,12 +177,21 @@ def make_turn(fact: Fact, say: Wording, rng: random.Random, thinking: bool = Fal
 
 
 def make_sample(split: str, seed: int, index: int, mixture: Mixture) -> Sample:
-    """Sample `index` of a split: deterministic in (split, seed, index) for one mixture."""
+    """Sample `index` of a split: deterministic in (split, seed, index) for one mixture.
+
+    Raises UnknownSplitError, and UnknownTaskError if none of the mixture's scenes has a question of its tasks.
+    """
     rng = sample_rng(split, seed, index)
     language = "zh" if rng.random() < mixture.chinese else "en"
     say = WORDINGS[language]
-    scene = rng.choices(tuple(mixture.scenes), tuple(mixture.scenes.values()))[0]
-    sample, facts = draw_scene(scene, rng, say, split, mixture)
+    for _ in range(MOST_DRAWN):
+        scene = rng.choices(tuple(mixture.scenes), tuple(mixture.scenes.values()))[0]
+        sample, facts = draw_scene(scene, rng, say, split, mixture)
+        facts = [fact for fact in facts if mixture.tasks is None or fact.task in mixture.tasks]
+        if facts:
+            break
+    else:
+        raise UnknownTaskError(f"no question of {mixture.tasks} about {MOST_DRAWN} scenes of {list(mixture.scenes)}")
     sample.language = language
     # Tasks first, then facts, so that tasks with many facts are not asked more often than others.
     count = rng.randint(*mixture.turns)

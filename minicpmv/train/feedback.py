@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from minicpmv.cli_errors import one_line_errors
 from minicpmv.data.collator import ROW_OPTIONS
-from minicpmv.data.datasets import ConversationSourceError, load_conversations
+from minicpmv.data.datasets import ConversationSourceError, as_dataset, load_conversations
 from minicpmv.data.formats import BadRowError, conversation_row, text_of
 from minicpmv.train.arguments import ArgumentsError, ModelArguments, option, parse
 from minicpmv.train.claims import MalformedClaimsError, Reading, claims_by_rule, claims_prompt, parse_claims
@@ -131,6 +131,9 @@ def load_prompts(args: FeedbackArguments) -> datasets.Dataset:
     rows = load_conversations(
         args.dataset_name, split=args.dataset_split, image_folder=args.image_folder, on_bad_row=args.on_bad_row
     )
+    if isinstance(rows, datasets.IterableDataset):  # drawn rows: pairs need to be kept with their pictures
+        end = None if args.max_prompts is None else args.first_prompt + args.max_prompts
+        rows = as_dataset(list(rows if end is None else rows.take(end)))
     last = len(rows) if args.max_prompts is None else min(len(rows), args.first_prompt + args.max_prompts)
     if args.first_prompt >= last:
         raise ArgumentsError(f"first_prompt is {args.first_prompt}, but {args.dataset_name} has {len(rows)} prompts.")
