@@ -8,6 +8,8 @@ What is special:
 """
 
 import os
+import re
+from html import escape
 from pathlib import Path
 
 
@@ -17,7 +19,7 @@ import gradio as gr  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
 from minicpmv import demo  # noqa: E402
-from minicpmv.apps.web.conversation import MAX_PACKING, THINKING, Conversation, ConversationError, Settings  # noqa: E402
+from minicpmv.apps.web.conversation import MAX_PACKING, THINKING, Conversation, Settings  # noqa: E402
 from minicpmv.apps.web.view import render  # noqa: E402
 
 
@@ -39,9 +41,9 @@ def build(model, processor, name: str) -> gr.Blocks:
     most_tokens = min(8192, model.config.max_position_embeddings // 2)
 
     with gr.Blocks(title="MiniCPM-V", analytics_enabled=False, fill_width=True, delete_cache=KEEP_FILES) as page:
-        conversation = gr.State()
+        conversation, camera_is_open = gr.State(), gr.State(False)
         with gr.Row(elem_id="header"):
-            gr.HTML(f"<h1>MiniCPM-V <small>{_escape(name)}</small></h1>", elem_id="title")
+            gr.HTML(f"<h1>MiniCPM-V <small>{escape(name)}</small></h1>", elem_id="title")
             new = gr.Button("New chat", size="sm", variant="secondary", elem_id="new-chat", scale=0, min_width=96)
         with gr.Row(elem_id="body", equal_height=False):
             with gr.Column(scale=3, min_width=340, elem_id="left"):
@@ -138,12 +140,12 @@ def build(model, processor, name: str) -> gr.Blocks:
                         sees = gr.skip()
                     yield talk, talk.messages, sees, gr.update(value=None, submit_btn=False, stop_btn=True)
             except EXPECTED as error:
-                gr.Warning(_short(error), title="Not answered", duration=15)
+                gr.Warning(_told(error), duration=15)
                 yield talk, talk.messages, render(talk.seen, talk.output), gr.update(value=restore)
 
         def ask(talk, value, *chosen):
             if talk is None:
-                gr.Warning("The conversation was no longer kept by the server. A new one begins.", title="Begun anew")
+                gr.Warning("The conversation was no longer kept by the server. A new one begins.")
                 talk = begin()
             files = value["files"]
             yield from follow(talk, talk.ask(value["text"], files, Settings(*chosen)), value)
@@ -160,7 +162,7 @@ def build(model, processor, name: str) -> gr.Blocks:
             try:
                 text, files = talk.undo()
             except EXPECTED as error:
-                gr.Warning(_short(error), title="Not taken back")
+                gr.Warning(_told(error))
                 return talk, talk.messages, gr.skip(), gr.skip()
             return talk, talk.messages, render(talk.seen), {"text": text, "files": files}
 
@@ -174,9 +176,13 @@ def build(model, processor, name: str) -> gr.Blocks:
 
         def take_picture(value, file):
             if file is None:
-                return gr.skip(), gr.skip()
+                return gr.skip(), gr.skip(), gr.skip()
             value = value or {"text": "", "files": []}
-            return {"text": value["text"], "files": [*value["files"], file]}, gr.update(value=None, visible=False)
+            return (
+                {"text": value["text"], "files": [*value["files"], file]},
+                gr.update(value=None, visible=False),
+                False,
+            )
 
         IDLE = gr.update(submit_btn=True, stop_btn=False)
         page.load(begin, None, conversation, api_visibility="private")
@@ -201,10 +207,23 @@ def build(model, processor, name: str) -> gr.Blocks:
             answer.then(lambda: IDLE, None, box, show_progress="hidden", queue=False, api_visibility="private")
         at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         box.stop(stop, conversation, None, **at_once)
-        chatbot.undo(undo, conversation, [*shown, box], **at_once)
+        # In the queue, since only from there a warning reaches the page; but behind no answer.
+        chatbot.undo(
+            undo,
+            conversation,
+            [*shown, box],
+            concurrency_limit=None,
+            show_progress="hidden",
+            api_visibility="private",
+        )
         new.click(begin_anew, conversation, [*shown, box], cancels=answers, **at_once)
-        snap.click(lambda: gr.update(visible=True), None, camera, **at_once)
-        camera.input(take_picture, [box, camera], [box, camera], **at_once)
+        snap.click(
+            lambda is_open: (not is_open, gr.update(value=None, visible=not is_open)),
+            camera_is_open,
+            [camera_is_open, camera],
+            **at_once,
+        )
+        camera.input(take_picture, [box, camera], [box, camera, camera_is_open], **at_once)
     return page
 
 
@@ -227,6 +246,7 @@ def launch(page: gr.Blocks, host: str, port: int | None, share: bool = False, mo
         max_file_size=LARGEST_FILE,
         state_session_capacity=most_conversations,
         app_kwargs={"middleware": [Middleware(_only_from_here)]},
+        _frontend=False,  # Gradio would ask itself for the page, and give up where a proxy or a busy machine delays it
         **options,
     )
 
@@ -253,13 +273,7 @@ def _examples():
     return [{"text": question, "files": [str(ASSETS / file)]} for file, question in cards]
 
 
-def _short(error):
-    """The first line of an error, without the folders of uploads."""
+def _told(error):
+    """The first line of an error as HTML, without the folders of uploads."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text.replace(str(Path(gr.utils.get_upload_folder())), "")
-
-
-def _escape(text):
-    from html import escape
-
-    return escape(text)
+    return escape(re.sub(re.escape(gr.utils.get_upload_folder()) + r"/[^/]*/", "", text), quote=False)
