@@ -11,24 +11,31 @@ MATRIX_TESTS := $(addprefix tests/test_,golden.py vision_and_resampler.py model.
 	chat_template.py image_processing.py video_processing.py interop.py nano_model.py sessions.py thinking.py)
 
 VENV := .venv
+WEB := .venvs/web
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest matrix conformance lint format bench clean
+.PHONY: help demo test pytest web web-screenshots matrix conformance lint format bench clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 22
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
 
 demo: $(VENV)/demo.stamp tokenizer.json ## nano answers questions about a picture and a short clip
 	@$(PY) -m minicpmv.demo
 
-test: lint pytest ## lint, all tests, then the tests of the oldest transformers (the newest runs in `pytest`)
+test: lint pytest web ## lint, all tests, then the tests of the oldest transformers (the newest runs in `pytest`)
 	@$(MAKE) --no-print-directory matrix MATRIX=$(firstword $(MATRIX))
 
-pytest: $(VENV)/dev.stamp tokenizer.json ## all tests with the pinned versions; PYTEST_ARGS="-k name" picks some
-	$(PY) -m pytest $(PYTEST_ARGS)
+pytest: $(VENV)/dev.stamp tokenizer.json ## all tests but those of the web page, with the pinned versions; PYTEST_ARGS="-k name" picks some
+	$(PY) -m pytest --ignore=tests/test_web.py $(PYTEST_ARGS)
+
+web: $(WEB)/stamp ## the tests of the web page, which need a browser
+	$(WEB)/bin/python -m pytest tests/test_web.py $(PYTEST_ARGS)
+
+web-screenshots: $(WEB)/stamp ## take the screenshots of the web page in docs/ anew
+	$(WEB)/bin/python tests/make_web_screenshots.py
 
 matrix: $(MATRIX:%=matrix-%) ## the version-dependent tests on every supported transformers; MATRIX="5.0.0" picks one
 
@@ -71,6 +78,13 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	.venvs/$*/bin/python $(PIP_INSTALL) -c .venvs/$*/constraints.txt -e ".[matrix]" "transformers==$*"
 	@touch $@
 .PRECIOUS: .venvs/%/stamp
+
+# Gradio wants an older Pillow than the one whose pixels the other tests compare.
+$(WEB)/stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(WEB)
+	sed 's/^pillow==.*/pillow==12.3.0/' constraints.txt > $(WEB)/constraints.txt
+	$(WEB)/bin/python $(PIP_INSTALL) -c $(WEB)/constraints.txt -e ".[webtest]"
+	@touch $@
 
 tokenizer.json: minicpmv/build_tokenizer.py | $(VENV)/demo.stamp
 	$(PY) -m minicpmv.build_tokenizer

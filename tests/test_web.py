@@ -54,17 +54,20 @@ def app(nano):
     page.close()
 
 
+def find_chromium(playwright):
+    """None for Playwright's own Chromium (`playwright install chromium`), else the path of the system's."""
+    if os.path.exists(playwright.chromium.executable_path):
+        return None
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.fail("A browser is needed: apt-get install chromium, or python -m playwright install chromium")
+    return found
+
+
 @pytest.fixture(scope="module")
 def browser():
-    """Playwright's own Chromium (`playwright install chromium`), else the one of the system."""
     with sync_playwright() as playwright:
-        own = os.path.exists(playwright.chromium.executable_path)
-        system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        if not own and system is None:
-            pytest.fail(
-                "These tests need a browser: apt-get install chromium, or python -m playwright install chromium"
-            )
-        chromium = playwright.chromium.launch(executable_path=None if own else system, args=BROWSER_OPTIONS)
+        chromium = playwright.chromium.launch(executable_path=find_chromium(playwright), args=BROWSER_OPTIONS)
         yield chromium
         chromium.close()
 

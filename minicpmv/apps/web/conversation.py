@@ -135,7 +135,10 @@ class Conversation:
                         text += piece
                     now = time.perf_counter()
                     if now - shown >= SECONDS_BETWEEN_UPDATES:
-                        self.messages = [*messages, *_reply(thought, text, now - begun, pieces.is_thought)]
+                        self.messages = [
+                            *messages,
+                            *(_reply(thought, text, now - begun, pieces.is_thought) or [_waiting()]),
+                        ]
                         shown = now
                         yield
                     if not text:
@@ -147,7 +150,10 @@ class Conversation:
                 self.messages, self.seen = before, seen
             else:
                 seconds = (thinking_ended if output.reasoning is not None else begun) - begun
-                self.messages = [*messages, *_reply(output.reasoning or "", output.text, seconds, False)]
+                self.messages = [
+                    *messages,
+                    *_reply(output.reasoning or "", output.text.strip() or "(no answer)", seconds, False),
+                ]
                 self._session, self._settings, self.output = session, settings, output
                 self._look(session, settings)
         if output is None:
@@ -197,8 +203,8 @@ def _reply(thought, text, seconds, is_open):
         if not is_open:
             metadata["duration"] = round(seconds, 1)
         messages.append({"role": "assistant", "content": _as_markdown(thought) or "…", "metadata": metadata})
-    if text.strip() or not messages:
-        messages.append({"role": "assistant", "content": _as_markdown(text.strip()) or "(no answer)"})
+    if text.strip():
+        messages.append({"role": "assistant", "content": _as_markdown(text.strip())})
     return messages
 
 
