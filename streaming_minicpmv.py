@@ -9,6 +9,7 @@ What is special:
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 
 import torch
@@ -83,7 +84,7 @@ class AnswerStream:
         self.output, self.is_thought = None, False
         self._streamer, self._watch, self._finish = AnswerStreamer(tokenizer), watch, finish or (lambda output: None)
         self._seen, self._rest = "", ""
-        self._result, self._over, self._lock = {}, False, threading.Lock()
+        self._result, self._over, self._lock = Future(), False, threading.Lock()
         # The thread knows nothing of this object, so that dropping the stream ends it.
         self._thread = threading.Thread(
             target=_answer_into, args=(self._result, answer, watch, self._streamer), name="minicpmv-chat", daemon=True
@@ -103,8 +104,8 @@ class AnswerStream:
                 piece = next(self._streamer)
         except StopIteration:
             self._end(complete=True)
-            if "error" in self._result:
-                raise self._result["error"] from None
+            if error := self._result.exception():
+                raise error from None
             raise
         except BaseException:  # the reader was interrupted
             self.close()
@@ -125,10 +126,13 @@ class AnswerStream:
         with self._lock:
             if self._over:
                 return
-            self._over = True
+            output = None
             if self._thread.ident is not None:
+                # The result, since an interrupted join() takes the thread for dead (before Python 3.13). Whoever is
+                # interrupted here can close the stream again.
+                output = None if self._result.exception() else self._result.result()
                 self._thread.join()
-            output = self._result.get("output")
+            self._over = True
             if output is not None and not complete:
                 thought, text = split_thought(self._seen) if self._streamer.thinking else (None, self._seen)
                 output = replace(output, text=text, reasoning=thought, raw_text=self._seen, finish_reason="cancelled")
@@ -148,9 +152,10 @@ class AnswerStream:
 
 def _answer_into(result, answer, watch, streamer):
     try:
-        (result["output"],) = answer(watch, streamer)
+        (output,) = answer(watch, streamer)
+        result.set_result(output)
     except BaseException as error:  # handed to the reader, who raises it
-        result["error"] = error
+        result.set_exception(error)
         streamer.text_queue.put(streamer.stop_signal)
 
 

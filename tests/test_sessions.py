@@ -3,7 +3,10 @@
 import gc
 import json
 import random
+import signal
+import sys
 import threading
+import time
 
 import numpy as np
 import psutil
@@ -412,6 +415,43 @@ def test_a_stopped_stream_leaves_what_was_read_and_a_usable_session(model, proce
     messages = [*session.history, {"role": "user", "content": "go on"}]
     output = session.send("go on", max_new_tokens=6, min_new_tokens=0)
     assert output.raw_text == stateless(model, processor, messages).raw_text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signal to a single thread")
+def test_an_impatient_second_interrupt_does_not_lock_the_session(model, start, monkeypatch):
+    """It comes while the first one waits for the model, which still writes to the session's cache."""
+    session, forward = start(max_new_tokens=50, min_new_tokens=50), model.llm.forward
+    stuck, freed, reader = threading.Event(), threading.Event(), threading.main_thread().ident
+
+    def slow(*args, **kwargs):
+        if read:
+            stuck.set()
+            freed.wait(30)
+        return forward(*args, **kwargs)
+
+    def interrupt_twice():
+        stuck.wait(30)
+        time.sleep(0.5)  # until the reader is back at the stream
+        signal.pthread_kill(reader, signal.SIGINT)
+        stream._watch.cancelled.wait(30)
+        signal.pthread_kill(reader, signal.SIGINT)
+
+    read = []
+    monkeypatch.setattr(model.llm, "forward", slow)
+    stream = session.send([PICTURES[0], "what"], stream=True)
+    impatience = threading.Thread(target=interrupt_twice)
+    impatience.start()
+    with pytest.raises(KeyboardInterrupt) as interrupted:
+        for piece in stream:
+            read.append(piece)
+    assert isinstance(interrupted.value.__context__, KeyboardInterrupt)  # the second one
+    with pytest.raises(RuntimeError, match="still answering"):
+        session.send("and")
+    freed.set()
+    stream.close()
+    impatience.join()
+    assert session.history[-1] == {"role": "assistant", "content": "".join(read)}
+    session.send("and")
 
 
 def test_a_stream_that_was_not_read_leaves_no_trace(start):
