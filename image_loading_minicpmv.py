@@ -57,6 +57,7 @@ _DECODE_ERRORS = (
 )
 # A lazy Pillow picture may stand in a batch twice, and its decoder is not safe under threads.
 _DECODE_LOCK = threading.Lock()
+FETCH_TIMEOUT = 30  # seconds without a sign of the server
 _ACCEPTED = "a Pillow image, a path, a data: or http(s) URL, bytes, a numpy array or a torch tensor"
 
 
@@ -113,7 +114,7 @@ def load_image(
 
 def _open_image(source: Any) -> Image.Image:
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        name, opener = source, load_image_from_url
+        name, opener = source, _fetch
     elif isinstance(source, str) and source.startswith("data:"):
         name, source, opener = "data: URL", BytesIO(_decode_data_url(source)), _open_file
     elif isinstance(source, (bytes, bytearray, memoryview)):
@@ -124,6 +125,8 @@ def _open_image(source: Any) -> Image.Image:
         raise ImageInputError(f"a picture cannot be of type {type(source).__name__}; give {_ACCEPTED}")
     try:
         return opener(source)
+    except ImageInputError:
+        raise
     except Image.DecompressionBombError as error:
         raise ImageInputError(
             f"{name}: {error} (limit: twice PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS}); "
@@ -137,10 +140,20 @@ def _open_image(source: Any) -> Image.Image:
         raise ImageInputError(
             f"{name}: cannot be read as a picture ({error}); give a complete file that is not damaged"
         ) from error
+
+
+def _fetch(address: str) -> Image.Image:
+    try:
+        return load_image_from_url(address, timeout=FETCH_TIMEOUT)
+    except Image.DecompressionBombError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageInputError(
+            f"{address}: cannot be used: what this address answers is not a picture that Pillow reads, perhaps a page that "
+            "says what is wrong; open it in a browser, or download the picture and give the file"
+        ) from error
     except Exception as error:  # of the HTTP library, which differs between versions of transformers
-        if opener is not load_image_from_url:
-            raise
-        raise ImageInputError(f"{name}: cannot be fetched ({error}); download it and give the file") from error
+        raise ImageInputError(f"{address}: cannot be fetched ({error}); download it and give the file") from error
 
 
 def _open_file(file: str | Path | BytesIO) -> Image.Image:

@@ -7,6 +7,9 @@ import io
 import json
 import math
 import pickle
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -328,8 +331,27 @@ def test_paths_bytes_and_data_urls_agree(tmp_path):
 
 
 def test_web_addresses_go_through_transformers(monkeypatch):
-    monkeypatch.setattr(image_loading, "load_image_from_url", lambda url: Image.new("RGB", (3, 2), url[8:]))
+    monkeypatch.setattr(image_loading, "load_image_from_url", lambda url, timeout: Image.new("RGB", (3, 2), url[8:]))
     assert (pixels("https://red") == (255, 0, 0)).all()
+
+
+def test_an_address_that_gives_no_picture_or_no_answer_is_said_so(monkeypatch):
+    monkeypatch.setattr(image_loading, "FETCH_TIMEOUT", 0.2)
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), BaseHTTPRequestHandler
+    ) as server:  # a page with an error for everything
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/gone.jpg"
+        with pytest.raises(ImageInputError, match=f"{address}: cannot be used.*not a picture"):
+            load_image(address)
+        server.shutdown()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/late.jpg"
+        with pytest.raises(ImageInputError, match=f"{address}: cannot be fetched.*timed out"):
+            load_image(address)
+        silent.close()
+        with pytest.raises(ImageInputError, match=f"{address}: cannot be fetched.*give the file"):
+            load_image(address)
 
 
 def test_arrays_and_tensors_agree_with_pillow():
