@@ -1,18 +1,18 @@
 """What a conversation need not compute twice: its pictures, and the states of the prompt's beginning.
 
 What is special:
-- Pictures are known again by what the caller gave (the same object, path or bytes). The processor still writes every
-  prompt itself; it is only handed the slices that it made before.
+- Pictures are known again by what the caller gave: the same object or bytes, or a path whose file has not changed. The
+  processor still writes every prompt itself; it is only handed the slices that it made before.
 - A slice loses its pixels once the model has read it: features are a fraction of them.
 - Cached states count for a prompt as far as both begin with the same tokens and the same pictures, and no further: a
   slot is compared by the picture that fills it, not by its id, which all slots share.
 """
 
 import copy
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from os import PathLike
 
 import torch
 from transformers import DynamicCache
@@ -61,7 +61,8 @@ class ConversationCache:
     """
 
     def __init__(self):
-        self.media = {}  # (kind, what the caller gave) -> (what the caller gave, what the processor made of it)
+        # (kind, what the caller gave) -> (what the caller gave, what the processor made of it, state of its file)
+        self.media = {}
         self.features = {}  # (model, unit) -> features [query_num, D]
         self.keys = []  # of the tokens whose states are cached
         self.states = None
@@ -95,22 +96,29 @@ class ConversationCache:
                         "it otherwise. Give encode_images the same max_slice_nums."
                     )
                 self.features.update(image.features)
-                self.media["image", id(image)] = image, image.sliced
-            elif _key("image", image) not in self.media:
+                self.media["image", id(image)] = image, image.sliced, None
+            elif not self._is_known("image", image):
                 new[_key("image", image)] = image
+        states = [_file_state(image) for image in new.values()]
         sliced = image_processor.slice_all_to_patches(new.values(), max_slice_nums, input_data_format)
-        for (key, image), picture in zip(new.items(), sliced, strict=True):
-            self.media[key] = image, known_slices(picture)
+        for (key, image), picture, state in zip(new.items(), sliced, states, strict=True):
+            self.media[key] = image, known_slices(picture), state
         return [self.media[_key("image", image)][1] for image in images]
 
     def _slice_clip(self, video_processor, video, **options):
         key = _key("video", video)
-        if key not in self.media:
+        if not self._is_known("video", video):
+            state = _file_state(video)
             clip = video_processor.preprocess(video, **options)
             sizes = map(tuple, clip["tgt_sizes"][0].tolist())
             clip["pixel_values"] = [[Slice(*pair) for pair in zip(clip["pixel_values"][0], sizes, strict=True)]]
-            self.media[key] = video, clip
+            self.media[key] = video, clip, state
         return self.media[key][1]
+
+    def _is_known(self, kind, given):
+        """Whether slices of it are here, and those of what its file holds now; a file that is gone has not changed."""
+        known = self.media.get(_key(kind, given))
+        return known is not None and _file_state(given) in (None, known[2])
 
     def encode(self, units, *models):
         """Let each model read the units that it has not read; then their pixels are dropped.
@@ -254,7 +262,18 @@ def slot_keys(ids, units, image_token_id):
 
 
 def _key(kind, given):
-    return kind, given if isinstance(given, (str, bytes, PathLike)) else id(given)
+    return kind, given if isinstance(given, (str, bytes, os.PathLike)) else id(given)
+
+
+def _file_state(given):
+    """Time and size of the file at a path, which tell whether it was written anew; None where there is none."""
+    if not isinstance(given, (str, os.PathLike)):
+        return None
+    try:
+        found = os.stat(given)
+    except (OSError, ValueError):  # an address, a data URL, or a file that is gone
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def _shared(states):

@@ -184,6 +184,25 @@ def test_every_way_to_give_a_picture_is_read_once(start, fed, tmp_path):
     assert fed["slices"] == slices
 
 
+def test_a_file_that_was_written_anew_is_a_new_picture_or_clip(model, processor, start, fed, tmp_path):
+    """As the snapshot of a camera, under the same name every time."""
+    picture, clip = tmp_path / "now.png", tmp_path / "now.gif"
+    frames = CLIPS[0]
+    PICTURES[0].save(picture)
+    frames[0].save(clip, save_all=True, append_images=frames[1:], duration=500)
+    session = start()
+    content = [picture, {"type": "video", "video": str(clip)}, "what"]
+    first = session.send(content)
+    PICTURES[2].save(picture)
+    frames[-1].save(clip, save_all=True, append_images=frames[-2::-1], duration=500)
+    fed.update(slices=0)
+    output = session.send(content)
+    assert fed["slices"] > 0
+    messages = session.history[:-1]
+    assert output.raw_text == stateless(model, processor, messages).raw_text
+    assert output.cached_tokens < first.prompt_tokens // 2
+
+
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"num_beams": 2}])
 def test_other_searches_give_the_same_in_a_session(model, processor, start, options):
     session = start(**options)
