@@ -442,11 +442,15 @@ def test_a_turn_stopped_before_its_first_word_did_not_happen(nano):
     conversation = Conversation(*nano)
     turn = conversation.ask("What is this?", [SHAPES], Settings())
     next(turn)  # the question is shown
-    assert conversation.messages[0]["role"] == "user" and conversation.seen
+    assert conversation.messages[0]["role"] == "user"
+    with pytest.raises(ConversationError, match="Wait"):
+        run(conversation.ask("And this?", [], Settings()))
     conversation.stop()
     with pytest.raises(ConversationError, match="Stopped"):
         run(turn)
     assert conversation.messages == [] and conversation.seen == []
+    run(conversation.ask("What is this?", [], Settings(max_new_tokens=8)))
+    assert conversation.output.prompt_tokens
 
 
 def test_names_and_answers_are_text_not_tags(nano, tmp_path):

@@ -76,6 +76,7 @@ class Conversation:
         self.model, self.processor = model, processor
         self.messages, self.seen, self.output = [], [], None
         self._session, self._settings, self._stream = None, None, None
+        self._is_answering = self._is_stopped = False
         self._looked_at = {}  # (file, options of the session) -> Seen
 
     def ask(self, text: str, files: list[str], settings: Settings) -> Iterator[None]:
@@ -114,46 +115,42 @@ class Conversation:
 
     def stop(self) -> None:
         """Stop the answer that is being written; waits until the model has stopped."""
+        self._is_stopped = True
         if self._stream is not None:
             self._stream.close()
 
     def _answer(self, session, content, messages, settings):
-        before, seen = self.messages, self.seen
-        pieces = session.send(content, stream=True, **settings.of_answer)
-        self._stream = pieces
+        before, seen, output = self.messages, self.seen, None
+        self.messages, self._is_answering, self._is_stopped = [*messages, _waiting()], True, False
         thought = text = ""
-        begun = shown = time.perf_counter()
         try:
-            with pieces:
-                self.messages = [*messages, _waiting()]
+            yield
+            with session.send(content, stream=True, **settings.of_answer) as self._stream:
+                pieces = self._stream
                 self._look(session, settings, content)
                 yield
+                if self._is_stopped:  # while the question was read
+                    pieces.close()
+                begun = shown = thinking_ended = time.perf_counter()
                 for piece in pieces:
+                    now = time.perf_counter()
                     if pieces.is_thought:
-                        thought += piece
+                        thought, thinking_ended = thought + piece, now
                     else:
                         text += piece
-                    now = time.perf_counter()
                     if now - shown >= SECONDS_BETWEEN_UPDATES:
-                        self.messages = [
-                            *messages,
-                            *(_reply(thought, text, now - begun, pieces.is_thought) or [_waiting()]),
-                        ]
-                        shown = now
+                        reply = _reply(thought, text, thinking_ended - begun, pieces.is_thought)
+                        self.messages, shown = [*messages, *(reply or [_waiting()])], now
                         yield
-                    if not text:
-                        thinking_ended = now
         finally:
-            self._stream = None
-            output = pieces.output
+            if self._stream is not None:
+                output = self._stream.output
+            self._stream, self._is_answering = None, False
             if output is None:
                 self.messages, self.seen = before, seen
             else:
-                seconds = (thinking_ended if output.reasoning is not None else begun) - begun
-                self.messages = [
-                    *messages,
-                    *_reply(output.reasoning or "", output.text.strip() or "(no answer)", seconds, False),
-                ]
+                reply = _reply(output.reasoning, output.text.strip() or "(no answer)", thinking_ended - begun, False)
+                self.messages = [*messages, *reply]
                 self._session, self._settings, self.output = session, settings, output
                 self._look(session, settings)
         if output is None:
@@ -161,6 +158,8 @@ class Conversation:
         yield
 
     def _session_for(self, settings):
+        if self._is_answering:
+            raise ConversationError("Wait for the end of the answer, or stop it.")
         if self._session is not None and settings.of_session == self._settings.of_session:
             return self._session
         history = self._session.history if self._session is not None else None
@@ -196,7 +195,7 @@ def _waiting():
 
 def _reply(thought, text, seconds, is_open):
     """Messages of an answer: the thought, folded when it has ended, and the text."""
-    thought = thought.replace("<think>", "").replace("</think>", "").strip()
+    thought = (thought or "").replace("<think>", "").replace("</think>", "").strip()
     messages = []
     if thought or is_open:
         metadata = {"title": "Thinking", "status": "pending"} if is_open else {"title": "Thought", "status": "done"}
