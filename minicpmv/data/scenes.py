@@ -124,8 +124,8 @@ def shape_facts(drawing: Drawing, rng: random.Random, say: Wording) -> list[Fact
             ordered, gap = by_axis(things, axis), 0.12 * drawing.image.size[axis]
             for side, end, inner in ((low, ordered[0], ordered[1]), (high, ordered[-1], ordered[-2])):
                 if abs(end.center[axis] - inner.center[axis]) > gap:
-                    facts.append(Fact("position", side, say.shapes[end.kind]))
-                    facts.append(Fact("position_colour", side, say.colors[end.color]))
+                    facts.append(Fact("position", side, say.shapes[end.kind], seen))
+                    facts.append(Fact("position_colour", side, say.colors[end.color], seen))
     color = rng.choice(colors)
     facts.append(Fact("count", f"{color} shape", str(colors.count(color)), seen))
     # As many questions answered yes as no; what is absent shares a color or a shape with what is there, half the time.
@@ -267,8 +267,9 @@ def form_scene(rng: random.Random, say: Wording, split: str) -> tuple[Drawing, l
         y += pitch
     if rng.random() < 0.2:
         add_noise(drawing, rng, rng.randint(5, 15))
-    facts = [Fact("form_value", key, value) for key, value in values.items()]
-    return drawing, [*facts, Fact("printed_line", "", "\n".join(lines))]
+    text = "\n".join(lines)
+    facts = [Fact("form_value", key, value, text) for key, value in values.items()]
+    return drawing, [*facts, Fact("printed_line", "", text)]
 
 
 def page_scene(rng: random.Random, say: Wording, split: str, seen: int) -> tuple[Drawing, list[Fact]]:
@@ -294,9 +295,9 @@ def page_scene(rng: random.Random, say: Wording, split: str, seen: int) -> tuple
         x = rng.uniform(10, max(10, size[0] - style.width(text) - 10))
         y = top + pitch * (i + rng.uniform(0, max(0.0, 1 - 1.4 * style.size / pitch)))
         add_text(drawing, text, name, (x, y), style, rgb)
-    facts = [Fact("form_value", key, value) for key, value in values.items()]
-    lines = "\n".join(f"{key}: {value}" for key, value in values.items())
-    facts += [Fact("printed_line", "", lines), Fact("only_shape", "", say.shapes[kind])]
+    text = "\n".join(f"{key}: {value}" for key, value in values.items())
+    facts = [Fact("form_value", key, value, text) for key, value in values.items()]
+    facts += [Fact("printed_line", "", text), Fact("only_shape", "", say.shapes[kind])]
     return drawing, [*facts, Fact("colour", "shape", say.colors[color])]
 
 
