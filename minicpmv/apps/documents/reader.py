@@ -21,7 +21,7 @@ from minicpmv.apps.documents.pages import Page
 from minicpmv.apps.documents.prompts import SUMMARY_LENGTHS, Prompts
 from minicpmv.apps.documents.repair import raise_contrast, straighten
 from minicpmv.apps.documents.tables import find_tables
-from minicpmv.apps.documents.writing import GREEDY, LoopStop, cut_loop, write
+from minicpmv.apps.documents.writing import CALL_TOKENS, GREEDY, LoopStop, write
 from minicpmv.apps.grounding import Box, parse_boxes
 
 
@@ -96,7 +96,7 @@ class DocumentReader:
     Args:
         model, processor: a MiniCPM-V and its processor.
         deskew, contrast: repair every page before it is read (see `repair`).
-        max_page_tokens: most tokens written about a page, in as many calls as it takes.
+        max_page_tokens: most tokens written about a page, and of an answer or a summary, in as many calls as it takes.
         pages_at_once: pages that one question shows the model; a longer document is asked in parts.
         prompts: see [`Prompts`].
         options: those of `model.chat`: max_slice_nums, max_new_tokens (of one call), sampling, ...; greedy search
@@ -223,6 +223,7 @@ class DocumentReader:
     def _ask_in_parts(self, pages, questions, joined_questions, with_pages):
         """[`DocumentAnswer`] to each question; a session reads the pages of a part once for all questions."""
         options = GREEDY | {"max_pictures": self.pages_at_once} | self.options
+        options["max_new_tokens"] = min(options.get("max_new_tokens", CALL_TOKENS), self.max_page_tokens)
         answers = [[] for _ in questions]  # (first page, last page, text) of each part
         notices = [[] for _ in questions]
         numbers, pages = set(), iter(pages)
@@ -231,16 +232,12 @@ class DocumentReader:
             numbers |= {page.number for page in part}
             session = self.model.start_chat(self.processor, when_full="error", **options)
             for place, question in enumerate(questions):
-                output = session.send([*shown, question], stopping_criteria=[LoopStop(self.processor.tokenizer)])
+                content = [*shown, question]
+                output = session.send(content, stopping_criteria=[LoopStop(self.processor.tokenizer)])
                 session.undo()  # the next question knows the pages, and not this one
-                text, notice = cut_loop(output.text)
-                answers[place].append((part[0].number, part[-1].number, text))
-                if notice:
-                    notices[place].append(notice)
-                elif output.finish_reason == "length":
-                    notices[place].append(
-                        f"an answer ended after {output.generated_tokens} tokens; raise max_new_tokens for the rest"
-                    )
+                answer = self._write(content, output)
+                answers[place].append((part[0].number, part[-1].number, answer.text))
+                notices[place] += answer.notices
         if not numbers:
             raise ReaderOptionError("there are no pages to ask about")
         results = []
@@ -285,9 +282,11 @@ class DocumentReader:
             content += [self.prompts.page.format(number=page.number), self._encoded(self._repaired(page)[0])]
         return content
 
-    def _write(self, content):
+    def _write(self, content, first_output=None):
         messages = [{"role": "user", "content": content}]
-        return write(self.model, self.processor, messages, self.max_page_tokens, **self.options)
+        return write(
+            self.model, self.processor, messages, self.max_page_tokens, first_output=first_output, **self.options
+        )
 
 
 # ---- answers ----

@@ -18,6 +18,7 @@ LOOP_ROUNDS = 4
 LOOP_CHARACTERS = 400
 WINDOW = 4000  # characters at the end in which a loop is looked for
 CHECK_EVERY = 32  # tokens
+CALL_TOKENS = 2048  # most of one call
 
 
 @dataclass
@@ -86,13 +87,16 @@ class LoopStop(StoppingCriteria):
         return torch.full((len(input_ids),), is_loop, dtype=torch.bool, device=input_ids.device)
 
 
-def write(model, processor, messages, max_tokens=8192, max_new_tokens=2048, **options) -> Written:
+def write(
+    model, processor, messages, max_page_tokens=8192, max_new_tokens=CALL_TOKENS, first_output=None, **options
+) -> Written:
     """Let the model answer to the end.
 
     Args:
         messages: a conversation for `model.chat`, which ends with the question.
-        max_tokens: most tokens of the whole answer.
+        max_page_tokens: most tokens of the whole answer.
         max_new_tokens: most tokens of one call.
+        first_output: the `ChatOutput` of the first call, where it was made elsewhere, such as in a session.
         options: others of `model.chat`, over greedy search.
     """
     answer, question = Written(""), messages
@@ -100,26 +104,27 @@ def write(model, processor, messages, max_tokens=8192, max_new_tokens=2048, **op
         if answer.text:  # whoever has begun to answer has thought already
             messages = [*question, {"role": "assistant", "content": answer.text}]
             options |= {"enable_thinking": False}
-        output = model.chat(
+        output = first_output or model.chat(
             msgs=messages,
             processor=processor,
             return_dict=True,
-            max_new_tokens=min(max_new_tokens, max_tokens - answer.tokens),
+            max_new_tokens=min(max_new_tokens, max_page_tokens - answer.tokens),
             stopping_criteria=[LoopStop(processor.tokenizer, answer.text)],
             **GREEDY | options,
         )
+        first_output = None
         answer.text += output.text
         answer.tokens += output.generated_tokens
         answer.text, notice = cut_loop(answer.text)
         if notice:
             answer.notices.append(notice)
-        elif output.finish_reason == "length" and answer.tokens < max_tokens and output.generated_tokens:
+        elif output.finish_reason == "length" and answer.tokens < max_page_tokens and output.generated_tokens:
             # A character of several tokens may be cut in two: the model writes it again.
             answer.text = answer.text.rstrip("\ufffd")
             continue
         elif output.finish_reason == "length":
             answer.notices.append(
-                f"the answer ended after {answer.tokens} tokens; raise max_tokens={max_tokens} for the rest"
+                f"the answer ended after {answer.tokens} tokens; raise max_page_tokens={max_page_tokens} for the rest"
             )
         else:
             return answer
