@@ -347,9 +347,9 @@ def test_half_a_character_at_the_limit_is_written_again():
 
 def test_the_token_limit_of_a_page_is_said():
     model = Scripted(("x" * 40, "length"), ("y" * 40, "length"))
-    answer = write(model, PLAIN, QUESTION, max_tokens=20, max_new_tokens=10)
+    answer = write(model, PLAIN, QUESTION, max_page_tokens=20, max_new_tokens=10)
     assert answer.text == "x" * 40 + "y" * 40 and not answer.is_complete
-    assert "max_tokens=20" in answer.notices[0]
+    assert "max_page_tokens=20" in answer.notices[0]
 
 
 def test_a_loop_is_cut_after_its_first_round_and_said():
@@ -377,7 +377,7 @@ def test_a_real_model_that_loops_is_stopped_early(nano, nano_processor):
     assert 400 <= len("a blue triangle, ") * length / len(phrase) < 700
     # nano is made to repeat itself, and would fill 3000 tokens with it.
     always = {"prefix_allowed_tokens_fn": lambda batch, ids: [phrase[(len(ids) + 1) % len(phrase)]]}
-    answer = write(nano, nano_processor, QUESTION, max_tokens=3000, max_new_tokens=3000, **always)
+    answer = write(nano, nano_processor, QUESTION, max_page_tokens=3000, max_new_tokens=3000, **always)
     assert answer.tokens < 700 and "looped" in answer.notices[0]
 
 
@@ -386,7 +386,7 @@ def test_an_answer_in_pieces_is_the_answer_in_one_piece(nano, nano_processor, at
     picture = nano.encode_images(Image.open(ASSETS / "shapes.jpg"), nano_processor)
     messages = [{"role": "user", "content": [picture, "Describe the picture."]}]
     whole = nano.chat(msgs=messages, processor=nano_processor, max_new_tokens=40, **GREEDY)
-    answer = write(nano, nano_processor, messages, max_tokens=40, max_new_tokens=at_once)
+    answer = write(nano, nano_processor, messages, max_page_tokens=40, max_new_tokens=at_once)
     assert answer.text == whole and answer.is_complete
 
 
@@ -434,7 +434,7 @@ def test_data_that_never_fits_is_an_error_with_the_last_answer():
 
 def test_data_cut_by_the_token_limit_is_not_asked_for_again():
     model = Scripted(('{"total": 1', "length"), '{"total": 1}')
-    with pytest.raises(DataError, match="max_tokens=2"):
+    with pytest.raises(DataError, match="max_page_tokens=2"):
         DocumentReader(model, PLAIN, max_page_tokens=2).extract(blank_pages(), SCHEMA)
     assert len(model.answers) == 1
 
@@ -505,10 +505,19 @@ def test_a_long_document_is_asked_in_parts_and_the_answers_are_joined():
     assert "Pages 1 to 2:\nAnn [page 1]" in joined and "Pages 5 to 5:\nno" in joined and "Who signed {it}?" in joined
 
 
+def test_an_answer_goes_on_as_a_page_does():
+    model = Scripted(("Five ", "length"), "[page 1]", "Six [page 1]")
+    first, second = DocumentReader(model, PLAIN).ask(blank_pages(), ["How many?", "And?"])
+    assert (first.text, first.pages, first.notices) == ("Five [page 1]", [1], []) and second.text == "Six [page 1]"
+    begun, going_on, other = (call.messages for call in model.asked)
+    assert going_on == [*begun, {"role": "assistant", "content": "Five "}] and len(other) == 1
+
+
 def test_an_answer_without_pages_or_without_an_end_says_so():
-    (answer,) = DocumentReader(Scripted(("Five", "length")), PLAIN).ask(blank_pages(), "How many?")
-    assert answer.pages == []
-    assert "max_new_tokens" in answer.notices[0] and "names no page" in answer.notices[1]
+    reader = DocumentReader(Scripted(("Five", "length")), PLAIN, max_page_tokens=1)
+    (answer,) = reader.ask(blank_pages(), "How many?")
+    assert answer.pages == [] and reader.model.asked[0].max_new_tokens == 1
+    assert "max_page_tokens=1" in answer.notices[0] and "names no page" in answer.notices[1]
 
 
 def test_an_answer_that_loops_is_cut_and_says_so():
@@ -699,6 +708,34 @@ def test_read_ends_with_one_line_and_the_remedy_before_a_model_is_loaded(tmp_pat
     assert_one_line_error(run(read, nano_pdf, "--max-pages", "1"), "max_pages=1")
     (tmp_path / "schema.json").write_text('{"type": "nothing"}')
     assert_one_line_error(run(read, nano_pdf, "--schema", tmp_path / "schema.json"), "no JSON Schema")
+    (tmp_path / "schema.json").write_text("{'a'")
+    assert_one_line_error(run(read, nano_pdf, "--schema", tmp_path / "schema.json"), "schema.json is not JSON")
+    for command, file in ((read, nano_pdf), (video, ASSETS / "star.mp4")):
+        for output in (tmp_path, tmp_path / "nowhere" / "out.md"):
+            assert_one_line_error(run(command, file, "-o", output), f"{output} cannot be written", "a folder that is")
+
+
+def test_what_was_read_and_told_before_an_error_is_kept(nano_processor, tmp_path, monkeypatch):
+    """And the error stands in one line, without bars, where stderr is no terminal."""
+    out, file, clip = tmp_path / "out", tmp_path / "long.tif", ASSETS / "star.mp4"
+    pages = [Image.open(ASSETS / "number.jpg").resize((90, 60)) for _ in range(2)]
+    pages[0].save(file, save_all=True, append_images=pages[1:])
+    file.write_bytes(file.read_bytes()[:-6000])
+    nano = ("-m", REPOSITORY / "nano")
+    result = run(read, file, *nano, "--prompt", "What does it say?", "-o", out)
+    assert_one_line_error(result, "page 2", "damaged")
+    assert out.read_text(encoding="utf-8").strip()
+    assert_one_line_error(run(video, clip, *nano, "--fps", "-1"), "fps=-1")
+
+    from minicpmv.apps import video as telling
+
+    def interrupted(*args, **options):
+        yield Stretch(0, 1, "One", True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(telling, "tell", interrupted)
+    assert run(video, clip, *nano, "-o", out, "--format", "srt").exit_code != 0
+    assert out.read_text(encoding="utf-8").endswith("\nOne\n")
 
 
 @pytest.mark.parametrize("command", [read, video])

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from minicpmv.apps import terminal
 from minicpmv.cli_errors import one_line_errors
 
 
@@ -49,7 +50,9 @@ def read(
         str | None, typer.Option(help="What to ask for each page, in place of its transcription.")
     ] = None,
     max_pages: Annotated[int, typer.Option(min=1, help="Most pages to read.")] = 1000,
-    max_page_tokens: Annotated[int, typer.Option(min=1, help="Most tokens written about a page.")] = 8192,
+    max_page_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of a page's text, an answer or a summary.")
+    ] = 8192,
     revision: Annotated[str | None, typer.Option(help="Commit or tag of a Hub repository.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that a Hub repository brings.")
@@ -69,7 +72,6 @@ def read(
 
       minicpmv read receipt.jpg --schema receipt.schema.json --format json
     """
-    import json
     from dataclasses import asdict, replace
 
     from rich.console import Console
@@ -77,14 +79,11 @@ def read(
 
     console = Console(stderr=True)
 
-    def note(text):
-        typer.echo(f"minicpmv: note: {text}", err=True)
-
     def shown(items, what):
         """Items with a progress bar."""
-        return track(items, what, total=len(document), console=console)
+        return track(items, what, total=len(document), console=console, disable=not console.is_terminal)
 
-    with one_line_errors(ValueError, OSError, MissingPackageError):
+    with one_line_errors(ValueError, OSError, MissingPackageError), terminal.device_memory():
         require(
             "pypdfium2",
             "py3langid",
@@ -92,22 +91,22 @@ def read(
             *(["deskew"] if deskew else []),
             *(["jsonschema"] if schema else []),
         )
-        from minicpmv.apps.checkpoint import load
         from minicpmv.apps.documents.pages import Limits, OpenDocument
         from minicpmv.apps.documents.prompts import Prompts
-        from minicpmv.apps.documents.reader import DocumentReader, schema_validator
+        from minicpmv.apps.documents.reader import DocumentReader
         from minicpmv.apps.documents.tables import write_csv
         from minicpmv.apps.grounding import draw_boxes
 
         prompts = Prompts() if prompt is None else replace(Prompts(), markdown=prompt, text=prompt)
-        structure = None if schema is None else json.loads(schema.read_text(encoding="utf-8"))
-        if schema is not None:
-            schema_validator(structure)  # before the model is loaded
+        structure = None if schema is None else read_schema(schema)
         transcribes = tables is not None or not (question or summary or schema or regions)
         markup = "text" if format is ReadFormat.text and tables is None else "markdown"
         found = {"files": [str(file) for file in files]}
         with OpenDocument(list(files), pages, dpi, password, Limits(max_pages=max_pages)) as document:
-            chat, processor = load(model, revision, trust_remote_code)
+            terminal.check_output(output)
+            for folder in filter(None, (regions, tables)):
+                folder.mkdir(parents=True, exist_ok=True)
+            chat, processor = terminal.load_shown(console, model, revision, trust_remote_code)
             reader = DocumentReader(
                 chat,
                 processor,
@@ -116,50 +115,71 @@ def read(
                 max_page_tokens=max_page_tokens,
                 prompts=prompts,
             )
-            if schema is not None:
-                found["data"] = reader.extract(shown(document, "Looking"), structure)
-            if summary is not None:
-                answer = reader.summarize(shown(document, "Summarizing"), summary.value)
-                found["summary"] = asdict(answer)
-            if question:
-                answers = reader.ask(shown(document, "Looking"), question)
-                found["answers"] = [
-                    {"question": text} | asdict(answer) for text, answer in zip(question, answers, strict=True)
-                ]
-            if regions is not None:
-                regions.mkdir(parents=True, exist_ok=True)
-                found["regions"] = []
-                for page in shown(reader.regions(document), "Finding regions"):
-                    drawn = regions / f"page-{page.number:04}.png"
-                    draw_boxes(page.image, page.boxes).save(drawn)
-                    boxes = [asdict(box) for box in page.boxes]
-                    found["regions"].append(
-                        {"page": page.number, "picture": str(drawn), "boxes": boxes, "notices": page.notices}
-                    )
-            if transcribes:
-                found["pages"] = []
-                for page in shown(reader.read(document, markup), "Reading"):
-                    found["pages"].append(record(page))
-                    if tables is not None:
-                        tables.mkdir(parents=True, exist_ok=True)
-                        for place, table in enumerate(page.tables, 1):
-                            write_csv(table, tables / f"page-{page.number:04}-table-{place}.csv")
-        for part in (
-            found.get("summary"),
-            *found.get("answers", []),
-            *found.get("regions", []),
-            *found.get("pages", []),
-        ):
-            for text in part["notices"] if part else []:
-                note(f"page {part['page']}: {text}" if "page" in part else text)
-        if format is ReadFormat.json:
-            text = json.dumps(found, ensure_ascii=False, indent=2)
-        else:
-            text = as_text(found)
-        if output is None:
-            typer.echo(text)
-        else:
-            output.write_text(text + "\n", encoding="utf-8")
+            try:
+                if schema is not None:
+                    found["data"] = reader.extract(shown(document, "Looking"), structure)
+                if summary is not None:
+                    answer = reader.summarize(shown(document, "Summarizing"), summary.value)
+                    found["summary"] = asdict(answer)
+                if question:
+                    answers = reader.ask(shown(document, "Looking"), question)
+                    found["answers"] = [
+                        {"question": text} | asdict(answer) for text, answer in zip(question, answers, strict=True)
+                    ]
+                if regions is not None:
+                    found["regions"] = []
+                    for page in shown(reader.regions(document), "Finding regions"):
+                        drawn = regions / f"page-{page.number:04}.png"
+                        draw_boxes(page.image, page.boxes).save(drawn)
+                        boxes = [asdict(box) for box in page.boxes]
+                        found["regions"].append(
+                            {"page": page.number, "picture": str(drawn), "boxes": boxes, "notices": page.notices}
+                        )
+                if transcribes:
+                    found["pages"] = []
+                    for page in shown(reader.read(document, markup), "Reading"):
+                        found["pages"].append(record(page))
+                        if tables is not None:
+                            for place, table in enumerate(page.tables, 1):
+                                write_csv(table, tables / f"page-{page.number:04}-table-{place}.csv")
+            except BaseException:  # a damaged page, or Ctrl-C: hours of reading are not thrown away
+                if any(found[part] for part in found.keys() - {"files"}):
+                    write_found(found, format, output)
+                raise
+        write_found(found, format, output)
+
+
+def read_schema(file: Path):
+    """The JSON Schema in a file.
+
+    Raises:
+        SchemaError: it is none.
+    """
+    import json
+
+    from minicpmv.apps.documents.reader import SchemaError, schema_validator
+
+    try:
+        schema = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SchemaError(f"{file} is not JSON ({error}); give a file with a JSON Schema") from error
+    schema_validator(schema)
+    return schema
+
+
+def write_found(found: dict, format: ReadFormat, output: Path | None) -> None:
+    """Write what was found, and on stderr what has to be known about it."""
+    import json
+
+    parts = [found.get("summary"), *found.get("answers", []), *found.get("regions", []), *found.get("pages", [])]
+    for part in filter(None, parts):
+        for text in part["notices"]:
+            terminal.note(f"page {part['page']}: {text}" if "page" in part else text)
+    text = json.dumps(found, ensure_ascii=False, indent=2) if format is ReadFormat.json else as_text(found)
+    if output is None:
+        typer.echo(text)
+    else:
+        output.write_text(text + "\n", encoding="utf-8")
 
 
 def require(*packages: str) -> None:

@@ -1,4 +1,4 @@
-"""What `minicpmv chat` and `minicpmv ask` share: their options, what they show while they work, and how answers appear.
+"""What the commands that talk with a model share: their options, what they show while they work, and how answers appear.
 
 What is special:
 - stdout gets answers alone. What else there is to see goes to stderr, and moves only where that is a terminal.
@@ -7,6 +7,7 @@ What is special:
 """
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,35 @@ TrustRemoteCode = Annotated[
 
 class MediaError(ValueError):
     """A picture or clip that is not there."""
+
+
+class OutputError(ValueError):
+    """A file that cannot be written where it should go."""
+
+
+class DeviceMemoryError(ValueError):
+    """The accelerator is too small for what was asked."""
+
+
+@contextmanager
+def device_memory():
+    """The accelerator's lack of memory becomes an error with the remedy.
+
+    Raises:
+        DeviceMemoryError: in its place.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        import torch  # only now: it takes seconds
+
+        if not isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise DeviceMemoryError(
+            f"the accelerator has too little memory for this ({reason}): ask about fewer pictures at once, with fewer slices "
+            "(--max-slice-nums) or frames (--fps), write less (--max-new-tokens), or end what else runs there"
+        ) from error
 
 
 def answer_options(think, auto_think, thinking_budget, max_new_tokens, temperature, seed, fps, max_slice_nums) -> dict:
@@ -84,7 +114,7 @@ def has_media_suffix(source: str) -> bool:
     return suffix in VIDEO_SUFFIXES or suffix in Image.registered_extensions()
 
 
-def check_media(sources) -> None:
+def check_media(sources, hint: str = "") -> None:
     """Refuse files that are not there, before anything expensive happens.
 
     Raises:
@@ -92,7 +122,17 @@ def check_media(sources) -> None:
     """
     for source in sources:
         if not is_address(source) and not is_file(source):
-            raise MediaError(f"{source}: no such file; give a picture, a clip, or the address of a picture")
+            raise MediaError(f"{source}: no such file; give a picture, a clip, or the address of a picture{hint}")
+
+
+def check_output(file: Path | None) -> None:
+    """Refuse a file that could not be written, before anything expensive happens.
+
+    Raises:
+        OutputError: names it.
+    """
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise OutputError(f"{file} cannot be written; give the name of a file in a folder that is there")
 
 
 def media_part(model, processor, source, max_slice_nums=None, kind=None):

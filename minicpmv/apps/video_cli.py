@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from minicpmv.apps import terminal
 from minicpmv.cli_errors import one_line_errors
 
 
@@ -39,45 +40,59 @@ def video(
 
       minicpmv video lecture.mp4 --seconds 60 --format srt -o lecture.srt
     """
-    import json
     import sys
-    from dataclasses import asdict
 
     from rich.console import Console
     from rich.progress import Progress
 
     from minicpmv.apps import video as telling
-    from minicpmv.apps.checkpoint import load
 
+    console = Console(stderr=True)
     # Where both are the terminal, what is told stands above the bar; else it must not end up in stderr.
-    progress = Progress(console=Console(stderr=True), redirect_stdout=sys.stdout.isatty(), transient=True)
+    progress = Progress(
+        console=console, redirect_stdout=sys.stdout.isatty(), transient=True, disable=not console.is_terminal
+    )
     options = {"max_new_tokens": max_new_tokens} | ({} if fps is None else {"fps": fps})
     told = []
-    with one_line_errors(ValueError, OSError):
+    with one_line_errors(ValueError, OSError), terminal.device_memory():
         if not clip.is_file():
             raise FileNotFoundError(f"{clip} is no file; give a video")
-        chat, processor = load(model, revision, trust_remote_code)
+        terminal.check_output(output)
+        chat, processor = terminal.load_shown(console, model, revision, trust_remote_code)
         total = len(telling.stretches(telling.duration_of(processor, clip), seconds))
         stream = telling.tell(chat, processor, clip, seconds, prompt or telling.PROMPT, **options)
-        with progress:
-            for stretch in progress.track(stream, total=total, description="Looking"):
-                told.append(stretch)
-                if format is VideoFormat.text and output is None:
-                    typer.echo(line(stretch))
-        for stretch in told:
-            if not stretch.is_complete:
-                note = f"the text at {telling.as_time(stretch.start)} ended at --max-new-tokens {max_new_tokens}"
-                typer.echo(f"minicpmv: note: {note}", err=True)
-        if format is VideoFormat.json:
-            text = json.dumps([asdict(stretch) for stretch in told], ensure_ascii=False, indent=2)
-        elif format is VideoFormat.srt:
-            text = telling.as_subtitles(told)
-        else:
-            text = "\n".join(map(line, told))
-        if output is not None:
-            output.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-        elif format is not VideoFormat.text:
-            typer.echo(text)
+        try:
+            with progress:
+                for stretch in progress.track(stream, total=total, description="Looking"):
+                    told.append(stretch)
+                    if format is VideoFormat.text and output is None:
+                        typer.echo(line(stretch))
+        finally:  # after an error or Ctrl-C too: hours of looking are not thrown away
+            write_told(told, format, output, max_new_tokens)
+
+
+def write_told(told: list, format: VideoFormat, output: Path | None, max_new_tokens: int) -> None:
+    """Write what was told, where it was not written as it came; on stderr what was cut."""
+    import json
+    from dataclasses import asdict
+
+    from minicpmv.apps.video import as_subtitles, as_time
+
+    if not told:
+        return
+    for stretch in told:
+        if not stretch.is_complete:
+            terminal.note(f"the text at {as_time(stretch.start)} ended at --max-new-tokens {max_new_tokens}")
+    if format is VideoFormat.json:
+        text = json.dumps([asdict(stretch) for stretch in told], ensure_ascii=False, indent=2)
+    elif format is VideoFormat.srt:
+        text = as_subtitles(told)
+    else:
+        text = "\n".join(map(line, told))
+    if output is not None:
+        output.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+    elif format is not VideoFormat.text:
+        typer.echo(text)
 
 
 def line(stretch) -> str:
