@@ -341,14 +341,15 @@ def test_an_error_is_told_and_changes_nothing(open_tab, broken, tmp_path):
     for file, message in broken.items():
         attach(tab, str(file))
         send(tab, "And this?")
-        expect(tab.locator(".toast-body").last).to_contain_text(message)
-        told = tab.locator(".toast-body").last.inner_text()
-        assert file.name in told and "Traceback" not in told and "/tmp" not in told
+        expect(tab.locator(".toast-body")).to_have_text(
+            re.compile(rf"(?s)^(?!.*(Traceback|/tmp|[0-9a-f]{{32}}))(?=.*{re.escape(file.name)}).*{message}")
+        )
         idle(tab)
         assert tab.locator("#chat").inner_text() == before
         assert tab.locator("#box textarea").input_value() == "And this?"  # with the file, to be mended
         tab.locator("#box .delete-button").click()
-        tab.locator(".toast-close").last.click()
+        tab.evaluate("document.querySelectorAll('.toast-close').forEach(button => button.click())")
+        expect(tab.locator(".toast-body")).to_have_count(0)
     tab.fill("#box textarea", "")
     tab.press("#box textarea", "Enter")
     expect(tab.locator(".toast-body").last).to_contain_text("Write a question")

@@ -140,7 +140,7 @@ def build(model, processor, name: str) -> gr.Blocks:
                         sees = gr.skip()
                     yield talk, talk.messages, sees, gr.update(value=None, submit_btn=False, stop_btn=True)
             except EXPECTED as error:
-                gr.Warning(_told(error), duration=15)
+                gr.Warning(_told(error), duration=30)
                 yield talk, talk.messages, render(talk.seen, talk.output), gr.update(value=restore)
 
         def ask(talk, value, *chosen):
