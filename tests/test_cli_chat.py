@@ -11,6 +11,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from conftest import GREEDY, REPOSITORY, ground_floor
 from rich.console import Console
@@ -183,6 +184,8 @@ def test_stdin_is_left_alone_where_files_and_a_question_are_given(run):
         (["nowhere.jpg", QUESTION], None, ["nowhere.jpg", "no such file"]),
         (["nowhere.jpg"], None, ["nowhere.jpg", "no such file"]),
         ([QUESTION, "nowhere", "What?"], None, [QUESTION, "no such file"]),
+        (["What is this?", NUMBER], None, ["What is this?", "no such file", "the question comes last, in quotes"]),
+        ([NUMBER, "what", "is", "it"], None, ["what: no such file", "the question comes last, in quotes"]),
         ([str(ASSETS), QUESTION], None, ["assets", "no such file"]),
         ([NUMBER], "", ["no question", "give it last"]),
         ([], "", ["no question"]),
@@ -242,6 +245,22 @@ def test_errors_leave_the_conversation_usable_and_end_in_exit_code_1(run, answer
     errors = result.stderr.splitlines()
     assert len(errors) == 6 and all(line.startswith("minicpmv: ") for line in errors)
     assert "no such file" in errors[0] and "/help" in errors[1] and "on, off or auto" in errors[2]
+
+
+def test_too_little_memory_is_a_one_line_error_and_the_conversation_goes_on(run, nano, answer, monkeypatch):
+    attempts, forward = [], nano[0].llm.forward
+
+    def forward_later(*args, **kwargs):
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(nano[0].llm, "forward", forward_later)
+    assert_one_line_error(run("ask", NUMBER, QUESTION, *SHORT), "CUDA out of memory", "--max-slice-nums")
+    result = run("chat", NUMBER, *SHORT, stdin=f"{QUESTION}\n{QUESTION}\n")
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert result.stdout == answer(Path(NUMBER), QUESTION) + "\n"
 
 
 def test_of_several_pictures_none_is_shown_where_one_is_broken(run, answer):

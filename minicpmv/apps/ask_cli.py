@@ -63,11 +63,11 @@ def ask(
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
-    with one_line_errors(ValueError):
+    with one_line_errors(ValueError), terminal.device_memory():
         if as_json and stream:
             raise QuestionError("--json is written when the answer is complete: leave out --stream")
         files, question = split_inputs(inputs or [])
-        terminal.check_media(file for file in files if file != "-")
+        terminal.check_media((file for file in files if file != "-"), "; the question comes last, in quotes")
         data = b""
         if "-" in files or (not files or question is None) and not sys.stdin.isatty():
             data = sys.stdin.buffer.read()

@@ -80,7 +80,7 @@ def chat(
     )
     console = Console(stderr=True, highlight=False)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    with one_line_errors(ValueError):
+    with one_line_errors(ValueError), terminal.device_memory():
         terminal.check_media(files)
         conversation = Conversation(
             *terminal.load_shown(console, model, revision, trust_remote_code),
@@ -97,7 +97,7 @@ def chat(
     failed = False
     while conversation.goes_on and (line := read(conversation.prompt)) is not None:
         try:
-            with one_interrupt():
+            with one_interrupt(), terminal.device_memory():
                 conversation.take(line, read)
         except KeyboardInterrupt:
             if not is_terminal:
