@@ -50,6 +50,12 @@ def fetch(
     """Attach the published weights (17.4 GB): download, check every tensor's name and shape, move into place.
 
     Run it again after an interruption: it goes on where it stopped.
+
+    Examples:
+
+      minicpmv fetch
+
+      minicpmv fetch ~/MiniCPM-V-4_5 --check-only
     """
     from minicpmv import fetch as weights
 

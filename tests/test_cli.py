@@ -1,6 +1,7 @@
 """The `minicpmv` command: what it prints, its exit codes, and that it stays light."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,25 @@ def test_every_command_has_help(name):
     result = run(name, "--help")
     assert result.exit_code == 0
     assert "--help" in result.output
+
+
+@pytest.mark.parametrize("name", ["chat", "ask", "read", "video", "serve", "web", "fetch"])
+def test_help_shows_how_a_command_is_used(name):
+    shown = " ".join(run(name, "--help").output.split())
+    assert f"Examples: minicpmv {name}" in shown
+
+
+def test_a_shell_completes_commands_and_options():
+    def completed(words):
+        line = {"_MINICPMV_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        code = "from minicpmv.cli import app; app(prog_name='minicpmv')"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=REPOSITORY, env=os.environ | line, capture_output=True, text=True
+        )
+        return done.stdout.split()
+
+    assert completed("minicpmv as") == ["ask"]
+    assert set(completed("minicpmv chat --thi")) == {"--think", "--thinking-budget"}
 
 
 def test_help_does_not_import_torch_or_transformers():
