@@ -128,24 +128,28 @@ def shape_facts(drawing: Drawing, rng: random.Random, say: Wording) -> list[Fact
                     facts.append(Fact("position_colour", side, say.colors[end.color], seen))
     color = rng.choice(colors)
     facts.append(Fact("count", f"{color} shape", str(colors.count(color)), seen))
-    # As many questions answered yes as no; what is absent shares a color or a shape with what is there, half the time.
-    if rng.random() < 0.5:
-        there = rng.choice(things)
-        name = say.named(there.color, there.kind) if rng.random() < 0.6 else say.shapes[there.kind]
-        facts.append(Fact("absent_object", say.with_article(name), say.yes, seen))
-    else:
-        pairs = set(zip(colors, kinds, strict=True))
-        near = [(c, k) for c in sorted(set(colors)) for k in sorted(set(kinds)) if (c, k) not in pairs]
-        far = [(c, k) for c in COLORS for k in SHAPES if (c, k) not in pairs]
-        absent_kinds = [k for k in SHAPES if k not in kinds]
-        if absent_kinds and rng.random() < 0.4:
-            name = say.shapes[rng.choice(absent_kinds)]
-        else:
-            name = say.named(*rng.choice(near if near and rng.random() < 0.6 else far))
-        facts.append(Fact("absent_object", say.with_article(name), say.no, seen))
+    facts += [absent_fact(things, rng, say, seen) for _ in range(3)]
     if len(things) > 1:
         facts.append(price_fact(things, rng, say))
     return facts
+
+
+def absent_fact(things: list[Thing], rng: random.Random, say: Wording, seen: str) -> Fact:
+    """As many questions are answered yes as no; what is absent shares a color or a shape with what is there, half the time."""
+    pairs = {(thing.color, thing.kind) for thing in things}
+    colors, kinds = sorted({color for color, _ in pairs}), sorted({kind for _, kind in pairs})
+    if rng.random() < 0.5:
+        there = rng.choice(things)
+        name = say.named(there.color, there.kind) if rng.random() < 0.6 else say.shapes[there.kind]
+        return Fact("absent_object", say.with_article(name), say.yes, seen)
+    near = [(color, kind) for color in colors for kind in kinds if (color, kind) not in pairs]
+    far = [(color, kind) for color in COLORS for kind in SHAPES if (color, kind) not in pairs]
+    absent_kinds = [kind for kind in SHAPES if kind not in kinds]
+    if absent_kinds and rng.random() < 0.4:
+        name = say.shapes[rng.choice(absent_kinds)]
+    else:
+        name = say.named(*rng.choice(near if near and rng.random() < 0.6 else far))
+    return Fact("absent_object", say.with_article(name), say.no, seen)
 
 
 def price_fact(things: list[Thing], rng: random.Random, say: Wording) -> Fact:

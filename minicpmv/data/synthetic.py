@@ -105,7 +105,8 @@ class Mixture:
     thinking: share of those last turns that think first, where a thought would help.
     turns: fewest and most questions a sample.
     characters: fewest and most characters of a printed line.
-    tasks: ask only questions of these kinds (keys of `Wording.phrases`); all kinds for None.
+    tasks: ask only questions of these kinds (keys of `Wording.phrases`), more often of those that are named several
+        times; all kinds alike for None.
     """
 
     scenes: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SCENES, 1.0))
@@ -195,10 +196,13 @@ def make_sample(split: str, seed: int, index: int, mixture: Mixture) -> Sample:
     sample.language = language
     # Tasks first, then facts, so that tasks with many facts are not asked more often than others.
     count = rng.randint(*mixture.turns)
-    tasks = sorted({fact.task for fact in facts})
+    here = {fact.task for fact in facts}
+    tasks = sorted(here) if mixture.tasks is None else [task for task in mixture.tasks if task in here]
     rng.shuffle(tasks)
-    tasks = tasks[:count]
-    chosen = [rng.choice([fact for fact in facts if fact.task == task]) for task in tasks]
+    chosen = []
+    for task in tasks[:count]:
+        if left := [fact for fact in facts if fact.task == task and fact not in chosen]:
+            chosen.append(rng.choice(left))
     # Forms and pages have few tasks and many facts: ask on.
     rest = [fact for fact in facts if fact not in chosen]
     chosen += rng.sample(rest, min(len(rest), count - len(chosen)))

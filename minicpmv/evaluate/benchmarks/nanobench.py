@@ -96,7 +96,7 @@ read_print = {"scorer": printed_characters, "aggregate": share_of_characters}
 BENCHMARK = Benchmark(
     id="nanobench",
     title="NanoBench",
-    version=1,
+    version=2,
     rows=(
         row("printed_line", "read a line of digits and capitals", **read_print),
         row("printed_line_lower", "read a line with lower case", **read_print),
