@@ -9,6 +9,7 @@ What is special:
 - Histories are saved as JSON beside the pictures, never as pickles.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +17,6 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -191,7 +191,8 @@ class ChatSession:
             return other
 
     def save(self, folder):
-        """Save the history: `history.json`, pictures as PNG, videos as they are. An older one in `folder` is replaced.
+        """Save the history: `history.json`, pictures as PNG, videos as they are, named by their content. An older one in
+        `folder` is replaced; other files there stay.
 
         Raises:
             SessionFileError: `folder` holds something else.
@@ -201,13 +202,20 @@ class ChatSession:
             raise SessionFileError(f"{str(folder)!r} exists and is no saved history. Choose another folder.")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with self._alone(), tempfile.TemporaryDirectory(dir=folder.parent) as new:
-            numbers = count()
-            messages = [_stored_message(message, Path(new), numbers) for message in self._messages]
+            messages = [_stored_message(message, Path(new)) for message in self._messages]
             text = json.dumps({"format": FORMAT, "messages": messages}, ensure_ascii=False, indent=2)
+            older = _media_files(folder)
+            folder.mkdir(exist_ok=True)
+            for file in list(Path(new).iterdir()):
+                if file.name in older:
+                    older.remove(file.name)
+                else:
+                    os.replace(file, folder / file.name)
+            # Last, so that whoever is interrupted before still has the older history.
             (Path(new) / HISTORY_FILE).write_text(text + "\n", encoding="utf-8")
-            if folder.exists():
-                shutil.rmtree(folder)
-            shutil.copytree(new, folder)
+            os.replace(Path(new) / HISTORY_FILE, folder / HISTORY_FILE)
+            for name in older:
+                (folder / name).unlink()
 
     def _take(self):
         if not self._busy.acquire(blocking=False):
@@ -286,18 +294,9 @@ class SessionMixin:
             SessionFileError: the folder holds no history, or one that names files outside of it.
         """
         folder = Path(folder)
-        try:
-            stored = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SessionFileError(f"{str(folder)!r} holds no saved history ({error}).") from error
-        if (
-            not isinstance(stored, dict)
-            or stored.get("format") != FORMAT
-            or not isinstance(stored.get("messages"), list)
-        ):
-            raise SessionFileError(f"{HISTORY_FILE} in {str(folder)!r} is not a history of format {FORMAT}.")
+        messages = _stored_messages(folder)
         session = self.start_chat(processor, **options)
-        session._messages = [_loaded_message(message, folder) for message in stored["messages"]]
+        session._messages = [_loaded_message(message, folder) for message in messages]
         session._first_messages = list(session._messages)
         return session
 
@@ -370,7 +369,7 @@ def _count_pictures(messages):
 # ---- files of a history ----
 
 
-def _stored_message(message, folder, numbers):
+def _stored_message(message, folder):
     """A message as JSON; its pictures and videos are written to `folder`."""
     stored = {name: value for name, value in message.items() if name != "content"}
     if isinstance(message.get("content"), str):
@@ -378,31 +377,61 @@ def _stored_message(message, folder, numbers):
     parts = []
     for part in _parts(message):
         kind, value = read_part(part)
-        parts.append({"type": kind, kind: value if kind == "text" else _store(kind, value, folder, next(numbers))})
+        parts.append({"type": kind, kind: value if kind == "text" else _store(kind, value, folder)})
         if isinstance(part, Mapping) and "ref" in part:
             parts[-1]["ref"] = part["ref"]
     return stored | {"content": parts}
 
 
-def _store(kind, value, folder, number):
+def _store(kind, value, folder):
     """Write a picture or video; returns its file name, or the list of the names of its frames."""
     if kind == "image":
-        picture = load_image(value.image if isinstance(value, EncodedImage) else value)
-        picture.save(folder / f"{number}.png")
-        return f"{number}.png"
+        load_image(value.image if isinstance(value, EncodedImage) else value).save(folder / "new.png")
+        return _named_by_content(folder / "new.png")
     if isinstance(value, (str, os.PathLike)) and Path(value).is_file():
-        name = f"{number}{Path(value).suffix}"
-        shutil.copyfile(value, folder / name)
-        return name
+        file = folder / f"new{Path(value).suffix}"
+        shutil.copyfile(value, file)
+        return _named_by_content(file)
     if isinstance(value, (bytes, bytearray)):
-        (folder / f"{number}.video").write_bytes(value)
-        return f"{number}.video"
+        (folder / "new.video").write_bytes(value)
+        return _named_by_content(folder / "new.video")
     if isinstance(value, (list, tuple)) or getattr(value, "ndim", None) == 4:
-        names = [f"{number}-{frame}.png" for frame in range(len(value))]
-        for name, frame in zip(names, value, strict=True):
-            load_image(frame).save(folder / name)
-        return names
+        return [_store("image", frame, folder) for frame in value]
     raise SessionFileError(f"A video given as {type(value).__name__} cannot be saved: give a path, bytes or frames.")
+
+
+def _named_by_content(file):
+    """Rename a file; returns its name. A session that was loaded goes on reading its files after others were saved
+    beside them, so one name must never stand for two pictures."""
+    name = hashlib.sha256(file.read_bytes()).hexdigest()[:16] + file.suffix
+    os.replace(file, file.with_name(name))
+    return name
+
+
+def _stored_messages(folder):
+    """The messages of a saved history, as JSON.
+
+    Raises:
+        SessionFileError: there is none.
+    """
+    try:
+        stored = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SessionFileError(f"{str(folder)!r} holds no saved history ({error}).") from error
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT or not isinstance(stored.get("messages"), list):
+        raise SessionFileError(f"{HISTORY_FILE} in {str(folder)!r} is not a history of format {FORMAT}.")
+    return stored["messages"]
+
+
+def _media_files(folder):
+    """Names of the pictures and videos of the history in a folder; none where there is no history that can be read."""
+    try:
+        messages = [_loaded_message(message, folder) for message in _stored_messages(folder)]
+    except SessionFileError:
+        return set()
+    parts = [read_part(part) for message in messages for part in _parts(message)]
+    files = [value if isinstance(value, list) else [value] for kind, value in parts if kind != "text"]
+    return {Path(file).name for names in files for file in names}
 
 
 def _loaded_message(message, folder):

@@ -267,6 +267,38 @@ def test_a_history_survives_on_disk(model, processor, start, tmp_path):
     assert len(loaded.history) == 7
 
 
+def test_saving_again_takes_away_what_the_older_history_left_and_nothing_else(start, tmp_path):
+    session = start()
+    session.send([*PICTURES[:2], "what"])
+    session.save(tmp_path)
+    old = set(tmp_path.iterdir())
+    (tmp_path / "notes.txt").write_text("mine")
+    session.reset()
+    session.send([PICTURES[2], "and"])
+    session.save(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert len(old) == 3 and len(names) == 3 and {"history.json", "notes.txt"} < names
+    assert len(old & set(tmp_path.iterdir())) == 1
+
+
+def test_a_loaded_history_goes_on_where_it_is_saved_without_its_oldest_turn(model, processor, start, tmp_path):
+    """Its pictures are the files of the folder; those that stay must not change under it."""
+    session = start()
+    for picture in PICTURES:
+        session.send([picture, "what"])
+    session.save(tmp_path)
+    loaded = model.load_chat(tmp_path, processor, max_pictures=3, **FAST)
+    loaded.send([PICTURES[0], "and"])
+    assert loaded.dropped_turns == 2
+    loaded.save(tmp_path)
+    output = loaded.send("how many")
+    expected = [PICTURES[2], PICTURES[0]]
+    messages = loaded.history[:-1]
+    for question, picture in zip(messages[::2], expected, strict=False):
+        question["content"] = [picture, question["content"][-1]]
+    assert output.raw_text == stateless(model, processor, messages).raw_text
+
+
 def test_files_that_are_no_history_are_refused_and_left_alone(model, processor, start, tmp_path):
     error = ground_floor("session_minicpmv").SessionFileError.__name__
     session = start()
