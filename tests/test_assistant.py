@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from conftest import GREEDY, REPOSITORY
 from PIL import Image
@@ -73,6 +74,16 @@ def test_turns_are_the_same_as_those_of_a_stateless_chat(assistant, nano, nano_p
         messages.append({"role": "assistant", "content": output.text})
     assert output.cached_tokens > 0
     assert [turn.answer for turn in talk.turns] == [message["content"] for message in messages[2::2]]
+
+
+def test_a_picture_that_the_caller_paints_over_stays_what_it_was(assistant):
+    talk, frame = assistant(max_turns=2), np.asarray(picture()).copy()
+    for _ in range(3):  # the third one starts a new session from what is kept
+        before = frame.copy()
+        talk.send([frame, "What color is it?"])
+        np.testing.assert_array_equal(talk.turns[-1].content[0], before)
+        frame[:] = frame // 2
+        np.testing.assert_array_equal(talk.turns[-1].content[0], before)
 
 
 def test_too_many_turns_forget_the_oldest_and_say_so(assistant):
@@ -156,8 +167,8 @@ def test_a_transcript_holds_everything_and_can_be_gone_on_from(assistant, nano, 
     talk.send("The end?", min_new_tokens=4)
     folder = tmp_path / "talk"
     text = talk.save(folder).read_text(encoding="utf-8")
-    assert PERSONALITIES["concise"] in text and "![picture](0.png)" in text and (folder / "0.png").is_file()
-    assert "[clip](1.mp4)" in text and (folder / "1.mp4").is_file()
+    assert PERSONALITIES["concise"] in text and f"![picture]({next(folder.glob('*.png')).name})" in text
+    assert f"[clip]({next(folder.glob('*.mp4')).name})" in text
     assert seen(talk) == [["The end?"]]
     for turn in talk.turns:
         assert turn.time in text and turn.answer in text

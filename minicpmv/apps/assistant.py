@@ -104,7 +104,7 @@ class Assistant:
         """Ask; `content` and `options` as for `ChatSession.send`. Returns its `ChatOutput`."""
         session, first, view = self._prepared(content)
         output = session.send(content, **options)
-        self._keep(session, first, view, content, output)
+        self._keep(session, first, view, output)
         return output
 
     def stream(self, content, **options) -> Iterator[str]:
@@ -116,7 +116,7 @@ class Assistant:
             finally:
                 pieces.close()
                 if pieces.output is not None:
-                    self._keep(session, first, view, content, pieces.output)
+                    self._keep(session, first, view, pieces.output)
 
     def reset(self):
         """Begin anew, with the same settings and an empty transcript."""
@@ -175,7 +175,7 @@ class Assistant:
             self.processor, system_prompt=self.system_prompt, history=history or None, **self._options
         )
 
-    def _keep(self, session, first, view, content, output):
+    def _keep(self, session, first, view, output):
         dropped_here = first - self._first
         view = [*view, (len(self.turns), True)]
         self._session, self._first = session, first + output.dropped_turns
@@ -184,7 +184,7 @@ class Assistant:
         self.turns.append(
             Turn(
                 time=datetime.now().isoformat(timespec="seconds"),
-                content=_parts(content),
+                content=_parts(session.history[-2]["content"]),  # as it was; a caller may paint over an array
                 answer=output.text,
                 reasoning=output.reasoning,
                 finish_reason=output.finish_reason,
