@@ -6,7 +6,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 from test_web import ASSETS, BROWSER_OPTIONS, NANO, PHONE, REPOSITORY, WAIT, ask, change, find_chromium
 
-from minicpmv.apps import checkpoint
+from minicpmv import checkpoint
 from minicpmv.apps.web import page
 
 

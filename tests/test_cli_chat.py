@@ -17,7 +17,8 @@ from conftest import GREEDY, REPOSITORY, ground_floor
 from rich.console import Console
 from typer.testing import CliRunner
 
-from minicpmv.apps import checkpoint, terminal
+from minicpmv import checkpoint
+from minicpmv.apps import terminal
 from minicpmv.apps.ask_cli import ask
 from minicpmv.apps.chat_cli import COMMANDS, Conversation, chat
 

@@ -700,7 +700,7 @@ def assert_one_line_error(result, *words):
 
 
 def test_read_ends_with_one_line_and_the_remedy_before_a_model_is_loaded(tmp_path, nano_pdf, monkeypatch):
-    monkeypatch.setattr("minicpmv.apps.checkpoint.load", lambda *arguments: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("minicpmv.checkpoint.load", lambda *arguments: pytest.fail("a model was loaded"))
     secret = pdf_file(tmp_path / "s.pdf", RED, encrypt=StandardEncryption("a", "b"))
     assert_one_line_error(run(read, secret), "s.pdf is encrypted", "password")
     assert_one_line_error(run(read, tmp_path / "gone.pdf"), "gone.pdf")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from minicpmv.evaluate import calibration, harness
+from minicpmv.checkpoint import load
+from minicpmv.evaluate import calibration
 from minicpmv.evaluate.benchmarks import load_benchmark
 from minicpmv.evaluate.cli import evaluate_app
 from minicpmv.evaluate.sample_log import read_entries
@@ -57,7 +58,7 @@ def test_calibrating_stores_a_threshold_that_was_checked_on_other_questions(tmp_
     assert answer.exit_code == 0, answer.output
     result = json.loads((tmp_path / "run" / "calibration.json").read_text())
     assert json.loads((checkpoint / "config.json").read_text()) == before | {"thinking_threshold": result["threshold"]}
-    assert harness.load(str(checkpoint))[0].thinking_threshold == result["threshold"]
+    assert load(str(checkpoint))[0].thinking_threshold == result["threshold"]
     assert (tmp_path / "run" / "curve.png").stat().st_size > 5000
 
     deep, auto = (

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from minicpmv.checkpoint import CheckpointError, load
 from minicpmv.evaluate import harness
 from minicpmv.evaluate.benchmark import Benchmark, Prompt, Row, UnknownRowError
 from minicpmv.evaluate.benchmarks import load_benchmark
@@ -35,7 +36,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def nano():
-    return harness.load(str(REPOSITORY / "nano"))
+    return load(str(REPOSITORY / "nano"))
 
 
 def square(seed, index):
@@ -331,7 +332,7 @@ def test_settings_follow_weights_processor_thinking_and_version(nano):
 
 
 def test_weights_that_were_put_elsewhere_are_the_same_weights(nano):
-    offloaded, processor = harness.load(str(REPOSITORY / "nano"))
+    offloaded, processor = load(str(REPOSITORY / "nano"))
     offloaded = accelerate.cpu_offload(offloaded, execution_device="cpu")
     assert next(offloaded.parameters()).device.type == "meta"
     assert harness.settings_of(offloaded, processor, squares(), False) == harness.settings_of(*nano, squares(), False)
@@ -349,5 +350,5 @@ def test_a_run_with_other_weights_does_not_touch_the_log(nano, tmp_path):
 
 
 def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
-    with pytest.raises(harness.CheckpointError, match=str(tmp_path)):
-        harness.load(str(tmp_path))
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        load(str(tmp_path))

@@ -23,7 +23,7 @@ from conftest import GREEDY, REPOSITORY
 from PIL import Image
 from typer.testing import CliRunner
 
-from minicpmv.apps import checkpoint
+from minicpmv import checkpoint
 from minicpmv.cli import app
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from playwright.sync_api import Error, expect, sync_playwright
 from typer.testing import CliRunner
 
-from minicpmv.apps import checkpoint
+from minicpmv import checkpoint
 from minicpmv.apps.web import conversation as talk
 from minicpmv.apps.web import page as web_page
 from minicpmv.apps.web.conversation import Conversation, ConversationError, Settings

@@ -46,7 +46,7 @@ def serve(
 
     from rich.console import Console
 
-    from minicpmv.apps.checkpoint import CheckpointError
+    from minicpmv.checkpoint import CheckpointError
 
     with one_line_errors(ServerError, CheckpointError):
         check_requirements()

@@ -92,7 +92,7 @@ def load_shown(console, name: str, revision: str | None, trust_remote_code: bool
         from transformers import AutoModel, AutoProcessor  # noqa: F401 (imported here because it takes seconds)
         from transformers.utils import logging
 
-        from minicpmv.apps.checkpoint import load
+        from minicpmv.checkpoint import load
     if not console.is_terminal:
         logging.disable_progress_bar()
     return load(name, revision, trust_remote_code)

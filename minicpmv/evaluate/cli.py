@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from minicpmv.apps import terminal
 from minicpmv.cli_errors import one_line_errors
 from minicpmv.evaluate.benchmarks import BENCHMARKS
 
@@ -38,6 +39,8 @@ def add_benchmark(name: str, summary: str) -> None:
     @evaluate_app.command(name, help=summary)
     def run(
         checkpoint: Annotated[str, typer.Option(help="Model folder or Hub repository.")] = "nano",
+        revision: terminal.Revision = None,
+        trust_remote_code: terminal.TrustRemoteCode = False,
         samples: Annotated[int, typer.Option(min=1, help="Samples for each row and seed.")] = 100,
         seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
         seeds: Annotated[
@@ -61,7 +64,9 @@ def add_benchmark(name: str, summary: str) -> None:
 
         from rich.console import Console
 
-        require("rapidfuzz")
+        for package in ("rapidfuzz", "matplotlib"):  # scores, and the drawn questions
+            require(package)
+        from minicpmv.checkpoint import CheckpointError, load
         from minicpmv.evaluate import benchmark as benchmarks
         from minicpmv.evaluate import harness, sample_log
         from minicpmv.evaluate.benchmarks import load_benchmark
@@ -69,7 +74,7 @@ def add_benchmark(name: str, summary: str) -> None:
 
         all_seeds = whole_numbers(seeds) if seeds else [seed]
         with one_line_errors(
-            benchmarks.UnknownRowError, harness.CheckpointError, harness.SampleCountError, sample_log.SampleLogError
+            benchmarks.UnknownRowError, CheckpointError, harness.SampleCountError, sample_log.SampleLogError
         ):
             benchmark = load_benchmark(name)
             chosen = names(rows) if rows else None
@@ -79,7 +84,7 @@ def add_benchmark(name: str, summary: str) -> None:
                 if thinking in ("on", "off", "auto")
                 else names(thinking)
             )
-            model, processor = harness.load(checkpoint)
+            model, processor = load(checkpoint, revision, trust_remote_code)
             if output is None:
                 settings = harness.settings_of(model, processor, benchmark, thinks)
                 folder = f"{name}-{Path(checkpoint).resolve().name}-{sample_log.fingerprint(settings)[:8]}"
@@ -110,6 +115,8 @@ for name, (_, summary) in BENCHMARKS.items():
 @evaluate_app.command()
 def calibrate(
     checkpoint: Annotated[str, typer.Option(help="Model folder or Hub repository.")] = "nano",
+    revision: terminal.Revision = None,
+    trust_remote_code: terminal.TrustRemoteCode = False,
     benchmark: Annotated[str, typer.Option(help="Whose questions to ask.")] = "nanobench",
     samples: Annotated[int, typer.Option(min=1, help="Questions of each row, and as many again for the check.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the questions; the check takes the next one.")] = 1,
@@ -126,6 +133,7 @@ def calibrate(
 
     for package in ("rapidfuzz", "matplotlib"):
         require(package)
+    from minicpmv.checkpoint import CheckpointError, load
     from minicpmv.evaluate import benchmark as benchmarks
     from minicpmv.evaluate import calibration, harness, sample_log
     from minicpmv.evaluate.benchmarks import load_benchmark
@@ -138,13 +146,13 @@ def calibrate(
     with one_line_errors(
         benchmarks.UnknownRowError,
         calibration.CalibrationError,
-        harness.CheckpointError,
+        CheckpointError,
         harness.SampleCountError,
         sample_log.SampleLogError,
     ):
         asked = load_benchmark(benchmark)
         calibration.questions_in_both_modes(asked, names(rows) if rows else None)  # before the model is loaded
-        model, processor = harness.load(checkpoint)
+        model, processor = load(checkpoint, revision, trust_remote_code)
         result = calibration.calibrate(
             model,
             processor,

@@ -20,7 +20,6 @@ from typing import Literal, NamedTuple
 import torch
 from accelerate.utils import align_module_device
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor
 
 from minicpmv.evaluate.benchmark import Benchmark, Metrics, Prompt, Row, UnknownRowError
 from minicpmv.evaluate.sample_log import SampleKey, SampleLog, write_whole
@@ -33,31 +32,8 @@ GREEDY = {"sampling": False, "num_beams": 1, "repetition_penalty": 1.0}
 BATCHES_IN_MEMORY = 2
 
 
-class CheckpointError(RuntimeError):
-    """The checkpoint cannot be evaluated: the message says why."""
-
-
 class SampleCountError(ValueError):
     """More samples were asked for than there are, or fewer than one, or the same ones twice."""
-
-
-def load(checkpoint: str):
-    """`(model, processor)` of a model folder or Hub repository, on the accelerator if there is one.
-
-    Raises:
-        CheckpointError: it cannot be loaded, or is a model of another kind.
-    """
-    try:
-        model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, dtype="auto", device_map="auto").eval()
-        processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{checkpoint} is no model folder or Hub repository that can be loaded: {reason}"
-        ) from error
-    if not hasattr(model, "chat"):
-        raise CheckpointError(f"{checkpoint} is a {type(model).__name__}, which has no chat(): give a MiniCPM-V 4.5")
-    return model, processor
 
 
 Thinking = bool | Literal["auto"] | Sequence[str]  # a sequence: the ids of the rows that think
