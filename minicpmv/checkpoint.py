@@ -32,7 +32,7 @@ def load(name: str, revision: str | None = None, trust_remote_code: bool = False
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{name} is no model that can be loaded: {reason} Name one with --model, or get the published weights with "
+            f"{name} is no model that can be loaded: {reason} Give another one, or get the published weights with "
             "minicpmv fetch."
         ) from error
     if not hasattr(model, "start_chat"):

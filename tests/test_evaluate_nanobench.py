@@ -229,7 +229,7 @@ def test_runs_of_one_setting_share_a_folder_and_others_have_their_own(tmp_path, 
     ("arguments", "parts"),
     [
         (["--rows", "shape,size"], ["no row size", "printed_line"]),
-        (["--checkpoint", "no/such/model"], ["no/such/model", "model folder or Hub repository"]),
+        (["--checkpoint", "no/such/model"], ["no/such/model is no folder here", "--trust-remote-code"]),
         (["--thinking", "multistep_fast"], ["multistep_fast is the row without thinking"]),
         (["--seeds", "1,1"], ["give each once"]),
     ],
@@ -242,7 +242,9 @@ def test_a_mistake_is_one_line_that_names_the_remedy(tmp_path, in_the_repository
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("command", "package"), [("nanobench", "rapidfuzz"), ("report .", "matplotlib")])
+@pytest.mark.parametrize(
+    ("command", "package"), [("nanobench", "rapidfuzz"), ("nanobench", "matplotlib"), ("report .", "matplotlib")]
+)
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, command, package):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
