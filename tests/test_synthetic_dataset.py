@@ -48,6 +48,12 @@ def test_a_misspelt_field_and_an_empty_stream_are_refused(tmp_path):
         load_conversations(file)
     with pytest.raises(SyntheticDataError, match="at least 1"):
         synthetic_dataset(SyntheticData(samples=0))
+    with pytest.raises(SyntheticDataError, match="'trian' is none of train"):
+        synthetic_dataset(SyntheticData(split="trian"))
+    with pytest.raises(SyntheticDataError, match="no scenes shape; scenes are shapes, "):
+        synthetic_dataset(SyntheticData(mixture=Mixture(scenes={"shape": 1, "line": 1})))
+    with pytest.raises(SyntheticDataError, match="video_order"):
+        synthetic_dataset(SyntheticData(mixture=Mixture(scenes={"line": 1}, tasks=["video_order"])))
 
 
 def test_only_questions_of_the_named_kinds_are_asked():

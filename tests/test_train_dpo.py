@@ -188,6 +188,21 @@ def test_encoding_pictures_once_a_pair_changes_nothing(pairs, tmp_path):
         assert abs(trainer.compute_loss(trainer.model, shuffled).item() - losses[0]) > 1e-7  # times of frames count
 
 
+def test_a_pair_whose_picture_breaks_off_ends_the_run_by_name_or_is_left_out(pairs, tmp_path):
+    """Its header is whole, so that only decoding brings it to light."""
+    whole = (pairs.parent / "0.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    answers = {"chosen": "a red circle", "rejected": "a star"}
+    rows = [{"images": [name], "prompt": "?"} | answers for name in (str(pairs.parent / "0.png"), "half.png")]
+    path = tmp_path / "half.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"adapter": "lora", "per_device_train_batch_size": 2}
+    with pytest.raises(BadRowError, match=r"half.jsonl\[1\]"):
+        train(path, tmp_path / "stopped", **options)
+    options["per_device_train_batch_size"] = 1  # nothing would be left of a batch
+    assert len(train(path, tmp_path / "went_on", on_bad_row="skip", max_steps=2, **options).train_dataset) == 1
+
+
 def test_the_loss_of_supervised_tuning_can_be_mixed_in(pairs, tmp_path, nano_processor):
     rows = [row for row in load_conversations(str(pairs)) if row["temporal_ids"] is None and row["fps"] is None][:2]
     path = tmp_path / "two"

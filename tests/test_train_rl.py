@@ -351,6 +351,14 @@ def test_the_command_trains_an_adapter_with_all_terms_and_leaves_card_log_and_cu
     assert any("lora_B" in name for name, _ in model.named_parameters())
 
 
+def test_a_picture_that_breaks_off_ends_the_command_by_the_name_of_its_row(tmp_path, capsys):
+    whole = (REPOSITORY / "assets/number.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SystemExit):
+        rl.main(flags(tmp_path, [QUESTION | {"images": [str(tmp_path / "half.jpg")]}] * 2))
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("minicpmv: Row rows.jsonl[")
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -372,14 +373,23 @@ PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu
 """
 
 
+# DeepSpeed would compile its own exchange for processes of one machine; gloo does without.
+GLOO_ALONE = """
+import sys, deepspeed.comm.torch
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # as an attribute, it is torch itself
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("recipe", ["ddp", "fsdp2", "zero3"])
 def test_two_processes_one_without_pictures_train_as_one_process_does(tmp_path, recipe):
+    if recipe == "zero3":
+        pytest.importorskip("deepspeed")
     rows = [SHAPES, TEXT, NUMBER, conversation("me", "Who?")]  # in turn to both processes: the second sees no picture
     options = {"eval_dataset_name": tmp_path / "rows.jsonl", "eval_strategy": "steps", "eval_steps": 1}
     run(tmp_path, rows, per_device_train_batch_size=2, output_dir=tmp_path / "one", **options)
     program = tmp_path / "program.py"
-    shard = SHARD_ON_CPU if recipe == "fsdp2" else ""
+    shard = {"fsdp2": SHARD_ON_CPU, "zero3": GLOO_ALONE}.get(recipe, "")
     program.write_text(f"{shard}\nimport sys\nfrom minicpmv.train import sft\nsft.main(sys.argv[1:])\n")
     if recipe == "fsdp2":
         options["use_cpu"] = False
@@ -388,6 +398,7 @@ def test_two_processes_one_without_pictures_train_as_one_process_does(tmp_path, 
     done = subprocess.run(
         [sys.executable, *launch, *flags(tmp_path, rows, output_dir=tmp_path / "two", **options)],
         cwd=REPOSITORY,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -494,6 +505,8 @@ def test_a_bad_row_ends_the_command_with_its_number(tmp_path, capsys):
         ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
         ({"eval_strategy": "steps"}, "nothing to evaluate on"),
         ({"dataset_streaming": True, "max_steps": -1}, "needs max_steps"),
+        ({"dataset_name": REPOSITORY / "recipes/nano.yaml", "max_steps": -1}, "nano.yaml needs max_steps"),
+        ({"dataset_name": "nowhere/rows.yaml"}, "nowhere/rows.yaml does not exist"),
         ({"packing": True}, "packing is an option of SFTTrainer's own data preparation"),
         ({"optim": "adamm"}, "adamm"),
     ],
@@ -524,6 +537,35 @@ def test_the_code_of_a_hub_model_is_run_only_when_it_is_trusted():
 
 
 # ---- one file ----
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_long_sample_that_is_alone_in_its_batch_can_be_dropped(tmp_path, streaming):
+    rows = [TEXT, conversation("nano " * 40, "Who?"), TEXT]
+    trainer = run(tmp_path, rows, max_steps=3, on_too_long="drop", max_length=40, dataset_streaming=streaming)
+    assert len(list(trainer.train_dataset)) == 2 and trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_name_or_path": "nobody/nothing", "trust_remote_code": True}, "nobody/nothing cannot be loaded"),
+        ({"dataset_name": "nobody/nothing"}, "nobody/nothing cannot be loaded"),
+        ({"dataset_name": "misspelt.yaml"}, "sampels"),
+        ({"on_too_long": "drop", "max_length": 20}, "None of the 1 rows can be used"),
+    ],
+)
+def test_what_cannot_be_loaded_or_learnt_ends_the_command_in_one_line(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    (tmp_path / "misspelt.yaml").write_text("sampels: 6\n")
+    if options.get("dataset_name") == "misspelt.yaml":
+        options = {"dataset_name": tmp_path / "misspelt.yaml"}
+    with pytest.raises(SystemExit) as stopped:
+        sft.main(flags(tmp_path, **options))
+    assert stopped.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minicpmv: ")]
+    assert message in line, line
 
 
 def test_a_file_and_flags_say_the_same_and_a_flag_wins(tmp_path):

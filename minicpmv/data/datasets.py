@@ -230,7 +230,10 @@ def _load_dataset(source, split, streaming):
         if is_saved:
             source = datasets.load_from_disk(source)
         else:
-            source = datasets.load_dataset(os.fspath(source), split=split, streaming=streaming)
+            try:
+                source = datasets.load_dataset(os.fspath(source), split=split, streaming=streaming)
+            except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+                raise ConversationSourceError(f"{source} cannot be loaded: {error}") from error
             split = None
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         if split is None and len(source) == 1:

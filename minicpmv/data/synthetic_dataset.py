@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import yaml
 
-from minicpmv.data.synthetic import Mixture, Sample, make_sample
+from minicpmv.data.synthetic import SCENES, Mixture, Sample, UnknownSplitError, UnknownTaskError, make_sample
 
 
 class SyntheticDataError(ValueError):
@@ -56,9 +56,15 @@ def conversation_row(sample: Sample) -> dict:
 
 
 def synthetic_dataset(data: SyntheticData) -> datasets.IterableDataset:
-    """A stream of `data.samples` rows. Raises SyntheticDataError if there is nothing to draw."""
+    """A stream of `data.samples` rows. Raises SyntheticDataError if there is nothing to draw, or nothing of that name."""
     if data.samples < 1 or data.shards < 1:
         raise SyntheticDataError(f"samples={data.samples} and shards={data.shards} must be at least 1")
+    if unknown := [scene for scene in data.mixture.scenes if scene not in SCENES]:
+        raise SyntheticDataError(f"there are no scenes {', '.join(unknown)}; scenes are {', '.join(SCENES)}")
+    try:
+        make_sample(data.split, data.seed, data.start, data.mixture)
+    except (UnknownSplitError, UnknownTaskError) as error:
+        raise SyntheticDataError(str(error)) from error
     shards = list(range(min(data.shards, data.samples)))
     return datasets.IterableDataset.from_generator(_draw, gen_kwargs={"data": asdict(data), "shards": shards})
 

@@ -226,7 +226,7 @@ class DataArguments:
             raise ArgumentsError(f"image_folder: {self.image_folder} is not a folder.")
 
 
-DATA_SUFFIXES = {".json", ".jsonl", ".parquet", ".arrow", ".csv"}
+DATA_SUFFIXES = {".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".yaml", ".yml"}
 
 
 def is_hub_name(name):

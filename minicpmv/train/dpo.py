@@ -22,8 +22,7 @@ from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
 from minicpmv.cli_errors import one_line_errors
-from minicpmv.data.collator import IGNORED, ConversationCollator, ConversationTooLongError, EncodedRow
-from minicpmv.data.datasets import ConversationSourceError
+from minicpmv.data.collator import IGNORED, ConversationCollator, EncodedRow
 from minicpmv.data.formats import BadRowError, conversation_row
 from minicpmv.train.arguments import (
     AdapterArguments,
@@ -36,7 +35,7 @@ from minicpmv.train.arguments import (
 from minicpmv.train.card import write_card
 from minicpmv.train.curves import LossCurves
 from minicpmv.train.loading import PartLearningRates, load_model_and_processor, train_in_float32, trained_parameters
-from minicpmv.train.sft import check, checkpoint_to_resume, load_data
+from minicpmv.train.sft import EXPECTED_ERRORS, check, checkpoint_to_resume, load_data, usable
 
 
 # What DPOConfig offers for its own reading of data, which is not used here.
@@ -147,37 +146,50 @@ class PreferenceTrainer(PartLearningRates, DPOTrainer):
         write_card(self, "direct preference optimisation", self.card_dataset)
 
 
-def train(model_args, adapter_args, freeze_args, data_args, args) -> PreferenceTrainer:
-    """Train, evaluate, and leave in `args.output_dir` the model or adapter, processor, card and curves."""
-    check(data_args, args)
+def load_pairs(data_args: DataArguments):
+    """`(training pairs, evaluation pairs or None)`.
+
+    Raises:
+        ArgumentsError: the rows are no pairs, or prompts would be shortened.
+    """
     if data_args.on_too_long == "shorten":
         raise ArgumentsError(
             "on_too_long: shorten would give the two answers different prompts. Choose error or drop."
         )
-    checkpoint = checkpoint_to_resume(args)
-    train_dataset, eval_dataset = load_data(data_args)
-    for rows in (train_dataset, eval_dataset):
+    found = load_data(data_args)
+    for rows in found:
         if rows is not None and "chosen" not in next(iter(rows)):
             raise ArgumentsError(
                 "The rows are conversations, not pairs: they need 'prompt', 'chosen' and 'rejected'. minicpmv align feedback "
                 "makes pairs."
             )
+    return found
+
+
+def train(model_args, adapter_args, freeze_args, data_args, args) -> PreferenceTrainer:
+    """Train, evaluate, and leave in `args.output_dir` the model or adapter, processor, card and curves."""
+    check(data_args, args)
+    checkpoint = checkpoint_to_resume(args)
+    train_dataset, eval_dataset = load_pairs(data_args)
     set_seed(args.seed)  # an adapter starts from random weights
     model, processor = load_model_and_processor(model_args, adapter_args, freeze_args, args.trust_remote_code)
     reference = None
     if adapter_args.adapter == "none" and not args.precompute_ref_log_probs:
         reference, _ = load_model_and_processor(model_args, trust_remote_code=args.trust_remote_code)
+    collator = PreferenceCollator(
+        processor,
+        max_length=args.max_length or model.config.max_position_embeddings,
+        on_too_long=data_args.on_too_long,
+        on_bad_row=data_args.on_bad_row,
+    )
+    train_dataset, eval_dataset = (usable(rows, collator, args) for rows in (train_dataset, eval_dataset))
     trainer = PreferenceTrainer(
         model=model,
         ref_model=reference,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=PreferenceCollator(
-            processor,
-            max_length=args.max_length or model.config.max_position_embeddings,
-            on_too_long=data_args.on_too_long,
-        ),
+        data_collator=collator,
         processing_class=processor,
         callbacks=[LossCurves()],
     )
@@ -195,7 +207,7 @@ def train(model_args, adapter_args, freeze_args, data_args, args) -> PreferenceT
 
 
 def main(argv=None):
-    with one_line_errors(ArgumentsError, BadRowError, ConversationSourceError, ConversationTooLongError):
+    with one_line_errors(*EXPECTED_ERRORS):
         groups = [ModelArguments, AdapterArguments, FreezeArguments, DataArguments, DPOArguments]
         train(*parse(groups, argv, "Direct preference optimisation on pairs of answers."))
 

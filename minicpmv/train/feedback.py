@@ -35,6 +35,7 @@ from minicpmv.cli_errors import one_line_errors
 from minicpmv.data.collator import ROW_OPTIONS
 from minicpmv.data.datasets import ConversationSourceError, as_dataset, load_conversations
 from minicpmv.data.formats import BadRowError, conversation_row, text_of
+from minicpmv.data.synthetic_dataset import SyntheticDataError
 from minicpmv.train.arguments import ArgumentsError, ModelArguments, option, parse
 from minicpmv.train.claims import MalformedClaimsError, Reading, claims_by_rule, claims_prompt, parse_claims
 from minicpmv.train.feedback_log import FeedbackLog, FeedbackLogError
@@ -484,8 +485,8 @@ def run(model_args: ModelArguments, args: FeedbackArguments) -> dict:
 
 
 def main(argv=None):
-    expected = (BadRowError, ConversationSourceError, FeedbackLogError, NoPairsError, UnsuitableModelError)
-    with one_line_errors(ArgumentsError, *expected):
+    of_data = (BadRowError, ConversationSourceError, SyntheticDataError)
+    with one_line_errors(ArgumentsError, FeedbackLogError, NoPairsError, UnsuitableModelError, *of_data):
         model_args, args = parse([ModelArguments, FeedbackArguments], argv, "Make preference pairs (RLAIF-V).")
         summary = run(model_args, args)
         if summary:

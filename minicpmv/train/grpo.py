@@ -142,7 +142,13 @@ class HybridGRPOTrainer(PartLearningRates, GRPOTrainer):
         return floor((group + 1) * self.thinking_share) > floor(group * self.thinking_share)
 
     def _encode(self, row) -> EncodedRow:
-        inputs = self.processing_class.apply_chat_template(
+        try:
+            return encoded_row(self._process(row))
+        except ValueError as error:  # of the processor: a broken picture, a prompt that is too long, ...
+            raise BadRowError(f"Row {row.get('origin', row['prompt'])}: {error}") from error
+
+    def _process(self, row):
+        return self.processing_class.apply_chat_template(
             row["prompt"],
             add_generation_prompt=True,
             enable_thinking=row["enable_thinking"],
@@ -155,7 +161,6 @@ class HybridGRPOTrainer(PartLearningRates, GRPOTrainer):
             },
             **self.chat_template_kwargs,
         )
-        return encoded_row(inputs)
 
     def _tokenize_prompts(self, prompts):
         has_pictures = any(row.pixel_values for row in self._encoded)

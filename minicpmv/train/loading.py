@@ -33,7 +33,8 @@ def load_model_and_processor(
         The model (a `PeftModel` with an adapter) and the processor.
 
     Raises:
-        ArgumentsError: the code of a Hub model is not trusted, or a part with a learning rate of its own is frozen.
+        ArgumentsError: the model cannot be loaded, the code of a Hub model is not trusted, or a part with a learning rate
+            of its own is frozen.
     """
     adapter_args, freeze_args = adapter_args or AdapterArguments(), freeze_args or FreezeArguments()
     has_adapter = adapter_args.adapter != "none"
@@ -47,14 +48,17 @@ def load_model_and_processor(
             llm_int8_skip_modules=["vpm", "resampler", "lm_head", "score"],
         )
     name, source = locate(model_args, trust_remote_code)
-    model = load(
-        name,
-        dtype=model_args.dtype or "auto",
-        attn_implementation=model_args.attn_implementation,
-        quantization_config=quantization,
-        **source,
-    )
-    processor = AutoProcessor.from_pretrained(name, **source)
+    try:
+        model = load(
+            name,
+            dtype=model_args.dtype or "auto",
+            attn_implementation=model_args.attn_implementation,
+            quantization_config=quantization,
+            **source,
+        )
+        processor = AutoProcessor.from_pretrained(name, **source)
+    except OSError as error:  # no such name on the Hub, no connection, a file that is missing
+        raise ArgumentsError(f"model_name_or_path: {name} cannot be loaded: {' '.join(str(error).split())}") from error
     trained = freeze_args.trained(has_adapter)
     if has_adapter:
         from peft import get_peft_model

@@ -31,11 +31,11 @@ from minicpmv.train.arguments import (
 )
 from minicpmv.train.card import write_card
 from minicpmv.train.curves import LossCurves
-from minicpmv.train.dpo import PreferenceCollator
+from minicpmv.train.dpo import PreferenceCollator, load_pairs
 from minicpmv.train.loading import PartLearningRates, load_model_and_processor, train_in_float32
 from minicpmv.train.reward_model import load_reward_model
 from minicpmv.train.rewards import final_answer
-from minicpmv.train.sft import EXPECTED_ERRORS, check, checkpoint_to_resume, load_data
+from minicpmv.train.sft import EXPECTED_ERRORS, check, checkpoint_to_resume, usable
 
 
 # What RewardConfig offers for its own reading of data, which is not used here.
@@ -106,34 +106,26 @@ class VisualRewardTrainer(PartLearningRates, RewardTrainer):
 def train(model_args, adapter_args, freeze_args, data_args, args) -> VisualRewardTrainer:
     """Train, evaluate, and leave in `args.output_dir` the reward model or its adapter, processor, card and curves."""
     check(data_args, args)
-    if data_args.on_too_long == "shorten":
-        raise ArgumentsError(
-            "on_too_long: shorten would give the two answers different prompts. Choose error or drop."
-        )
     checkpoint = checkpoint_to_resume(args)
-    train_dataset, eval_dataset = load_data(data_args)
-    for rows in (train_dataset, eval_dataset):
-        if rows is not None and "chosen" not in next(iter(rows)):
-            raise ArgumentsError(
-                "The rows are conversations, not pairs: they need 'prompt', 'chosen' and 'rejected'. minicpmv align feedback "
-                "makes pairs."
-            )
+    train_dataset, eval_dataset = load_pairs(data_args)
     set_seed(args.seed)  # the head starts from random weights
     model, processor = load_model_and_processor(
         model_args, adapter_args, freeze_args, args.trust_remote_code, load=new_reward_model
     )
+    collator = FinalAnswerCollator(
+        processor,
+        max_length=args.max_length or model.config.max_position_embeddings,
+        on_too_long=data_args.on_too_long,
+        on_bad_row=data_args.on_bad_row,
+        pad_to_multiple_of=args.pad_to_multiple_of,
+    )
+    train_dataset, eval_dataset = (usable(rows, collator, args) for rows in (train_dataset, eval_dataset))
     trainer = VisualRewardTrainer(
         model=model,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=FinalAnswerCollator(
-            processor,
-            max_length=args.max_length or model.config.max_position_embeddings,
-            on_too_long=data_args.on_too_long,
-            on_bad_row=data_args.on_bad_row,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-        ),
+        data_collator=collator,
         processing_class=processor,
         callbacks=[LossCurves()],
     )

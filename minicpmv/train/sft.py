@@ -11,20 +11,28 @@ What is special:
 """
 
 import json
+import logging
 import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
+import datasets
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from minicpmv.cli_errors import one_line_errors
-from minicpmv.data.collator import ConversationCollator, ConversationTooLongError, NothingToLearnError
+from minicpmv.data.collator import (
+    ConversationCollator,
+    ConversationTooLongError,
+    EmptyBatchError,
+    NothingToLearnError,
+)
 from minicpmv.data.datasets import ConversationSourceError, load_conversations
 from minicpmv.data.formats import BadRowError
+from minicpmv.data.synthetic_dataset import SyntheticDataError
 from minicpmv.train.arguments import (
     AdapterArguments,
     ArgumentsError,
@@ -37,6 +45,8 @@ from minicpmv.train.card import write_card
 from minicpmv.train.curves import LossCurves
 from minicpmv.train.loading import PartLearningRates, load_model_and_processor, train_in_float32
 
+
+logger = logging.getLogger(__name__)
 
 # What SFTConfig offers for its own reading of data, which is not used here.
 OTHER_DATA_OPTIONS = (
@@ -101,8 +111,10 @@ def check(data_args: DataArguments, args: SFTArguments) -> None:
             f"eval_strategy is {args.eval_strategy.value!r}, but there is nothing to evaluate on. Give eval_dataset_name "
             "or dataset_test_split."
         )
-    if data_args.dataset_streaming and args.max_steps <= 0:
-        raise ArgumentsError("dataset_streaming needs max_steps: a stream has no known end.")
+    is_drawn = Path(data_args.dataset_name).suffix in (".yaml", ".yml")  # synthetic rows are always a stream
+    if (data_args.dataset_streaming or is_drawn) and args.max_steps <= 0:
+        name = "dataset_streaming" if data_args.dataset_streaming else f"dataset_name {data_args.dataset_name}"
+        raise ArgumentsError(f"{name} needs max_steps: a stream has no known end.")
 
 
 def checkpoint_to_resume(args) -> str | None:
@@ -154,6 +166,26 @@ def load_data(data_args: DataArguments):
     return train, load_conversations(source, split=data_args.dataset_test_split, **options)
 
 
+def usable(rows, collator: ConversationCollator, args):
+    """The rows without those that `collator` would leave out, found before the training: the only row of a batch cannot be
+    left out of it.
+
+    Raises:
+        EmptyBatchError: there is no other row.
+    """
+    if rows is None or (collator.on_too_long != "drop" and collator.on_bad_row != "skip"):
+        return rows
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.filter(collator.accepts)
+    processes = args.dataloader_num_workers or None
+    kept = rows.filter(collator.accepts, num_proc=processes, load_from_cache_file=False, desc="usable rows")
+    if not len(kept):
+        raise EmptyBatchError(f"None of the {len(rows)} rows can be used; the reasons are logged above.")
+    if len(kept) < len(rows):
+        logger.warning("%d of %d rows are left out.", len(rows) - len(kept), len(rows))
+    return kept
+
+
 def join_rows(collator, rows) -> dict:
     """The batch of `collator` in one row [1, all tokens]: positions begin anew with each sample, which keeps attention apart."""
     batch = collator(rows)
@@ -178,6 +210,7 @@ def make_trainer(model_args, adapter_args, freeze_args, data_args, args) -> Conv
         on_bad_row=data_args.on_bad_row,
         pad_to_multiple_of=args.pad_to_multiple_of,
     )
+    train_dataset, eval_dataset = (usable(rows, collator, args) for rows in (train_dataset, eval_dataset))
     if args.padding_free:
         collator = partial(join_rows, collator)
         args.padding_free = False  # SFTTrainer would insist on its own collator
@@ -210,7 +243,15 @@ def train(model_args, adapter_args, freeze_args, data_args, args) -> Conversatio
 
 
 GROUPS = (ModelArguments, AdapterArguments, FreezeArguments, DataArguments, SFTArguments)
-EXPECTED_ERRORS = (ArgumentsError, BadRowError, ConversationSourceError, ConversationTooLongError, NothingToLearnError)
+EXPECTED_ERRORS = (
+    ArgumentsError,
+    BadRowError,
+    ConversationSourceError,
+    ConversationTooLongError,
+    EmptyBatchError,
+    NothingToLearnError,
+    SyntheticDataError,
+)
 
 
 def main(argv=None):
