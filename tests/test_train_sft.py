@@ -621,7 +621,11 @@ def test_merging_refuses_what_it_cannot_merge(tmp_path, capsys):
     (adapter / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(NANO)})
     )
+    judge = shutil.copytree(adapter, tmp_path / "judge")
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(NANO), "modules_to_save": ["score"]}
+    (judge / "adapter_config.json").write_text(json.dumps(config))
     for source, output, message in (
+        (judge, tmp_path / "new", "adapter of a reward model"),
         (ASSETS, tmp_path / "new", "holds no adapter"),
         (adapter, NANO, "would be written over"),
         (adapter, adapter, "would be written over"),

@@ -17,7 +17,8 @@ def merge(adapter: Path, output: Path, trust_remote_code: bool = False) -> None:
     """Write the model with the adapter merged into it to the folder `output`.
 
     Raises:
-        ArgumentsError: `adapter` holds none, its model is not there, or `output` is the folder of one of them.
+        ArgumentsError: `adapter` holds none, or that of a reward model, its model is not there, or `output` is the folder of one
+            of them.
     """
     from peft import PeftConfig, PeftModel
     from peft.utils import ModulesToSaveWrapper
@@ -28,9 +29,13 @@ def merge(adapter: Path, output: Path, trust_remote_code: bool = False) -> None:
 
     if not (adapter / "adapter_config.json").is_file():
         raise ArgumentsError(f"{adapter} has no adapter_config.json, so it holds no adapter.")
-    base, source = locate(
-        ModelArguments(PeftConfig.from_pretrained(adapter).base_model_name_or_path), trust_remote_code
-    )
+    config = PeftConfig.from_pretrained(adapter)
+    if "score" in (config.modules_to_save or ()):
+        raise ArgumentsError(
+            f"{adapter} is the adapter of a reward model, whose value head a merged model would lose. `minicpmv train rl` takes "
+            "it as it is: --reward_model."
+        )
+    base, source = locate(ModelArguments(config.base_model_name_or_path), trust_remote_code)
     if output.resolve() in (adapter.resolve(), Path(base).resolve()):
         raise ArgumentsError(f"{output} holds what is to be merged, and would be written over. Name another folder.")
     model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", **source)
