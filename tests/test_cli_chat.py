@@ -113,6 +113,19 @@ def test_ask_hands_options_of_clips_and_slices_on(run, answer):
     assert whole["text"] == answer(Path(SHAPES), QUESTION, max_slice_nums=1)
 
 
+def test_slices_are_for_pictures_and_leave_frames_whole(run):
+    few, many = (
+        json.loads(run("ask", STAR, "What is it?", "--max-slice-nums", slices, "--json", *SHORT).stdout)
+        for slices in (1, 4)
+    )
+    assert few["prompt_tokens"] == many["prompt_tokens"]
+
+
+def test_thinking_is_on_or_auto_and_not_both(run):
+    result = run("ask", NUMBER, QUESTION, "--think", "--auto-think", *SHORT)
+    assert result.exit_code == 2 and "not both" in result.stderr
+
+
 def test_ask_as_json_tells_answer_thought_and_figures(run):
     result = run("ask", NUMBER, QUESTION, "--json", "--think", "--thinking-budget", 8, *SHORT)
     record = json.loads(result.stdout)

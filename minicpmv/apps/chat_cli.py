@@ -203,7 +203,7 @@ class Conversation:
         parts = []
         for file in files:
             with self.console.status(f"Looking at {file}"):
-                slices = self.settings["max_slice_nums"]
+                slices = self.settings.get("images_kwargs", {}).get("max_slice_nums")
                 parts.append(terminal.media_part(self.model, self.processor, file, slices, kind))
         self.waiting += parts
 

@@ -72,13 +72,16 @@ def device_memory():
 
 def answer_options(think, auto_think, thinking_budget, max_new_tokens, temperature, seed, fps, max_slice_nums) -> dict:
     """Options of the commands as those of `model.start_chat`."""
+    if think and auto_think:
+        raise typer.BadParameter("give --think or --auto-think, not both")
     options = {
         "enable_thinking": "auto" if auto_think else think,
         "thinking_budget": thinking_budget,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
-        "max_slice_nums": max_slice_nums,
     }
+    if max_slice_nums is not None:
+        options["images_kwargs"] = {"max_slice_nums": max_slice_nums}  # of pictures alone: frames stay whole
     if temperature == 0:
         options |= {"sampling": False, "num_beams": 1, "repetition_penalty": 1.0}
     elif temperature is not None:
