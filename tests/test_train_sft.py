@@ -398,7 +398,7 @@ def test_two_processes_one_without_pictures_train_as_one_process_does(tmp_path, 
     done = subprocess.run(
         [sys.executable, *launch, *flags(tmp_path, rows, output_dir=tmp_path / "two", **options)],
         cwd=REPOSITORY,
-        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=300,
