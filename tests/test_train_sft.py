@@ -384,7 +384,7 @@ sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # as an attribu
 @pytest.mark.parametrize("recipe", ["ddp", "fsdp2", "zero3"])
 def test_two_processes_one_without_pictures_train_as_one_process_does(tmp_path, recipe):
     if recipe == "zero3":
-        pytest.importorskip("deepspeed")
+        pytest.importorskip("deepspeed", reason="DeepSpeed is for Linux")
     rows = [SHAPES, TEXT, NUMBER, conversation("me", "Who?")]  # in turn to both processes: the second sees no picture
     options = {"eval_dataset_name": tmp_path / "rows.jsonl", "eval_strategy": "steps", "eval_steps": 1}
     run(tmp_path, rows, per_device_train_batch_size=2, output_dir=tmp_path / "one", **options)
