@@ -471,6 +471,8 @@ def command(*arguments):
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     program = [sys.executable, "-m", "minicpmv.cli", "web", "-m", str(NANO), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell that runs the tests in the background lets its children ignore what Ctrl-C sends.
+    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(program, env=environment, cwd=REPOSITORY, **pipes)
 
 
@@ -489,7 +491,7 @@ def test_the_command_serves_until_it_is_interrupted():
             break
     reply = urllib.request.urlopen(found[0])
     assert reply.status == 200 and reply.headers["content-security-policy"] == web_page.ONLY_FROM_HERE
-    served.send_signal(signal.SIGINT)
+    served.send_signal(signal.SIGINT)  # as Ctrl-C does
     _, errors = served.communicate(timeout=30)
     assert served.returncode in (0, 130) and "Traceback" not in errors
 
