@@ -468,7 +468,16 @@ def test_a_stopped_stream_leaves_what_was_read_and_a_usable_session(model, proce
     assert output.raw_text == stateless(model, processor, messages).raw_text
 
 
+@pytest.fixture
+def interrupts():
+    """What Ctrl-C sends is an exception here, also where a shell runs the tests in the background, deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signal to a single thread")
+@pytest.mark.usefixtures("interrupts")
 def test_an_impatient_second_interrupt_does_not_lock_the_session(model, start, monkeypatch):
     """It comes while the first one waits for the model, which still writes to the session's cache."""
     session, forward = start(max_new_tokens=50, min_new_tokens=50), model.llm.forward
