@@ -307,7 +307,8 @@ def test_pictures_are_pasted_dropped_and_taken_with_the_camera(open_tab):
     expect(tab.locator("#box .thumbnail-item")).to_have_count(2)
     tab.click("#snap")
     tab.get_by_text("Click to Access Webcam").click()
-    tab.wait_for_function("document.querySelector('#camera video')?.videoWidth > 0")  # before, there is nothing to take
+    # Before its first frame, there is nothing to take.
+    tab.wait_for_function("document.querySelector('#camera video')?.videoWidth > 0")
     tab.get_by_role("button", name="capture photo").click()
     expect(tab.locator("#box .thumbnail-item")).to_have_count(3)
     expect(tab.locator("#camera")).to_have_count(0)
