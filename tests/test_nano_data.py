@@ -1,6 +1,7 @@
 """The synthetic tasks: seeded, disjoint between splits, and labelled as they are drawn."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -112,6 +113,10 @@ def test_questions_have_answers_that_the_scene_bears_out():
                 names = {f"{thing.color} {thing.kind}" for thing in things} | {thing.kind for thing in things}
                 asked = turn.question.rstrip("?").removesuffix(" in the picture").split(" a ")[-1].split(" an ")[-1]
                 assert (asked in names) == (turn.answer == "yes")
+            if turn.task == "repeated_object" and sample.language == "en":
+                name, times = re.search(r" an? (\w+ \w+) at least (.*)\?", turn.question).groups()
+                least = 2 if times == "twice" else int(times.split()[0])
+                assert (sample.objects.count(name) >= least) == (turn.answer == "yes")
     assert seen == set(ENGLISH.phrases) == set(CHINESE.phrases)
 
 
@@ -142,6 +147,9 @@ def test_both_languages_ask_the_same_of_the_same_picture(task, index, seed):
 def test_yes_and_no_and_all_counts_are_asked_for():
     answers = [bench_sample("absent_object", "test", 0, i).turns[0].answer for i in range(200)]
     assert 0.4 < answers.count("yes") / len(answers) < 0.6
+    pictures = (make_sample("train", 0, i, Mixture({"repeated": 1}, tasks=["repeated_object"])) for i in range(200))
+    answers = [turn.answer in (ENGLISH.yes, CHINESE.yes) for picture in pictures for turn in picture.turns]
+    assert 0.35 < sum(answers) / len(answers) < 0.65
     counts = [bench_sample("count", "test", 0, i).turns[0].answer for i in range(200)]
     assert set(counts) == set("123456") and counts.count("1") < 80
     flashes = [bench_sample("video_count", "test", 0, i).turns[0].answer for i in range(200)]

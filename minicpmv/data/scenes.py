@@ -9,6 +9,7 @@ What is special:
 import random
 import string
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -82,7 +83,10 @@ def ink(rng: random.Random, dark: bool, colored: float) -> tuple[str, tuple[int,
 # --- Shapes ---
 
 
-def shapes_scene(rng: random.Random, say: Wording, size: tuple[int, int]) -> tuple[Drawing, list[Fact]]:
+def shapes_scene(
+    rng: random.Random, say: Wording, size: tuple[int, int], repeated: bool = False
+) -> tuple[Drawing, list[Fact]]:
+    """One to six shapes; `repeated`: of two or three kinds and colors, so that most are there several times."""
     drawing, _ = blank(size, rng)
     count = rng.randint(1, 6)
     smallest, biggest = {1: (0.14, 0.4), 2: (0.14, 0.26), 3: (0.13, 0.22), 4: (0.12, 0.2)}.get(count, (0.11, 0.17))
@@ -98,8 +102,9 @@ def shapes_scene(rng: random.Random, say: Wording, size: tuple[int, int]) -> tup
         else:
             placed.clear()  # no room left: begin again
     same_kind = rng.choice(SHAPES) if rng.random() < 0.25 else None
+    few = [(rng.choice(SHAPES), rng.choice(tuple(COLORS))) for _ in range(rng.randint(2, 3))] if repeated else []
     for x, y, radius in placed:
-        kind, color = same_kind or rng.choice(SHAPES), rng.choice(tuple(COLORS))
+        kind, color = rng.choice(few) if few else (same_kind or rng.choice(SHAPES), rng.choice(tuple(COLORS)))
         add_shape(drawing, kind, color, (x, y), radius, jitter(COLORS[color], rng))
     return drawing, shape_facts(drawing, rng, say)
 
@@ -129,6 +134,7 @@ def shape_facts(drawing: Drawing, rng: random.Random, say: Wording) -> list[Fact
     color = rng.choice(colors)
     facts.append(Fact("count", f"{color} shape", str(colors.count(color)), seen))
     facts += [absent_fact(things, rng, say, seen) for _ in range(3)]
+    facts += repeated_facts(things, say, seen)
     if len(things) > 1:
         facts.append(price_fact(things, rng, say))
     return facts
@@ -150,6 +156,22 @@ def absent_fact(things: list[Thing], rng: random.Random, say: Wording, seen: str
     else:
         name = say.named(*rng.choice(near if near and rng.random() < 0.6 else far))
     return Fact("absent_object", say.with_article(name), say.no, seen)
+
+
+def repeated_facts(things: list[Thing], say: Wording, seen: str) -> list[Fact]:
+    """Is something there at least n times? For what is there c > 1 times: 2 to c times (yes), c + 1 times (no). For one
+    thing that is there once: twice (no), and in some pictures only, so that there are not many more noes."""
+    asked = []
+    counts = Counter((thing.color, thing.kind) for thing in things)
+    for name, count in counts.items():
+        if count > 1:
+            asked += [(name, times, say.yes) for times in range(2, count + 1)] + [(name, count + 1, say.no)]
+    single = next((name for name, count in counts.items() if count == 1), None)
+    if single is not None and (asked or len(things) == 5):
+        asked.append((single, 2, say.no))
+    return [
+        Fact("repeated_object", say.at_least(say.named(*name), times), answer, seen) for name, times, answer in asked
+    ]
 
 
 def price_fact(things: list[Thing], rng: random.Random, say: Wording) -> Fact:

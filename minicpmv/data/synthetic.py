@@ -36,7 +36,7 @@ SLICES = 4  # what nano cuts a picture into at most, unless it is asked for more
 PAGE_SLICES = 9  # fine print takes these
 MOST_DRAWN = 200  # scenes for one sample, where few have a question of the kind that is asked for
 CLIPS = {"clip_move": "move", "clip_order": "order", "clip_flash": "flash"}
-SCENES = ("shapes", "line", "lower", "sum", "form", "page", "chart", *CLIPS)
+SCENES = ("shapes", "repeated", "line", "lower", "sum", "form", "page", "chart", *CLIPS)
 
 # The questions of NanoBench: the scene, and which of its facts are asked for (one kind after the other).
 BENCH_TASKS = {
@@ -151,15 +151,17 @@ def draw_scene(
         drawing, facts = chart_scene(rng, say)
     elif scene == "sum":
         drawing, facts = sum_scene(rng, say)
-    elif scene == "shapes":
+    elif scene in ("shapes", "repeated"):
         sliced = rng.random() < mixture.sliced
         max_slice_nums = SLICES if sliced else 1
-        drawing, facts = shapes_scene(rng, say, picture_size(rng, (160, 300) if sliced else (96, 200)))
+        drawing, facts = shapes_scene(
+            rng, say, picture_size(rng, (160, 300) if sliced else (96, 200)), repeated=scene == "repeated"
+        )
     else:
         max_slice_nums = SLICES if rng.random() < mixture.sliced else 1
         drawing, facts = line_scene(rng, say, split, tuple(mixture.characters), lower=scene == "lower")
     sample = Sample(drawings or [drawing], [], temporal_ids, max_slice_nums)
-    if scene == "shapes":
+    if scene in ("shapes", "repeated"):
         sample.objects = [say.named(thing.color, thing.kind) for thing in drawing.things]
     return sample, facts
 

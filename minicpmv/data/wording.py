@@ -18,6 +18,8 @@ class Wording:
     seen: str  # a thought that lists what is there
     article: bool  # whether a name in a list takes "a" or "an"
     price: str  # "{name} costs {price}", in a question
+    repeated: str  # {thing} that is there {times}, or more often
+    times: dict[int, str]  # words for the numbers in it that have one
     phrases: dict[str, tuple[str, ...]]
 
     def named(self, color: str, shape: str) -> str:
@@ -38,6 +40,10 @@ class Wording:
             return name
         return ("an " if name[0] in "aeiou" else "a ") + name
 
+    def at_least(self, name: str, times: int) -> str:
+        """So many of a thing, or more: in the words that `claims_by_rule` has for a thing that a caption repeats."""
+        return self.repeated.format(thing=self.with_article(name), times=self.times.get(times, times))
+
     def listing(self, names) -> str:
         return self.comma.join(self.with_article(name) for name in names)
 
@@ -54,6 +60,8 @@ ENGLISH = Wording(
     seen="I see {}.",
     article=True,
     price="a {name} costs {price}",
+    repeated="{thing} at least {times}",
+    times={2: "twice"} | {number: f"{number} times" for number in range(3, 8)},
     phrases={
         "printed_line": ("Read the text.", "What is written here?", "What does it say?", "What is the text?"),
         "text_colour": ("What color is the text?", "What colour is the text?", "Which color is the text?"),
@@ -75,6 +83,7 @@ ENGLISH = Wording(
         "position": ("What shape is on the {}?", "Which shape is on the {}?", "What is on the {}?"),
         "position_colour": ("What color is the shape on the {}?", "What colour is the {} shape?"),
         "absent_object": ("Is there {}?", "Is there {} in the picture?", "Do you see {}?"),
+        "repeated_object": ("Is there {}?", "Do you see {}?"),
         "caption": ("Describe the picture.", "Describe this picture.", "What do you see?"),
         "chart_value": ("What is the value of {}?", "How high is {}?", "What value does {} have?"),
         "chart_highest": (
@@ -118,6 +127,8 @@ CHINESE = Wording(
     seen="我看到{}。",
     article=False,
     price="{name}的价格是{price}",
+    repeated="至少{times}个{thing}",
+    times={},
     phrases={
         "printed_line": ("读出文字。", "这里写着什么？", "上面写的是什么？"),
         "text_colour": ("文字是什么颜色？", "文字的颜色是什么？"),
@@ -129,6 +140,7 @@ CHINESE = Wording(
         "position": ("{}是什么图形？", "{}的图形是什么？"),
         "position_colour": ("{}的图形是什么颜色？", "{}图形的颜色是什么？"),
         "absent_object": ("有{}吗？", "图中有{}吗？", "你看到{}了吗？"),
+        "repeated_object": ("有{}吗？", "你看到{}了吗？"),
         "caption": ("描述这张图片。", "你看到了什么？"),
         "chart_value": ("{}的值是多少？", "{}有多高？"),
         "chart_highest": ("哪个柱子最高？", "最高的是哪个？"),
