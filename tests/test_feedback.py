@@ -21,6 +21,7 @@ pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 from minicpmv.data.datasets import load_conversations  # noqa: E402
+from minicpmv.data.wording import CHINESE, ENGLISH  # noqa: E402
 from minicpmv.train import feedback  # noqa: E402
 from minicpmv.train.arguments import ArgumentsError, ModelArguments  # noqa: E402
 from minicpmv.train.claims import (  # noqa: E402
@@ -64,12 +65,32 @@ def nano():
         ("红色圆形，两个蓝色星形和3个方形。", ["有红色圆形吗？", "有两个蓝色星形吗？", "有3个方形吗？"], []),
         ("the number 47", [], ["the number 47"]),
         (" , .", [], []),
+        (
+            "A red star, a cup, a red star, a red star.",
+            ["Is there a red star?", "Is there a cup?", "Is there a red star at least twice?"]
+            + ["Is there a red star at least 3 times?"],
+            [],
+        ),
+        (
+            "红色星形，一只猫，红色星形，一只猫",
+            ["有红色星形吗？", "有一只猫吗？", "有至少2个红色星形吗？", "有至少2个猫吗？"],
+            [],
+        ),
     ],
 )
 def test_captions_that_list_things_become_questions_by_rule(caption, questions, unread):
     reading = claims_by_rule(caption)
     assert [claim.question for claim in reading.claims] == questions
     assert reading.unread == unread
+
+
+@pytest.mark.parametrize("say", [ENGLISH, CHINESE])
+@pytest.mark.parametrize("times", [2, 3, 5])
+def test_nano_is_taught_to_judge_what_a_caption_repeats(say, times):
+    """The rule asks what the drawn data ask."""
+    name = say.named("orange", "star")
+    question = claims_by_rule(say.listing([name] * times)).claims[-1].question
+    assert question == say.phrases["repeated_object"][0].format(say.at_least(name, times))
 
 
 def test_a_language_model_is_shown_question_and_answer_as_they_are():
@@ -361,7 +382,8 @@ def test_pairs_are_saved_as_a_preference_dataset_and_everything_is_counted(promp
         for a in line["answers"]
         for claim in a["claims"]
     )
-    assert len(scripted.asked) < summary["claims"] / 2  # each question once a prompt
+    once = [{c["question"] for a in line["answers"] for c in a["claims"]} for line in log_of(tmp_path).values()]
+    assert len(scripted.asked) == sum(map(len, once)) < summary["claims"]  # each question once a prompt
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
     saved = datasets.load_from_disk(tmp_path / "pairs")

@@ -9,6 +9,7 @@ Source of the division into claims and questions: RLAIF-V (https://arxiv.org/abs
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 
@@ -36,24 +37,28 @@ BETWEEN_CLAIMS = re.compile(r"[.!?](?=\s|$)|[。！？；;\n,，、]|\sand\s|和
 LEAD_IN = re.compile(r"^(?:and\s+)?(?:(?:there\s+(?:is|are)|(?:the\s+picture|it)\s+shows)\s+)?", re.IGNORECASE)
 ONE_THING = re.compile(r"^(?:an?|one|another)\s+\S", re.IGNORECASE)
 SEVERAL_THINGS = re.compile(r"^(?:two|three|four|five|six|seven|eight|nine|ten|several|many|\d+)\s+\S", re.IGNORECASE)
+CHINESE_ONE = re.compile(r"^[一1][个只条张把辆位座本]")
 CHINESE_THINGS = re.compile(r"^[\d\u4e00-\u9fff]{2,16}$")  # "有...吗" takes a name as well as a short sentence
 
 
 def claims_by_rule(answer: str) -> Reading:
     """Split a caption at its commas, sentences and "and"; every "a ..." or "two ..." is the claim that it is there,
-    and so is every short part in Chinese.
+    and so is every short part in Chinese. "A ..." for the second time is the claim that it is there at least twice.
 
     What begins otherwise ("the circle is red") is no claim to this rule and comes back as unread.
     """
-    reading = Reading()
+    reading, mentions = Reading(), Counter()
     for piece in BETWEEN_CLAIMS.split(answer):
         thing = LEAD_IN.sub("", piece.strip())
         if not thing:
             continue
+        mentions[thing.lower()] += 1
+        times = mentions[thing.lower()]
         if CHINESE_THINGS.match(thing):
-            question = f"有{thing}吗？"
+            question = f"有{thing}吗？" if times == 1 else f"有至少{times}个{CHINESE_ONE.sub('', thing)}吗？"
         elif ONE_THING.match(thing):
-            question = f"Is there {thing[0].lower()}{thing[1:]}?"
+            often = {1: "", 2: " at least twice"}.get(times, f" at least {times} times")
+            question = f"Is there {thing[0].lower()}{thing[1:]}{often}?"
         elif SEVERAL_THINGS.match(thing):
             question = f"Are there {thing[0].lower()}{thing[1:]}?"
         else:
