@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from minicpmv.data.collate import IGNORED, ConversationEncoder, collate, training_batch
 from minicpmv.data.drawing import COLOR_CLASSES, KIND_CLASSES
 from minicpmv.data.synthetic import Mixture, Sample, Turn, bench_sample, make_sample
+from minicpmv.train import dpo, feedback, sft
 from minicpmv.train.nano import Recipe, RecipeError, Stage, Trainee, optimizers_of, spread_queries, train
 from minicpmv.train.nano_tokenizer import train_merges
 
@@ -20,13 +21,7 @@ NANO = REPOSITORY / "nano"
 EVERYTHING = Mixture(sliced=0.5, thinking=0.5)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Nets this small lose time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +171,12 @@ def test_a_run_goes_on_from_its_state_and_leaves_a_model_that_loads(tmp_path):
     recipe = Recipe(stages[:1], model=str(NANO), processes=1, validation_samples=2)
     train(0, recipe, tmp_path)
     recipe.stages = stages
+    with (tmp_path / "log.jsonl").open("a") as log:  # as a run leaves it that was killed after its last save
+        log.write('{"stage": 1, "step": 1, "samples": 6}\n')
     train(0, recipe, tmp_path)
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(entry["stage"], entry["samples"]) for entry in entries] == [(0, 4), (1, 8)]
+    assert (tmp_path / "curves.png").is_file()
     model = AutoModel.from_pretrained(tmp_path / "model", trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(tmp_path / "model", trust_remote_code=True)
     sample = bench_sample("colour")
@@ -187,8 +185,33 @@ def test_a_run_goes_on_from_its_state_and_leaves_a_model_that_loads(tmp_path):
 
 
 def test_the_recipe_of_nano_is_valid_and_a_misspelt_field_is_named(tmp_path):
-    assert Recipe.load(REPOSITORY / "recipes" / "nano.yaml").stages
+    assert Recipe.load(REPOSITORY / "recipes" / "nano" / "pretraining.yaml").stages
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("stages: [{name: a, steps: 1, batch_size: 1, learning_rat: 0.1}]")
     with pytest.raises(RecipeError, match="learning_rat"):
         Recipe.load(wrong)
+
+
+@pytest.mark.slow
+def test_the_later_stages_of_nano_follow_each_other_by_their_recipes(tmp_path, monkeypatch):
+    """Few and short steps, each from what the one before left."""
+    monkeypatch.chdir(REPOSITORY)
+
+    def folder(name):
+        return str(tmp_path / name)
+
+    def options(recipe, **changes):
+        changed = (f"--{name}={value}" for name, value in changes.items())
+        return ["--config", f"recipes/nano/{recipe}.yaml", *changed]
+
+    few = {"max_steps": 1, "per_device_train_batch_size": 2}
+    sft.main(options("sft", model_name_or_path=NANO, output_dir=folder("sft"), **few))
+    # Hot enough that the captions of a picture differ.
+    hot = {"temperature": 2.0, "max_prompts": 24}
+    feedback.main(options("feedback", model_name_or_path=folder("sft"), output_dir=folder("feedback"), **hot))
+    pairs = {"dataset_name": folder("feedback/pairs"), "warmup_steps": 0}
+    dpo.main(options("dpo", model_name_or_path=folder("sft"), output_dir=folder("dpo"), **pairs, **few))
+    before, after = (
+        AutoModel.from_pretrained(folder(name), trust_remote_code=True).state_dict() for name in ("sft", "dpo")
+    )
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)

@@ -505,7 +505,10 @@ def test_a_bad_row_ends_the_command_with_its_number(tmp_path, capsys):
         ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
         ({"eval_strategy": "steps"}, "nothing to evaluate on"),
         ({"dataset_streaming": True, "max_steps": -1}, "needs max_steps"),
-        ({"dataset_name": REPOSITORY / "recipes/nano.yaml", "max_steps": -1}, "nano.yaml needs max_steps"),
+        (
+            {"dataset_name": REPOSITORY / "recipes/nano/pretraining.yaml", "max_steps": -1},
+            "pretraining.yaml needs max_steps",
+        ),
         ({"dataset_name": "nowhere/rows.yaml"}, "nowhere/rows.yaml does not exist"),
         ({"packing": True}, "packing is an option of SFTTrainer's own data preparation"),
         ({"optim": "adamm"}, "adamm"),

@@ -49,8 +49,12 @@ class LossCurves(TrainerCallback):
                 writer.writerows((entry["step"], name, value) for name, value in entry.items() if name != "step")
 
 
-def draw(history, path):
-    """One panel a measure, training and evaluation in the same; nothing without two points of anything."""
+def draw(history, path, unit="step"):
+    """One panel a measure, training and evaluation in the same; nothing without two points of anything.
+
+    Args:
+        history: entries {"step": number, measure: value, ...}; `unit` says what the number counts.
+    """
     curves = defaultdict(list)
     for entry in history:
         for name, value in entry.items():
@@ -69,7 +73,7 @@ def draw(history, path):
             if name in curves:
                 axis.plot(*zip(*curves[name], strict=True), "o-" if len(curves[name]) < 20 else "-", ms=3, label=name)
         axis.set_title(panel)
-        axis.set_xlabel("step")
+        axis.set_xlabel(unit)
         if f"eval_{panel}" in curves:
             axis.legend()
     for axis in axes[len(panels) :]:

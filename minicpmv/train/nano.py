@@ -1,6 +1,6 @@
 """Train nano: a small model of the same architecture, from scratch, on pictures that the repository draws.
 
-    python -m minicpmv.train.nano --config recipes/nano.yaml --output DIR
+    python -m minicpmv.train.nano --config recipes/nano/pretraining.yaml --output DIR
 
 What is special:
 - stages: first the tower alone learns what lies under each patch (dense labels cost nothing, since we draw), then
@@ -9,6 +9,8 @@ What is special:
 - one single-threaded process a core. Each takes the next batch of a step as soon as it is free, and the gradients are
   summed at the end: on shared cores much faster than threads, which wait for each other in every operation;
 - everything follows from the recipe and its seed; a run that stopped goes on from `DIR/state.pt`.
+
+What it leaves in DIR: the trained model in `model/`, the log and its curves.
 """
 
 import argparse
@@ -40,6 +42,7 @@ from minicpmv.data.collate import (
 )
 from minicpmv.data.drawing import COLOR_CLASSES, KIND_CLASSES
 from minicpmv.data.synthetic import Mixture, make_sample
+from minicpmv.train.curves import draw
 
 
 class RecipeError(ValueError):
@@ -244,7 +247,7 @@ def sum_gradients(trainee: Trainee, stage: Stage) -> None:
 
 
 class Run:
-    """What a run keeps on disk: `state.pt`, from which it goes on, and `log.jsonl`. Only process 0 writes."""
+    """What a run keeps on disk: `state.pt`, from which it goes on, `log.jsonl`, `curves.png`. Only process 0 writes."""
 
     def __init__(self, trainee: Trainee, optimizers, output: Path, rank: int):
         self.trainee, self.optimizers, self.output, self.rank = trainee, optimizers, output, rank
@@ -256,6 +259,29 @@ class Run:
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             self.progress = state["progress"]
+        self.log_file = output / "log.jsonl"
+        if rank == 0:  # what was logged after the last save is about to be done, and logged, again
+            entries = [entry for entry in self.entries() if entry["samples"] <= self.progress["samples"]]
+            self.log_file.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+
+    def entries(self) -> list[dict]:
+        if not self.log_file.exists():
+            return []
+        return [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines()]
+
+    def draw(self) -> None:
+        names = {
+            "dense": "dense loss",
+            "answer": "answer loss",
+            "patches": "patches named right",
+            "answers": "answers right",
+        }
+        points = [
+            {"step": entry["samples"]}
+            | {names[name]: value for name, value in (entry | entry.get("validation", {})).items() if name in names}
+            for entry in self.entries()
+        ]
+        draw(points, self.output / "curves.png", unit="samples")
 
     def save(self) -> None:
         self.saved = time.monotonic()
@@ -265,12 +291,13 @@ class Run:
             state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
             torch.save(state, partial)
             partial.replace(self.output / "state.pt")  # a run that dies here leaves the older state whole
+            self.draw()
 
     def log(self, **entry) -> None:
         if self.rank == 0:
             entry = {key: self.progress[key] for key in ("stage", "step", "samples")} | entry
             entry["minutes"] = round(self.progress["seconds"] / 60, 2)
-            with (self.output / "log.jsonl").open("a", encoding="utf-8") as file:
+            with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
 
