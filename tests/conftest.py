@@ -27,6 +27,15 @@ def ground_floor(name):
     return importlib.import_module(f"minicpmv_hub.{name}")
 
 
+@pytest.fixture
+def one_thread():
+    """Nets this small lose time to threads that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def repository():
     """The model folder, with its tokenizer.json built."""

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from transformers import AutoProcessor
 from typer.testing import CliRunner
 
@@ -185,12 +184,8 @@ def run(*arguments):
 
 
 @pytest.fixture
-def in_the_repository(monkeypatch):
+def in_the_repository(monkeypatch, one_thread):
     monkeypatch.chdir(REPOSITORY)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ BASH_BLOCKS = [(page, line, code) for page in PAGES for line, code in code_block
 def test_metadata_is_what_the_hub_expects():
     data = ModelCard(README).data
     assert data.license == "apache-2.0"
-    assert data.library_name == "transformers"
+    assert data.to_dict()["library_name"] == "transformers"
     assert data.pipeline_tag == "image-text-to-text"
     assert "custom_code" in data.tags
     assert all((REPOSITORY / example["src"]).is_file() and example["text"] for example in data.widget)

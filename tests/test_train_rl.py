@@ -30,12 +30,7 @@ NANO = str(REPOSITORY / "nano")
 PICTURES = {color: Image.new("RGB", (100, 100), color) for color in ("red", "blue")}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

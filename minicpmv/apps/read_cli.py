@@ -1,6 +1,5 @@
 """`minicpmv read`: documents as Markdown, text or JSON; data, regions, tables, summaries and answers from them."""
 
-import importlib.util
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,7 @@ from typing import Annotated
 import typer
 
 from minicpmv.apps import terminal
-from minicpmv.cli_errors import one_line_errors
+from minicpmv.cli_errors import MissingPackageError, one_line_errors, require
 
 
 class ReadFormat(str, Enum):
@@ -23,13 +22,9 @@ class SummaryLength(str, Enum):
     long = "long"
 
 
-class MissingPackageError(RuntimeError):
-    """A package of the extra `documents` is not installed."""
-
-
 def read(
     files: Annotated[list[Path], typer.Argument(help="PDF, TIFF or pictures; several are read as one document.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Model folder or Hub repository.")] = ".",
+    model: terminal.Model = ".",
     format: Annotated[ReadFormat, typer.Option("--format", "-f", help="Of what is written.")] = ReadFormat.markdown,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
     pages: Annotated[str | None, typer.Option(help="Only these pages, such as 1-3,7.")] = None,
@@ -53,10 +48,8 @@ def read(
     max_page_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens of a page's text, an answer or a summary.")
     ] = 8192,
-    revision: Annotated[str | None, typer.Option(help="Commit or tag of a Hub repository.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that a Hub repository brings.")
-    ] = False,
+    revision: terminal.Revision = None,
+    trust_remote_code: terminal.TrustRemoteCode = False,
 ):
     """Read a document: all of it, or what you ask for.
 
@@ -85,6 +78,7 @@ def read(
 
     with one_line_errors(ValueError, OSError, MissingPackageError), terminal.device_memory():
         require(
+            "documents",
             "pypdfium2",
             "py3langid",
             "markdown_it",
@@ -180,12 +174,6 @@ def write_found(found: dict, format: ReadFormat, output: Path | None) -> None:
         typer.echo(text)
     else:
         output.write_text(text + "\n", encoding="utf-8")
-
-
-def require(*packages: str) -> None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise MissingPackageError(f"{', '.join(missing)} not installed: pip install '.[documents]' in a clone")
 
 
 def record(page) -> dict:

@@ -42,7 +42,6 @@ def serve(
       minicpmv serve nano --media-host files.example.internal
     """
     import socket
-    from pathlib import Path
 
     from rich.console import Console
 
@@ -58,8 +57,7 @@ def serve(
         from minicpmv.apps.serving.app import build_app
         from minicpmv.apps.serving.media import MediaLimits
 
-        folder = Path(model).expanduser()
-        name = folder.resolve().name if folder.is_dir() else model
+        name = terminal.shown_name(model)
         hosts = frozenset(media.lower() for media in media_host or ())
         app = build_app(loaded, processor, name, think, MediaLimits(megabytes=max_megabytes, hosts=hosts))
         host, port = listener.getsockname()[:2]

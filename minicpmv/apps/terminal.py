@@ -101,6 +101,12 @@ def load_shown(console, name: str, revision: str | None, trust_remote_code: bool
     return load(name, revision, trust_remote_code)
 
 
+def shown_name(model: str) -> str:
+    """What a model is called: the name of its folder, or its name on the Hub."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
+
+
 def is_address(source: str) -> bool:
     return source.startswith(("http://", "https://"))
 
@@ -115,6 +121,11 @@ def has_media_suffix(source: str) -> bool:
 
     suffix = Path(source).suffix.lower()
     return suffix in VIDEO_SUFFIXES or suffix in Image.registered_extensions()
+
+
+def kind_of_path(source: str) -> str:
+    """ "image" or "video", by the suffix."""
+    return "video" if Path(source).suffix.lower() in VIDEO_SUFFIXES else "image"
 
 
 def check_media(sources, hint: str = "") -> None:
@@ -152,7 +163,7 @@ def media_part(model, processor, source, max_slice_nums=None, kind=None):
     if isinstance(source, str):
         check_media([source])
         source = source if is_address(source) else os.path.expanduser(source)
-        kind = kind or ("video" if Path(source).suffix.lower() in VIDEO_SUFFIXES else "image")
+        kind = kind or kind_of_path(source)
     if kind != "video":
         return model.encode_images(source, processor, max_slice_nums)
     from minicpmv.apps.video import duration_of

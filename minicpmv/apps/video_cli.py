@@ -18,7 +18,7 @@ class VideoFormat(str, Enum):
 
 def video(
     clip: Annotated[Path, typer.Argument(help="A video file.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Model folder or Hub repository.")] = ".",
+    model: terminal.Model = ".",
     seconds: Annotated[float, typer.Option(help="About how long a stretch lasts that is told by itself.")] = 10,
     prompt: Annotated[
         str | None, typer.Option(help="What to ask about each stretch, in place of what happens.")
@@ -27,10 +27,8 @@ def video(
     format: Annotated[VideoFormat, typer.Option("--format", "-f", help="srt: subtitles.")] = VideoFormat.text,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens told about a stretch.")] = 256,
-    revision: Annotated[str | None, typer.Option(help="Commit or tag of a Hub repository.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that a Hub repository brings.")
-    ] = False,
+    revision: terminal.Revision = None,
+    trust_remote_code: terminal.TrustRemoteCode = False,
 ):
     """Tell what happens in a clip, with time stamps.
 

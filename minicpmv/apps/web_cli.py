@@ -35,8 +35,6 @@ def web(
 
       minicpmv web --host 0.0.0.0
     """
-    from pathlib import Path
-
     from rich.console import Console
 
     with one_line_errors(ValueError, OSError, WebError):
@@ -45,5 +43,4 @@ def web(
         except ModuleNotFoundError as error:
             raise WebError(f"{error.name} is missing: pip install 'minicpmv[web]'") from error
         loaded, processor = terminal.load_shown(Console(stderr=True), model, revision, trust_remote_code)
-        name = Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
-        page.launch(page.build(loaded, processor, name), host, port, share, max_conversations)
+        page.launch(page.build(loaded, processor, terminal.shown_name(model)), host, port, share, max_conversations)

@@ -22,7 +22,7 @@ import fsspec
 from PIL import Image
 
 from minicpmv.data.formats import CONVERSATION_COLUMNS, MEDIA_COLUMNS, BadRowError, conversation_row
-from minicpmv.data.synthetic_dataset import SyntheticData, synthetic_dataset
+from minicpmv.data.synthetic_dataset import SyntheticData, is_description, synthetic_dataset
 
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def load_conversations(source, *, split=None, image_folder=None, streaming=False
     """
     if on_bad_row not in ("raise", "skip"):
         raise ValueError(f"on_bad_row={on_bad_row!r} is unknown; choose 'raise' or 'skip'")
-    if isinstance(source, (str, os.PathLike)) and Path(source).suffix in (".yaml", ".yml"):
+    if is_description(source):
         return synthetic_dataset(SyntheticData.load(source))
     files = _json_files(source)
     if files and split is not None:

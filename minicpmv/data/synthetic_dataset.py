@@ -6,6 +6,7 @@ What is special:
 - a YAML file describes a stream: fields of SyntheticData, so that a recipe names it where others name a file.
 """
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -38,6 +39,11 @@ class SyntheticData:
             return cls(**{**fields, "mixture": Mixture(**fields.get("mixture", {}))})
         except (TypeError, AttributeError, yaml.YAMLError) as error:
             raise SyntheticDataError(f"{path}: {error}; fields are those of SyntheticData and Mixture") from error
+
+
+def is_description(source) -> bool:
+    """Whether a source of rows is the file that describes a stream."""
+    return isinstance(source, (str, os.PathLike)) and Path(source).suffix in (".yaml", ".yml")
 
 
 def conversation_row(sample: Sample) -> dict:

@@ -103,8 +103,8 @@ def calibrate(
     chosen = choose(curve, keep)
 
     check = {}
+    model.set_threshold(chosen.threshold)
     for mode, thinking in (("deep", True), ("fast", False), ("auto", "auto")):
-        model.set_threshold(chosen.threshold)
         folder = output / (mode if mode != "auto" else f"auto-{chosen.threshold:.4f}")
         entries = answers(model, processor, benchmark, folder, thinking, seeds=[seed + 1], **options)
         check[mode] = {"accuracy": fmean(column(entries, SCORE)), "tokens": fmean(column(entries, "generated_tokens"))}

@@ -1,27 +1,19 @@
 """`minicpmv evaluate BENCHMARK`, `minicpmv evaluate calibrate` and `minicpmv evaluate report`."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from minicpmv.apps import terminal
-from minicpmv.cli_errors import one_line_errors
+from minicpmv.cli_errors import MissingPackageError, one_line_errors, require
 from minicpmv.evaluate.benchmarks import BENCHMARKS
 
 
 DEFAULT_FOLDER = Path("runs")
+MODES = {"on": True, "off": False, "auto": "auto"}
 
 evaluate_app = typer.Typer(help="Measure a model; compare what was measured.", no_args_is_help=True)
-
-
-def require(package: str) -> None:
-    """End with the remedy where a package of the extra is not installed, before a model is loaded."""
-    if importlib.util.find_spec(package) is None:
-        print(f"minicpmv: {package} is not installed: pip install '.[evaluate]' in a clone", file=sys.stderr)
-        raise typer.Exit(1)
 
 
 def names(text: str) -> list[str]:
@@ -64,8 +56,8 @@ def add_benchmark(name: str, summary: str) -> None:
 
         from rich.console import Console
 
-        for package in ("rapidfuzz", "matplotlib"):  # scores, and the drawn questions
-            require(package)
+        with one_line_errors(MissingPackageError):
+            require("evaluate", "rapidfuzz", "matplotlib")  # scores, and the drawn questions
         from minicpmv.checkpoint import CheckpointError, load
         from minicpmv.evaluate import benchmark as benchmarks
         from minicpmv.evaluate import harness, sample_log
@@ -79,11 +71,7 @@ def add_benchmark(name: str, summary: str) -> None:
             benchmark = load_benchmark(name)
             chosen = names(rows) if rows else None
             benchmark.choose(chosen)  # before the model is loaded
-            thinks = (
-                {"on": True, "off": False, "auto": "auto"}[thinking]
-                if thinking in ("on", "off", "auto")
-                else names(thinking)
-            )
+            thinks = MODES[thinking] if thinking in MODES else names(thinking)
             model, processor = load(checkpoint, revision, trust_remote_code)
             if output is None:
                 settings = harness.settings_of(model, processor, benchmark, thinks)
@@ -131,8 +119,8 @@ def calibrate(
     """Find the threshold of enable_thinking="auto": fewest tokens for (nearly) the accuracy of always thinking."""
     import json
 
-    for package in ("rapidfuzz", "matplotlib"):
-        require(package)
+    with one_line_errors(MissingPackageError):
+        require("evaluate", "rapidfuzz", "matplotlib")
     from minicpmv.checkpoint import CheckpointError, load
     from minicpmv.evaluate import benchmark as benchmarks
     from minicpmv.evaluate import calibration, harness, sample_log
@@ -151,7 +139,8 @@ def calibrate(
         sample_log.SampleLogError,
     ):
         asked = load_benchmark(benchmark)
-        calibration.questions_in_both_modes(asked, names(rows) if rows else None)  # before the model is loaded
+        chosen = names(rows) if rows else None
+        calibration.questions_in_both_modes(asked, chosen)  # before the model is loaded
         model, processor = load(checkpoint, revision, trust_remote_code)
         result = calibration.calibrate(
             model,
@@ -159,7 +148,7 @@ def calibrate(
             asked,
             output or DEFAULT_FOLDER / f"calibration-{Path(checkpoint).resolve().name}",
             checkpoint=checkpoint,
-            rows=names(rows) if rows else None,
+            rows=chosen,
             samples=samples,
             seed=seed,
             keep=keep,
@@ -182,7 +171,8 @@ def report(
     ] = Path("report.html"),
 ):
     """Compare runs side by side: checkpoints, models or settings, with charts."""
-    require("matplotlib")
+    with one_line_errors(MissingPackageError):
+        require("evaluate", "matplotlib")
     from minicpmv.evaluate import report as reports
 
     with one_line_errors(reports.ReportError):

@@ -8,7 +8,7 @@ import importlib
 
 import typer
 
-from minicpmv.cli_errors import one_line_errors
+from minicpmv.cli_errors import MissingPackageError, one_line_errors
 
 
 train_app = typer.Typer(help="Tune the model: supervised, preferences, rewards.", no_args_is_help=True)
@@ -18,16 +18,12 @@ align_app = typer.Typer(help="Make preference pairs from the model's own answers
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
-class MissingPackageError(RuntimeError):
-    """A package of the extra `train` is not installed."""
-
-
 def load_verb(module: str):
     """The module of a verb, which imports the packages for training."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise MissingPackageError(f"{error.name} is not installed: pip install '.[train]' in a clone") from error
+        raise MissingPackageError("train", error.name) from error
 
 
 def add_verb(app: typer.Typer, name: str, module: str, help: str) -> None:

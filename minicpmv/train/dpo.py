@@ -34,8 +34,16 @@ from minicpmv.train.arguments import (
 )
 from minicpmv.train.card import write_card
 from minicpmv.train.curves import LossCurves
-from minicpmv.train.loading import PartLearningRates, load_model_and_processor, train_in_float32, trained_parameters
-from minicpmv.train.sft import EXPECTED_ERRORS, check, checkpoint_to_resume, load_data, usable
+from minicpmv.train.loading import PartLearningRates, load_model_and_processor, trained_parameters
+from minicpmv.train.sft import (
+    EXPECTED_ERRORS,
+    check,
+    checkpoint_to_resume,
+    collator_and_rows,
+    load_data,
+    set_up,
+    train_and_evaluate,
+)
 
 
 # What DPOConfig offers for its own reading of data, which is not used here.
@@ -170,19 +178,15 @@ def train(model_args, adapter_args, freeze_args, data_args, args) -> PreferenceT
     """Train, evaluate, and leave in `args.output_dir` the model or adapter, processor, card and curves."""
     check(data_args, args)
     checkpoint = checkpoint_to_resume(args)
-    train_dataset, eval_dataset = load_pairs(data_args)
+    found = load_pairs(data_args)
     set_seed(args.seed)  # an adapter starts from random weights
     model, processor = load_model_and_processor(model_args, adapter_args, freeze_args, args.trust_remote_code)
     reference = None
     if adapter_args.adapter == "none" and not args.precompute_ref_log_probs:
         reference, _ = load_model_and_processor(model_args, trust_remote_code=args.trust_remote_code)
-    collator = PreferenceCollator(
-        processor,
-        max_length=args.max_length or model.config.max_position_embeddings,
-        on_too_long=data_args.on_too_long,
-        on_bad_row=data_args.on_bad_row,
+    collator, train_dataset, eval_dataset = collator_and_rows(
+        PreferenceCollator, model, processor, data_args, args, found
     )
-    train_dataset, eval_dataset = (usable(rows, collator, args) for rows in (train_dataset, eval_dataset))
     trainer = PreferenceTrainer(
         model=model,
         ref_model=reference,
@@ -193,12 +197,8 @@ def train(model_args, adapter_args, freeze_args, data_args, args) -> PreferenceT
         processing_class=processor,
         callbacks=[LossCurves()],
     )
-    trainer.part_learning_rates = freeze_args.learning_rates()
-    trainer.card_dataset = data_args.dataset_name
-    train_in_float32(trainer.model)  # DPOTrainer makes what trains beside a 4-bit model bfloat16
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if eval_dataset is not None and args.eval_strategy == "no":
-        trainer.evaluate()
+    set_up(trainer, freeze_args, data_args)
+    train_and_evaluate(trainer, checkpoint)
     if "ref" in getattr(trainer.model, "peft_config", {}):
         trainer.model.delete_adapter("ref")  # else the reference would be saved beside the result
     trainer.save_model()

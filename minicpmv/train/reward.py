@@ -32,10 +32,17 @@ from minicpmv.train.arguments import (
 from minicpmv.train.card import write_card
 from minicpmv.train.curves import LossCurves
 from minicpmv.train.dpo import PreferenceCollator, load_pairs
-from minicpmv.train.loading import PartLearningRates, load_model_and_processor, train_in_float32
+from minicpmv.train.loading import PartLearningRates, load_model_and_processor
 from minicpmv.train.reward_model import load_reward_model
 from minicpmv.train.rewards import final_answer
-from minicpmv.train.sft import EXPECTED_ERRORS, check, checkpoint_to_resume, usable
+from minicpmv.train.sft import (
+    EXPECTED_ERRORS,
+    check,
+    checkpoint_to_resume,
+    collator_and_rows,
+    set_up,
+    train_and_evaluate,
+)
 
 
 # What RewardConfig offers for its own reading of data, which is not used here.
@@ -107,19 +114,15 @@ def train(model_args, adapter_args, freeze_args, data_args, args) -> VisualRewar
     """Train, evaluate, and leave in `args.output_dir` the reward model or its adapter, processor, card and curves."""
     check(data_args, args)
     checkpoint = checkpoint_to_resume(args)
-    train_dataset, eval_dataset = load_pairs(data_args)
+    found = load_pairs(data_args)
     set_seed(args.seed)  # the head starts from random weights
     model, processor = load_model_and_processor(
         model_args, adapter_args, freeze_args, args.trust_remote_code, load=new_reward_model
     )
-    collator = FinalAnswerCollator(
-        processor,
-        max_length=args.max_length or model.config.max_position_embeddings,
-        on_too_long=data_args.on_too_long,
-        on_bad_row=data_args.on_bad_row,
-        pad_to_multiple_of=args.pad_to_multiple_of,
+    options = {"pad_to_multiple_of": args.pad_to_multiple_of}
+    collator, train_dataset, eval_dataset = collator_and_rows(
+        FinalAnswerCollator, model, processor, data_args, args, found, **options
     )
-    train_dataset, eval_dataset = (usable(rows, collator, args) for rows in (train_dataset, eval_dataset))
     trainer = VisualRewardTrainer(
         model=model,
         args=args,
@@ -129,12 +132,8 @@ def train(model_args, adapter_args, freeze_args, data_args, args) -> VisualRewar
         processing_class=processor,
         callbacks=[LossCurves()],
     )
-    trainer.part_learning_rates = freeze_args.learning_rates()
-    trainer.card_dataset = data_args.dataset_name
-    train_in_float32(trainer.model)  # RewardTrainer makes what trains beside a 4-bit model bfloat16
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if eval_dataset is not None and args.eval_strategy == "no":
-        trainer.evaluate()
+    set_up(trainer, freeze_args, data_args)
+    train_and_evaluate(trainer, checkpoint)
     trainer.save_model()
     trainer.create_model_card()
     return trainer

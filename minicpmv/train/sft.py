@@ -32,7 +32,7 @@ from minicpmv.data.collator import (
 )
 from minicpmv.data.datasets import ConversationSourceError, load_conversations
 from minicpmv.data.formats import BadRowError
-from minicpmv.data.synthetic_dataset import SyntheticDataError
+from minicpmv.data.synthetic_dataset import SyntheticDataError, is_description
 from minicpmv.train.arguments import (
     AdapterArguments,
     ArgumentsError,
@@ -111,7 +111,7 @@ def check(data_args: DataArguments, args: SFTArguments) -> None:
             f"eval_strategy is {args.eval_strategy.value!r}, but there is nothing to evaluate on. Give eval_dataset_name "
             "or dataset_test_split."
         )
-    is_drawn = Path(data_args.dataset_name).suffix in (".yaml", ".yml")  # synthetic rows are always a stream
+    is_drawn = is_description(data_args.dataset_name)  # drawn rows are always a stream
     if (data_args.dataset_streaming or is_drawn) and args.max_steps <= 0:
         name = "dataset_streaming" if data_args.dataset_streaming else f"dataset_name {data_args.dataset_name}"
         raise ArgumentsError(f"{name} needs max_steps: a stream has no known end.")
@@ -186,6 +186,32 @@ def usable(rows, collator: ConversationCollator, args):
     return kept
 
 
+def collator_and_rows(kind, model, processor, data_args, args, found, **options):
+    """A collator of class `kind`, and of the (training, evaluation) rows `found` those that it can use."""
+    collator = kind(
+        processor,
+        max_length=args.max_length or model.config.max_position_embeddings,
+        on_too_long=data_args.on_too_long,
+        on_bad_row=data_args.on_bad_row,
+        **options,
+    )
+    return collator, *(usable(rows, collator, args) for rows in found)
+
+
+def set_up(trainer, freeze_args, data_args) -> None:
+    """What this package adds to a trainer of TRL."""
+    trainer.part_learning_rates = freeze_args.learning_rates()
+    trainer.card_dataset = data_args.dataset_name
+    train_in_float32(trainer.model)  # TRL makes what trains beside a 4-bit model bfloat16
+
+
+def train_and_evaluate(trainer, checkpoint: str | None) -> None:
+    """Train, from a checkpoint or the start; then evaluate, if that was not done on the way."""
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.eval_dataset is not None and trainer.args.eval_strategy == "no":
+        trainer.evaluate()
+
+
 def join_rows(collator, rows) -> dict:
     """The batch of `collator` in one row [1, all tokens]: positions begin anew with each sample, which keeps attention apart."""
     batch = collator(rows)
@@ -200,17 +226,13 @@ def join_rows(collator, rows) -> dict:
 
 def make_trainer(model_args, adapter_args, freeze_args, data_args, args) -> ConversationTrainer:
     """Data, model and collator in a trainer that is ready to run."""
-    train_dataset, eval_dataset = load_data(data_args)
+    found = load_data(data_args)
     set_seed(args.seed)  # an adapter starts from random weights
     model, processor = load_model_and_processor(model_args, adapter_args, freeze_args, args.trust_remote_code)
-    collator = ConversationCollator(
-        processor,
-        max_length=args.max_length or model.config.max_position_embeddings,
-        on_too_long=data_args.on_too_long,
-        on_bad_row=data_args.on_bad_row,
-        pad_to_multiple_of=args.pad_to_multiple_of,
+    options = {"pad_to_multiple_of": args.pad_to_multiple_of}
+    collator, train_dataset, eval_dataset = collator_and_rows(
+        ConversationCollator, model, processor, data_args, args, found, **options
     )
-    train_dataset, eval_dataset = (usable(rows, collator, args) for rows in (train_dataset, eval_dataset))
     if args.padding_free:
         collator = partial(join_rows, collator)
         args.padding_free = False  # SFTTrainer would insist on its own collator
@@ -223,9 +245,7 @@ def make_trainer(model_args, adapter_args, freeze_args, data_args, args) -> Conv
         processing_class=processor,
         callbacks=[LossCurves()],
     )
-    trainer.part_learning_rates = freeze_args.learning_rates()
-    trainer.card_dataset = data_args.dataset_name
-    train_in_float32(trainer.model)  # SFTTrainer makes what trains beside a 4-bit model bfloat16
+    set_up(trainer, freeze_args, data_args)
     return trainer
 
 
@@ -234,9 +254,7 @@ def train(model_args, adapter_args, freeze_args, data_args, args) -> Conversatio
     check(data_args, args)
     checkpoint = checkpoint_to_resume(args)
     trainer = make_trainer(model_args, adapter_args, freeze_args, data_args, args)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.eval_dataset is not None and args.eval_strategy == "no":
-        trainer.evaluate()
+    train_and_evaluate(trainer, checkpoint)
     trainer.save_model()
     trainer.create_model_card()
     return trainer

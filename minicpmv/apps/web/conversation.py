@@ -10,9 +10,8 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from minicpmv.apps.terminal import VIDEO_SUFFIXES
+from minicpmv.apps.terminal import kind_of_path
 from minicpmv.apps.video import GREEDY
 from minicpmv.apps.web.view import look_at
 
@@ -185,7 +184,7 @@ class Conversation:
 
 
 def _part(file):
-    kind = "video" if Path(file).suffix.lower() in VIDEO_SUFFIXES else "image"
+    kind = kind_of_path(file)
     return {"type": kind, kind: file}
 
 
