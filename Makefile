@@ -6,6 +6,7 @@
 PYTHON ?= python3
 MATRIX ?= 4.57.6 5.0.0 5.10.1 5.19.0 5.23.0
 PYTEST_ARGS ?=
+WORKERS ?= 2
 # What depends on the version of transformers.
 MATRIX_TESTS := $(addprefix tests/test_,golden.py vision_and_resampler.py model.py processor.py chat.py tokenizer.py \
 	chat_template.py image_processing.py video_processing.py interop.py nano_model.py sessions.py thinking.py)
@@ -28,8 +29,8 @@ demo: $(VENV)/demo.stamp tokenizer.json ## nano answers questions about a pictur
 test: lint pytest web ## lint, all tests, then the tests of the oldest transformers (the newest runs in `pytest`)
 	@$(MAKE) --no-print-directory matrix MATRIX=$(firstword $(MATRIX))
 
-pytest: $(VENV)/dev.stamp tokenizer.json ## all tests but those of the web page, with the pinned versions; PYTEST_ARGS="-k name" picks some
-	$(PY) -m pytest --ignore=tests/test_web.py $(PYTEST_ARGS)
+pytest: $(VENV)/dev.stamp tokenizer.json ## all tests but those of the web page, with the pinned versions; PYTEST_ARGS="-k name" picks some; WORKERS=2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/test_web.py $(PYTEST_ARGS)
 
 web: $(WEB)/stamp ## the tests of the web page, which need a browser
 	$(WEB)/bin/python -m pytest tests/test_web.py $(PYTEST_ARGS)
