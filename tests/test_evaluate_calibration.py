@@ -41,6 +41,12 @@ def test_the_cheapest_threshold_that_keeps_enough_is_chosen():
     assert calibration.choose(curve, 0.5).threshold == 1.0
 
 
+def test_where_thinking_does_harm_the_best_threshold_is_the_measure():
+    points = [(0.0, 0.60, 50), (0.4, 0.84, 8), (0.7, 0.86, 6), (1.0, 0.80, 4)]
+    curve = [SimpleNamespace(threshold=t, accuracy=a, tokens=n) for t, a, n in points]
+    assert calibration.choose(curve, 0.99).threshold == 0.7
+
+
 @pytest.mark.slow
 def test_calibrating_stores_a_threshold_that_was_checked_on_other_questions(tmp_path):
     checkpoint = tmp_path / "checkpoint"

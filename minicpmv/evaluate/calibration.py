@@ -3,7 +3,8 @@
 What is special:
 - both modes answer the same questions; what each threshold would have given follows from these answers
   (`threshold_curve` of the model), so no threshold is tried by asking again;
-- the choice is the threshold that generates fewest tokens while it keeps a share of what thinking gets right;
+- the choice is the threshold that generates fewest tokens while it keeps a share of the best accuracy of any threshold:
+  always thinking is not always best, since a checkpoint may do worse where its thoughts lead nowhere;
 - it is then put to the test with questions of the next seed, which the choice has not seen.
 """
 
@@ -59,8 +60,9 @@ def column(entries: list[dict], name: str) -> list[float]:
 
 
 def choose(curve, keep: float):
-    """The point with the fewest tokens among those that keep the share `keep` of the accuracy of always thinking."""
-    return min((point for point in curve if point.accuracy >= keep * curve[0].accuracy), key=lambda p: p.tokens)
+    """The point with the fewest tokens among those that keep the share `keep` of the best accuracy."""
+    best = max(point.accuracy for point in curve)
+    return min((point for point in curve if point.accuracy >= keep * best), key=lambda point: point.tokens)
 
 
 def calibrate(
@@ -82,7 +84,7 @@ def calibrate(
         output: folder of the logs, the curve (`curve.png`) and the result; a run that was stopped goes on from it.
         rows: rows to ask; by default all that can be right or wrong, without controls.
         samples: questions of each row, once to choose (`seed`) and once to check (`seed` + 1).
-        keep: share of the accuracy of always thinking that has to stay.
+        keep: share of the best accuracy of any threshold that has to stay.
 
     Returns:
         `threshold`; `curve`, a list of `ThresholdPoint` as dicts; `check`, for "deep", "fast" and "auto" the accuracy and
@@ -151,5 +153,5 @@ def draw(result: dict):
     axes.set_xlim(left=0)
     axes.grid(color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, loc="best")
     return figure

@@ -109,7 +109,7 @@ def calibrate(
     samples: Annotated[int, typer.Option(min=1, help="Questions of each row, and as many again for the check.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the questions; the check takes the next one.")] = 1,
     rows: Annotated[str | None, typer.Option(help="Only these rows, such as count,chart.")] = None,
-    keep: Annotated[float, typer.Option(help="Share of the accuracy of always thinking that has to stay.")] = 0.95,
+    keep: Annotated[float, typer.Option(help="Share of the best accuracy of any threshold that has to stay.")] = 0.95,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 50,
     output: Annotated[
         Path | None, typer.Option(help="Folder of answers, curve and result; by default one a checkpoint in runs/.")
