@@ -65,6 +65,7 @@ def draw(history, path, unit="step"):
     if not panels:
         return
     from matplotlib.figure import Figure  # not pyplot: its back ends want a screen
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     figure = Figure(figsize=(4 * min(3, len(panels)), 3 * -(-len(panels) // 3)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // 3), min(3, len(panels)), squeeze=False).ravel()
@@ -74,6 +75,8 @@ def draw(history, path, unit="step"):
                 axis.plot(*zip(*curves[name], strict=True), "o-" if len(curves[name]) < 20 else "-", ms=3, label=name)
         axis.set_title(panel)
         axis.set_xlabel(unit)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
         if f"eval_{panel}" in curves:
             axis.legend()
     for axis in axes[len(panels) :]:
