@@ -12,9 +12,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # What nano was trained for; the published weights answer these as well.
 PICTURES = {
-    "shapes.jpg": ("How many shapes are there?", "What shape is red?", "What shape is on the right?"),
+    "shapes.jpg": ("How many shapes are there?", "What color is the circle?", "What shape is on the right?"),
     "number.jpg": ("What does it say?",),
+    "receipt.jpg": ("What is the DATE?", "What is the TOTAL?"),
 }
+SUM = "sum.jpg"
+SUM_QUESTION = "What is the result?"
 CLIP = "star.mp4"
 CLIP_QUESTIONS = ("Which way does the shape move?", "What color is the shape?")
 CLIP_OPTIONS = {"fps": 3, "max_num_packing": 6, "force_packing": 3}  # packed, although the clip is short
@@ -62,6 +65,20 @@ def show_questions(console, model, processor, content, questions, describe, **op
         console.print(f"  {escape(question):34} [bold green]{escape(answer)}[/bold green]  [dim]{seconds:.2f} s[/dim]")
 
 
+def show_thought(console, model, processor, picture):
+    """The same question answered at once, and after a thought."""
+    console.print(f"[bold]assets/{picture.name}[/bold], {SUM_QUESTION}")
+    messages = [{"role": "user", "content": [picture, SUM_QUESTION]}]
+    greedy = {"sampling": False, "num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": 128}
+    for thinking in (False, True):
+        output = model.chat(msgs=messages, processor=processor, enable_thinking=thinking, return_dict=True, **greedy)
+        thought = f"  [dim]thought: {escape(' | '.join(output.reasoning.splitlines()))}[/dim]" if thinking else ""
+        console.print(
+            f"  {'thinking' if thinking else 'at once':34} [bold green]{escape(output.text)}[/bold green]{thought}"
+        )
+    console.print()
+
+
 def run(model_folder=None):
     """The whole demo, printed to the terminal."""
     from PIL import Image
@@ -98,6 +115,8 @@ def run(model_folder=None):
             lambda tokens, slices: f"an overview and {slices} slices, {tokens} visual tokens",
         )
         console.print()
+
+    show_thought(console, model, processor, assets / SUM)
 
     clip = assets / CLIP
     video = processor.video_processor.sample_video(str(clip), **CLIP_OPTIONS).metadata

@@ -15,15 +15,15 @@ CLIP, NUMBER = (str(ASSETS / name) for name in ("star.mp4", "number.jpg"))
 
 
 def take(browser, url, name, turns, **options):
-    """Ask the questions of `turns` (question, file) and write docs/NAME.png with 256 colors."""
+    """Ask the questions of `turns` (question, then its files) and write docs/NAME.png with 256 colors."""
     tab = browser.new_page(**options)
     tab.set_default_timeout(WAIT)
     tab.goto(url)
     tab.locator("#box textarea").wait_for()
     change(tab, Temperature=0, Frames_in_a_group=3)
     tab.locator("#settings button").first.click()
-    for question, file in turns:
-        ask(tab, question, file)
+    for question, *files in turns:
+        ask(tab, question, *files)
     tab.evaluate("scrollTo(0, 0)")
     tab.mouse.move(0, 0)
     tab.wait_for_timeout(1000)  # until nothing moves
@@ -36,7 +36,7 @@ def main():
     _, url, _ = page.launch(app, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(playwright), args=BROWSER_OPTIONS)
-        turns = [("Which way does the shape move?", CLIP), ("What does it say?", NUMBER)]
+        turns = [("Which way does the shape move?", CLIP), ("What color is the shape?",)]
         take(browser, url, "web-desktop", turns, viewport=DESKTOP)
         phone = {"viewport": PHONE, "device_scale_factor": 1.5, "is_mobile": True, "has_touch": True}
         take(browser, url, "web-phone", [("What does it say?", NUMBER)], **phone)
