@@ -142,8 +142,8 @@ def test_a_score_depends_on_picture_and_answer_but_not_on_any_thought(reward_mod
     thoughts = ["", "<think>\nred!\n</think>\n\n", "other words\n</think>\n\n"]
     by_thought = score_answers(reward_model, processor, [red] * 3, [f"{thought}red" for thought in thoughts])
     torch.testing.assert_close(by_thought, by_thought[:1].expand(3), atol=1e-5, rtol=0)
-    others = score_answers(reward_model, processor, [red, blue, red], ["red", "red", "blue"])
-    assert torch.pdist(others[:, None]).min() > 1e-4
+    others = score_answers(reward_model, processor, [red, blue, red], ["red", "red", "a circle"])
+    assert torch.pdist(others[:, None]).min() > 1e-3
     # Thoughts of earlier turns do not count either.
     earlier = [
         [red[0], {"role": "assistant", "content": f"{thought}red"}, question(text="And now?")]

@@ -118,6 +118,7 @@ def ask(tab, question, *files):
     expect(tab.locator("#chat .user-row [data-testid=user]").filter(has_text=question).last).to_be_visible()
     expect(tab.locator("#view .spent")).to_be_visible()
     idle(tab)
+    assert users(tab).count() > turns
 
 
 def idle(tab):

@@ -42,6 +42,7 @@ from minicpmv.data.collate import (
 )
 from minicpmv.data.drawing import COLOR_CLASSES, KIND_CLASSES
 from minicpmv.data.synthetic import Mixture, make_sample
+from minicpmv.evaluate.sample_log import read_entries, write_whole
 from minicpmv.train.curves import draw
 
 
@@ -262,12 +263,10 @@ class Run:
         self.log_file = output / "log.jsonl"
         if rank == 0:  # what was logged after the last save is about to be done, and logged, again
             entries = [entry for entry in self.entries() if entry["samples"] <= self.progress["samples"]]
-            self.log_file.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+            write_whole(self.log_file, "".join(json.dumps(entry) + "\n" for entry in entries))
 
     def entries(self) -> list[dict]:
-        if not self.log_file.exists():
-            return []
-        return [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines()]
+        return read_entries(self.log_file) if self.log_file.exists() else []
 
     def draw(self) -> None:
         names = {

@@ -119,9 +119,9 @@ def train(model_args, adapter_args, freeze_args, data_args, args) -> VisualRewar
     model, processor = load_model_and_processor(
         model_args, adapter_args, freeze_args, args.trust_remote_code, load=new_reward_model
     )
-    options = {"pad_to_multiple_of": args.pad_to_multiple_of}
+    padding = args.pad_to_multiple_of
     collator, train_dataset, eval_dataset = collator_and_rows(
-        FinalAnswerCollator, model, processor, data_args, args, found, **options
+        FinalAnswerCollator, model, processor, data_args, args, found, pad_to_multiple_of=padding
     )
     trainer = VisualRewardTrainer(
         model=model,

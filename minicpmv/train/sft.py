@@ -229,9 +229,9 @@ def make_trainer(model_args, adapter_args, freeze_args, data_args, args) -> Conv
     found = load_data(data_args)
     set_seed(args.seed)  # an adapter starts from random weights
     model, processor = load_model_and_processor(model_args, adapter_args, freeze_args, args.trust_remote_code)
-    options = {"pad_to_multiple_of": args.pad_to_multiple_of}
+    padding = args.pad_to_multiple_of
     collator, train_dataset, eval_dataset = collator_and_rows(
-        ConversationCollator, model, processor, data_args, args, found, **options
+        ConversationCollator, model, processor, data_args, args, found, pad_to_multiple_of=padding
     )
     if args.padding_free:
         collator = partial(join_rows, collator)
