@@ -4,12 +4,11 @@
 # Only relative paths, and programs called as `.venv/bin/python -m name`: a folder with a space in its name works.
 
 PYTHON ?= python3
-MATRIX ?= 4.57.6 5.0.0 5.10.1 5.19.0 5.23.0
+MATRIX ?= 4.57.6 5.0.0 5.10.1 5.19.0 5.24.0
 PYTEST_ARGS ?=
 WORKERS ?= 2
 # What depends on the version of transformers.
-MATRIX_TESTS := $(addprefix tests/test_,golden.py vision_and_resampler.py model.py processor.py chat.py tokenizer.py \
-	chat_template.py image_processing.py video_processing.py interop.py nano_model.py sessions.py thinking.py)
+MATRIX_TESTS := tests/model tests/chat/test_sessions.py --ignore=tests/model/conformance
 
 VENV := .venv
 WEB := .venvs/web
@@ -24,19 +23,19 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
 
 demo: $(VENV)/demo.stamp tokenizer.json ## nano answers questions about a picture and a short clip
-	@$(PY) -m minicpmv.demo
+	@$(PY) -m minicpmv.commands.demo
 
 test: lint pytest web ## lint, all tests, then the tests of the oldest transformers (the newest runs in `pytest`)
 	@$(MAKE) --no-print-directory matrix MATRIX=$(firstword $(MATRIX))
 
 pytest: $(VENV)/dev.stamp tokenizer.json ## all tests but those of the web page, with the pinned versions; PYTEST_ARGS="-k name" picks some; WORKERS=2
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/test_web.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/web $(PYTEST_ARGS)
 
 web: $(WEB)/stamp ## the tests of the web page, which need a browser
-	$(WEB)/bin/python -m pytest tests/test_web.py $(PYTEST_ARGS)
+	$(WEB)/bin/python -m pytest tests/web $(PYTEST_ARGS)
 
 web-screenshots: $(WEB)/stamp ## take the screenshots of the web page in docs/ anew
-	$(WEB)/bin/python tests/make_web_screenshots.py
+	$(WEB)/bin/python tests/web/make_screenshots.py
 
 matrix: $(MATRIX:%=matrix-%) ## the version-dependent tests on every supported transformers; MATRIX="5.0.0" picks one
 
@@ -45,7 +44,7 @@ matrix-%: .venvs/%/stamp tokenizer.json
 	.venvs/$*/bin/python -m pytest $(MATRIX_TESTS) -q $(PYTEST_ARGS)
 
 conformance: $(VENV)/dev.stamp tokenizer.json ## the test classes of transformers itself, run on this model
-	$(PY) -m pytest tests/conformance $(PYTEST_ARGS)
+	$(PY) -m pytest tests/model/conformance $(PYTEST_ARGS)
 
 lint: $(VENV)/dev.stamp ## ruff check and format check
 	$(PY) -m ruff check .
@@ -55,8 +54,8 @@ format: $(VENV)/dev.stamp ## let ruff rewrite the files
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(VENV)/dev.stamp tokenizer.json ## run the measurements in benchmarks/
-	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(PY) "$$file" || exit 1; done
+bench: $(VENV)/dev.stamp tokenizer.json ## run the measurements in perf/
+	@for file in perf/bench_*.py; do echo "== $$file"; $(PY) "$$file" || exit 1; done
 
 clean: ## remove environments, caches and the built tokenizer
 	rm -rf .venv .venvs build *.egg-info .pytest_cache .ruff_cache .hypothesis tokenizer.json

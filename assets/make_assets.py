@@ -14,7 +14,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from minicpmv.data.drawing import COLORS, Drawing, Print, add_shape, add_text  # noqa: E402
+from minicpmv.drawn.drawing import COLORS, Drawing, Print, add_shape, add_text  # noqa: E402
 
 
 SMOOTH = 2  # everything is drawn twice as large and scaled down

@@ -21,10 +21,10 @@ import torch
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
-from minicpmv.cli_errors import one_line_errors
 from minicpmv.data.collator import IGNORED, ConversationCollator, EncodedRow
 from minicpmv.data.formats import BadRowError, conversation_row
-from minicpmv.train.arguments import (
+from minicpmv.errors import one_line_errors
+from minicpmv.train.common.arguments import (
     AdapterArguments,
     ArgumentsError,
     DataArguments,
@@ -32,9 +32,9 @@ from minicpmv.train.arguments import (
     ModelArguments,
     parse,
 )
-from minicpmv.train.card import write_card
-from minicpmv.train.curves import LossCurves
-from minicpmv.train.loading import PartLearningRates, load_model_and_processor, trained_parameters
+from minicpmv.train.common.card import write_card
+from minicpmv.train.common.curves import LossCurves
+from minicpmv.train.common.loading import PartLearningRates, load_model_and_processor, trained_parameters
 from minicpmv.train.sft import (
     EXPECTED_ERRORS,
     check,

@@ -24,10 +24,10 @@ from trl import GRPOTrainer
 
 from minicpmv.data.collator import ROW_OPTIONS, EncodedRow, encoded_row, padded_visual_inputs
 from minicpmv.data.formats import CONVERSATION_COLUMNS, MEDIA_COLUMNS, BadRowError, conversation_row, text_of
-from minicpmv.train.card import write_card
-from minicpmv.train.loading import PartLearningRates
+from minicpmv.train.common.card import write_card
+from minicpmv.train.common.loading import PartLearningRates
 from minicpmv.train.reward_model import score_answers
-from minicpmv.train.rewards import accuracy_reward, final_answer, standardised
+from minicpmv.train.reward_terms import accuracy_reward, final_answer, standardised
 
 
 VISUAL_INPUTS = ("pixel_values", "tgt_sizes", "temporal_ids")

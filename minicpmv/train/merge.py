@@ -9,8 +9,8 @@ What is special:
 import argparse
 from pathlib import Path
 
-from minicpmv.cli_errors import one_line_errors
-from minicpmv.train.arguments import ArgumentsError
+from minicpmv.errors import one_line_errors
+from minicpmv.train.common.arguments import ArgumentsError
 
 
 def merge(adapter: Path, output: Path, trust_remote_code: bool = False) -> None:
@@ -24,8 +24,8 @@ def merge(adapter: Path, output: Path, trust_remote_code: bool = False) -> None:
     from peft.utils import ModulesToSaveWrapper
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from minicpmv.train.arguments import ModelArguments
-    from minicpmv.train.loading import locate
+    from minicpmv.train.common.arguments import ModelArguments
+    from minicpmv.train.common.loading import locate
 
     if not (adapter / "adapter_config.json").is_file():
         raise ArgumentsError(f"{adapter} has no adapter_config.json, so it holds no adapter.")

@@ -19,9 +19,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
-from minicpmv.cli_errors import one_line_errors
 from minicpmv.data.formats import conversation_row, text_of
-from minicpmv.train.arguments import (
+from minicpmv.errors import one_line_errors
+from minicpmv.train.common.arguments import (
     AdapterArguments,
     ArgumentsError,
     DataArguments,
@@ -29,12 +29,12 @@ from minicpmv.train.arguments import (
     ModelArguments,
     parse,
 )
-from minicpmv.train.card import write_card
-from minicpmv.train.curves import LossCurves
+from minicpmv.train.common.card import write_card
+from minicpmv.train.common.curves import LossCurves
+from minicpmv.train.common.loading import PartLearningRates, load_model_and_processor
 from minicpmv.train.dpo import PreferenceCollator, load_pairs
-from minicpmv.train.loading import PartLearningRates, load_model_and_processor
 from minicpmv.train.reward_model import load_reward_model
-from minicpmv.train.rewards import final_answer
+from minicpmv.train.reward_terms import final_answer
 from minicpmv.train.sft import (
     EXPECTED_ERRORS,
     check,

@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from minicpmv.data.collator import ConversationCollator
-from minicpmv.train.rewards import final_answer
+from minicpmv.train.reward_terms import final_answer
 
 
 class RewardModelError(ValueError):

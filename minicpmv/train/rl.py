@@ -22,8 +22,8 @@ from transformers import AutoProcessor, set_seed
 from trl import GRPOConfig
 from trl.rewards import get_repetition_penalty_reward
 
-from minicpmv.cli_errors import one_line_errors
-from minicpmv.train.arguments import (
+from minicpmv.errors import one_line_errors
+from minicpmv.train.common.arguments import (
     AdapterArguments,
     ArgumentsError,
     DataArguments,
@@ -32,11 +32,11 @@ from minicpmv.train.arguments import (
     check_model_name,
     parse,
 )
-from minicpmv.train.curves import LossCurves
+from minicpmv.train.common.curves import LossCurves
+from minicpmv.train.common.loading import load_model_and_processor, locate, train_in_float32
 from minicpmv.train.grpo import HybridGRPOTrainer, check_rollouts, reward_model_term
-from minicpmv.train.loading import load_model_and_processor, locate, train_in_float32
 from minicpmv.train.reward_model import RewardModelError, load_reward_model
-from minicpmv.train.rewards import accuracy_reward, format_reward
+from minicpmv.train.reward_terms import accuracy_reward, format_reward
 from minicpmv.train.sft import EXPECTED_ERRORS, check, checkpoint_to_resume, load_data
 
 

@@ -23,17 +23,17 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
-from minicpmv.cli_errors import one_line_errors
 from minicpmv.data.collator import (
     ConversationCollator,
     ConversationTooLongError,
     EmptyBatchError,
     NothingToLearnError,
 )
-from minicpmv.data.datasets import ConversationSourceError, load_conversations
 from minicpmv.data.formats import BadRowError
-from minicpmv.data.synthetic_dataset import SyntheticDataError, is_description
-from minicpmv.train.arguments import (
+from minicpmv.data.load import ConversationSourceError, load_conversations
+from minicpmv.drawn.stream import SyntheticDataError, is_description
+from minicpmv.errors import one_line_errors
+from minicpmv.train.common.arguments import (
     AdapterArguments,
     ArgumentsError,
     DataArguments,
@@ -41,9 +41,9 @@ from minicpmv.train.arguments import (
     ModelArguments,
     parse,
 )
-from minicpmv.train.card import write_card
-from minicpmv.train.curves import LossCurves
-from minicpmv.train.loading import PartLearningRates, load_model_and_processor, train_in_float32
+from minicpmv.train.common.card import write_card
+from minicpmv.train.common.curves import LossCurves
+from minicpmv.train.common.loading import PartLearningRates, load_model_and_processor, train_in_float32
 
 
 logger = logging.getLogger(__name__)

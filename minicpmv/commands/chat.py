@@ -1,0 +1,311 @@
+"""`minicpmv chat`: a conversation in the terminal, or line by line from a pipe.
+
+What is special:
+- Pictures and clips wait for the next question, and pictures are encoded while the user types it.
+- Ctrl-C stops an answer, not the conversation: what was read of it stays in the history.
+- Without a terminal every line is a question or a command, stdout gets the answers alone, and errors end in exit code 1.
+"""
+
+import shlex
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minicpmv.commands import terminal
+from minicpmv.errors import one_line_errors
+
+
+COMMANDS = {
+    "/image FILE...": "show pictures with the next question",
+    "/video FILE...": "show clips with the next question",
+    "/think [on|off|auto]": "think before answering; without a word: the other way round",
+    "/thought": "show what was thought for the last answer",
+    "/reset": "begin anew",
+    "/save FOLDER": "save the conversation with its pictures and clips",
+    "/load FOLDER": "go on with a saved conversation",
+    "/help": "this list",
+    "/exit": "end; so does Ctrl-D",
+}
+KEYS = """\
+Enter sends, Alt-Enter begins a new line; a text of several lines may also stand between \"\"\" and \"\"\".
+The arrow keys bring earlier inputs back. The name of a picture or clip alone on a line shows it. Ctrl-C stops an answer."""
+QUOTES = '"""'
+
+
+class CommandError(ValueError):
+    """A command of the conversation that does not exist, or lacks something."""
+
+
+def chat(
+    files: Annotated[
+        list[str] | None, typer.Argument(help="Pictures and clips to show with the first question.")
+    ] = None,
+    model: terminal.Model = ".",
+    think: terminal.Think = False,
+    auto_think: terminal.AutoThink = False,
+    thinking_budget: terminal.ThinkingBudget = None,
+    system: terminal.System = "",
+    max_new_tokens: terminal.MaxNewTokens = 2048,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens of the conversation, whose oldest turns are dropped; 16384 by default."),
+    ] = None,
+    temperature: terminal.Temperature = None,
+    seed: terminal.Seed = None,
+    fps: terminal.Fps = None,
+    max_slice_nums: terminal.MaxSliceNums = None,
+    revision: terminal.Revision = None,
+    trust_remote_code: terminal.TrustRemoteCode = False,
+):
+    """Talk with a model about pictures, clips and anything else; /help in the conversation lists its commands.
+
+    Examples:
+
+      minicpmv chat
+
+      minicpmv chat cat.jpg dog.jpg -m nano --think
+
+      printf 'What is this?\\n/reset\\nAnd what are you?\\n' | minicpmv chat cat.jpg
+    """
+    import sys
+
+    from rich.console import Console
+
+    files = files or []
+    options = terminal.answer_options(
+        think, auto_think, thinking_budget, max_new_tokens, temperature, seed, fps, max_slice_nums
+    )
+    console = Console(stderr=True, highlight=False)
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    with one_line_errors(ValueError), terminal.device_memory():
+        terminal.check_media(files)
+        conversation = Conversation(
+            *terminal.load_shown(console, model, revision, trust_remote_code),
+            console,
+            system_prompt=system,
+            max_tokens=max_tokens,
+            **options,
+        )
+        conversation.show(files)
+    if is_terminal:
+        console.print("[dim]/help lists the commands, Ctrl-D ends.[/dim]")
+    read = prompt_reader() if is_terminal else lambda prompt: next(sys.stdin, None)
+
+    failed = False
+    while conversation.goes_on and (line := read(conversation.prompt)) is not None:
+        try:
+            with one_interrupt(), terminal.device_memory():
+                conversation.take(line, read)
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            typer.echo()
+            terminal.note("stopped")
+        except ValueError as error:
+            failed = True
+            typer.echo(f"minicpmv: {error}", err=True)
+    if failed and not is_terminal:
+        raise SystemExit(1)
+
+
+class Conversation:
+    """A session, what waits to be shown to the model, and the commands that concern both.
+
+    Args:
+        console: where it is seen that something happens.
+        settings: those of `model.start_chat`.
+    """
+
+    def __init__(self, model, processor, console, enable_thinking, **settings):
+        self.model, self.processor, self.console = model, processor, console
+        self.thinking, self.settings = enable_thinking, settings
+        self.session = model.start_chat(processor, **settings)
+        self.waiting = []  # pictures and clips for the next question
+        self.thought = None  # of the last answer
+        self.goes_on = True
+
+    @property
+    def prompt(self) -> str:
+        count = len(self.waiting)
+        return f"[{count} to show] >>> " if count else ">>> "
+
+    def take(self, line: str, read: Callable[[str], str | None]) -> None:
+        """Do what a line says; `read` gives the following ones of a text between quotes.
+
+        Raises:
+            ValueError: it cannot be done; the conversation is as it was.
+        """
+        line = line.strip()
+        if line.startswith(QUOTES):
+            while not (line.endswith(QUOTES) and len(line) >= 2 * len(QUOTES)):
+                following = read("... ")
+                if following is None:
+                    raise CommandError(f"the text that began with {QUOTES} has no end; close it with {QUOTES}")
+                line = f"{line}\n{following.rstrip()}"
+            self.ask(line[len(QUOTES) : -len(QUOTES)].strip())
+        elif files := media_names(line):
+            self.show(files)
+        elif line.startswith("/"):
+            name, _, rest = line.partition(" ")
+            self.command(name, rest.strip())
+        elif line:
+            self.ask(line)
+
+    def command(self, name: str, rest: str) -> None:
+        if name in ("/image", "/video", "/save", "/load") and not rest:
+            raise CommandError(f"{name} needs a {'folder' if name in ('/save', '/load') else 'file'}; see /help")
+        folder = Path(rest).expanduser()
+        if name in ("/image", "/video"):
+            self.show(file_names(rest), name.removeprefix("/"))
+        elif name == "/think":
+            modes = {"on": True, "off": False, "auto": "auto", "": not self.thinking}
+            if rest not in modes:
+                raise CommandError(f"/think {rest} does not exist; choose on, off or auto")
+            self.thinking = modes[rest]
+            shown = {value: word for word, value in modes.items() if word}[self.thinking]
+            terminal.note(f"thinking is {shown}")
+        elif name == "/thought":
+            if self.thought is None:
+                raise CommandError("nothing was thought for the last answer; /think switches it on")
+            typer.echo(self.thought)
+        elif name == "/reset":
+            # A new session, not session.reset(): a conversation that was loaded ends here too.
+            self.session = self.model.start_chat(self.processor, **self.settings)
+            self.waiting, self.thought = [], None
+            terminal.note("the conversation begins anew")
+        elif name == "/save":
+            try:
+                self.session.save(folder)
+            except OSError as error:
+                raise CommandError(f"the conversation cannot be saved: {error}") from error
+            terminal.note(f"saved in {folder}")
+        elif name == "/load":
+            settings = {key: value for key, value in self.settings.items() if key != "system_prompt"}
+            self.session = self.model.load_chat(folder, self.processor, **settings)  # which brings its own
+            self.waiting, self.thought = [], None
+            turns = sum(message["role"] == "user" for message in self.session.history)
+            terminal.note(f"going on after {turns} question{'s' * (turns != 1)}")
+        elif name == "/help":
+            width = max(map(len, COMMANDS))
+            typer.echo("\n".join(f"{command:{width}}  {what}" for command, what in COMMANDS.items()) + f"\n{KEYS}")
+        elif name in ("/exit", "/quit", "/bye"):
+            self.goes_on = False
+        else:
+            raise CommandError(
+                f"{name} is no command; /help lists them. A question that begins with / goes in {QUOTES}"
+            )
+
+    def show(self, files: list[str], kind: str | None = None) -> None:
+        """Let pictures and clips wait for the next question: all of them, or in case of an error none."""
+        parts = []
+        for file in files:
+            with self.console.status(f"Looking at {file}"):
+                slices = self.settings.get("images_kwargs", {}).get("max_slice_nums")
+                parts.append(terminal.media_part(self.model, self.processor, file, slices, kind))
+        self.waiting += parts
+
+    def ask(self, question: str) -> None:
+        content = [*self.waiting, {"type": "text", "text": question}]
+        pieces = self.session.send(content, stream=True, enable_thinking=self.thinking)
+        try:
+            with pieces:
+                terminal.show_answer(pieces, self.console)
+        finally:
+            if pieces.output is not None:  # else nothing came of it, and the pictures still wait
+                self.waiting, self.thought = [], pieces.output.reasoning
+        terminal.note_limit(pieces.output, self.settings["max_new_tokens"])
+
+
+def file_names(text: str) -> list[str]:
+    """The files of a line: one whose name has spaces, or several as in a shell.
+
+    Raises:
+        CommandError: a quote is not closed.
+    """
+    if terminal.is_file(text):
+        return [text]
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise CommandError(f"{text}: {error}; close the quote, or put a backslash before it") from error
+
+
+def media_names(line: str) -> list[str]:
+    """The files of a line that holds nothing but existing pictures and clips, as a terminal writes it when they are
+    dragged onto it; else none."""
+    try:
+        files = file_names(line)
+    except CommandError:
+        return []
+    return files if all(terminal.has_media_suffix(file) and terminal.is_file(file) for file in files) else []
+
+
+@contextmanager
+def one_interrupt():
+    """Ctrl-C counts once: the model stops after the token that it is writing, and until then nothing else may."""
+    import signal
+
+    def stop(number, frame):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def prompt_reader() -> Callable[[str], str | None]:
+    """A function (prompt) -> what the user typed, None at the end; with a history over conversations and completion."""
+    import os
+
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import NestedCompleter, PathCompleter, WordCompleter, merge_completers
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings
+
+    file = Path(typer.get_app_dir("minicpmv")) / "history"
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))  # it holds what people wrote
+        history = FileHistory(str(file))
+    except OSError as error:
+        terminal.note(f"inputs are not remembered after this conversation: {error}")
+        history = InMemoryHistory()
+
+    names = [command.split()[0] for command in COMMANDS]
+    files = PathCompleter(expanduser=True)
+    folders = PathCompleter(expanduser=True, only_directories=True)
+    arguments = {"/image": files, "/video": files, "/save": folders, "/load": folders, "/think": {"on", "off", "auto"}}
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event):
+        event.current_buffer.insert_text("\n")
+
+    session = PromptSession(
+        history=history,
+        key_bindings=keys,
+        completer=merge_completers(
+            # Of NestedCompleter's own words none would fit behind a slash.
+            [WordCompleter(names, sentence=True), NestedCompleter.from_nested_dict(arguments)],
+            deduplicate=True,
+        ),
+        complete_while_typing=False,
+        prompt_continuation="... ",
+    )
+
+    def read(prompt):
+        while True:
+            try:
+                return session.prompt(prompt)
+            except KeyboardInterrupt:
+                terminal.note("Ctrl-D or /exit ends the conversation")
+            except EOFError:
+                return None
+
+    return read

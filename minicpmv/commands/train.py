@@ -1,0 +1,43 @@
+"""`minicpmv train VERB` and `minicpmv align VERB`: each verb is one module, which reads its own options.
+
+The options of a verb are the fields of its dataclasses, under the same names in a YAML file (`--config FILE`) and as
+flags; `minicpmv train VERB --help` lists them.
+"""
+
+import importlib
+
+import typer
+
+from minicpmv.errors import MissingPackageError, one_line_errors
+
+
+train_app = typer.Typer(help="Tune the model: supervised, preferences, rewards.", no_args_is_help=True)
+align_app = typer.Typer(help="Make preference pairs from the model's own answers (RLAIF-V).", no_args_is_help=True)
+
+# The modules parse their own arguments, so that `accelerate launch -m minicpmv.train.sft` reads the same ones.
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def load_verb(module: str):
+    """The module of a verb, which imports the packages for training."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingPackageError("train", error.name) from error
+
+
+def add_verb(app: typer.Typer, name: str, module: str, help: str) -> None:
+    def run(context: typer.Context):
+        with one_line_errors(MissingPackageError):
+            verb = load_verb(module)
+        verb.main(context.args)
+
+    app.command(name, context_settings=PASS_ON, help=help)(run)
+
+
+add_verb(train_app, "sft", "minicpmv.train.sft", "Supervised fine-tuning: full, LoRA, QLoRA, DoRA.")
+add_verb(train_app, "dpo", "minicpmv.train.dpo", "Direct preference optimisation on pairs of answers.")
+add_verb(train_app, "reward", "minicpmv.train.reward", "A visual reward model from pairs of answers.")
+add_verb(train_app, "rl", "minicpmv.train.rl", "Reinforcement learning with GRPO, thinking and fast rollouts mixed.")
+add_verb(train_app, "merge", "minicpmv.train.merge", "Merge an adapter into its model.")
+add_verb(align_app, "feedback", "minicpmv.train.feedback.run", "Sample answers, check their claims, choose pairs.")

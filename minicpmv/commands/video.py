@@ -1,0 +1,99 @@
+"""`minicpmv video`: what happens in a clip, with time stamps."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minicpmv.commands import terminal
+from minicpmv.errors import one_line_errors
+
+
+class VideoFormat(str, Enum):
+    text = "text"
+    json = "json"
+    srt = "srt"
+
+
+def video(
+    clip: Annotated[Path, typer.Argument(help="A video file.")],
+    model: terminal.Model = ".",
+    seconds: Annotated[float, typer.Option(help="About how long a stretch lasts that is told by itself.")] = 10,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to ask about each stretch, in place of what happens.")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames to look at in a second; 3 by default.")] = None,
+    format: Annotated[VideoFormat, typer.Option("--format", "-f", help="srt: subtitles.")] = VideoFormat.text,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens told about a stretch.")] = 256,
+    revision: terminal.Revision = None,
+    trust_remote_code: terminal.TrustRemoteCode = False,
+):
+    """Tell what happens in a clip, with time stamps.
+
+    Examples:
+
+      minicpmv video holiday.mp4
+
+      minicpmv video lecture.mp4 --seconds 60 --format srt -o lecture.srt
+    """
+    import sys
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from minicpmv.apps import clips as telling
+
+    console = Console(stderr=True)
+    # Where both are the terminal, what is told stands above the bar; else it must not end up in stderr.
+    progress = Progress(
+        console=console, redirect_stdout=sys.stdout.isatty(), transient=True, disable=not console.is_terminal
+    )
+    options = {"max_new_tokens": max_new_tokens} | ({} if fps is None else {"fps": fps})
+    told = []
+    with one_line_errors(ValueError, OSError), terminal.device_memory():
+        if not clip.is_file():
+            raise FileNotFoundError(f"{clip} is no file; give a video")
+        terminal.check_output(output)
+        chat, processor = terminal.load_shown(console, model, revision, trust_remote_code)
+        total = len(telling.stretches(telling.duration_of(processor, clip), seconds))
+        stream = telling.tell(chat, processor, clip, seconds, prompt or telling.PROMPT, **options)
+        try:
+            with progress:
+                for stretch in progress.track(stream, total=total, description="Looking"):
+                    told.append(stretch)
+                    if format is VideoFormat.text and output is None:
+                        typer.echo(line(stretch))
+        finally:  # after an error or Ctrl-C too: hours of looking are not thrown away
+            write_told(told, format, output, max_new_tokens)
+
+
+def write_told(told: list, format: VideoFormat, output: Path | None, max_new_tokens: int) -> None:
+    """Write what was told, where it was not written as it came; on stderr what was cut."""
+    import json
+    from dataclasses import asdict
+
+    from minicpmv.apps.clips import as_subtitles, as_time
+
+    if not told:
+        return
+    for stretch in told:
+        if not stretch.is_complete:
+            terminal.note(f"the text at {as_time(stretch.start)} ended at --max-new-tokens {max_new_tokens}")
+    if format is VideoFormat.json:
+        text = json.dumps([asdict(stretch) for stretch in told], ensure_ascii=False, indent=2)
+    elif format is VideoFormat.srt:
+        text = as_subtitles(told)
+    else:
+        text = "\n".join(map(line, told))
+    if output is not None:
+        output.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+    elif format is not VideoFormat.text:
+        typer.echo(text)
+
+
+def line(stretch) -> str:
+    from minicpmv.apps.clips import as_time
+
+    return f"[{as_time(stretch.start)} - {as_time(stretch.end)}] {' '.join(stretch.text.split())}"

@@ -1,0 +1,255 @@
+"""Questions about drawn pictures: an endless, seeded stream of samples for training, and the questions of NanoBench.
+
+What is special:
+- sample `index` of a split depends on (split, seed, index) alone: streams resume anywhere, and no state is shared;
+- the splits never share a random state, and printed text of three or more characters belongs to one split each,
+  so that reading a test picture cannot be remembered from training;
+- a training sample carries several questions, asked as turns of one conversation: one encoded picture teaches several
+  answers. The last turn may think first.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from minicpmv.drawn.drawing import Drawing
+from minicpmv.drawn.scenes import (
+    FRAMES,
+    Fact,
+    chart_scene,
+    clip_scene,
+    form_scene,
+    line_scene,
+    page_scene,
+    picture_size,
+    shapes_scene,
+    sum_scene,
+)
+from minicpmv.drawn.wording import WORDINGS, Wording
+
+
+SPLITS = ("train", "validation", "test")
+SLICE_SIDE = 112  # nano's slices; a picture of this side squared is one view
+SLICES = 4  # what nano cuts a picture into at most, unless it is asked for more
+PAGE_SLICES = 9  # fine print takes these
+MOST_DRAWN = 200  # scenes for one sample, where few have a question of the kind that is asked for
+CLIPS = {"clip_move": "move", "clip_order": "order", "clip_flash": "flash"}
+SCENES = ("shapes", "repeated", "line", "lower", "sum", "form", "page", "chart", *CLIPS)
+
+# The questions of NanoBench: the scene, and which of its facts are asked for (one kind after the other).
+BENCH_TASKS = {
+    "printed_line": ("line", ("printed_line",)),
+    "printed_line_lower": ("lower", ("printed_line",)),
+    "form_value": ("form", ("form_value",)),
+    "fine_print": ("page", ("form_value",)),
+    "colour": ("shapes", ("colour",)),
+    "shape": ("shapes", ("shape",)),
+    "count": ("shapes", ("count",)),
+    "position": ("shapes", ("position",)),
+    "chart": ("chart", ("chart_value", "chart_highest", "chart_lowest")),
+    "video_direction": ("clip_move", ("video_direction",)),
+    "video_order": ("clip_order", ("video_order",)),
+    "video_count": ("clip_flash", ("video_count",)),
+    "multistep": ("sum|shapes", ("multistep_sum", "multistep_price")),
+    "caption": ("shapes", ("caption",)),
+    "absent_object": ("shapes", ("absent_object",)),
+}
+
+
+class UnknownSplitError(ValueError):
+    """The split is none of SPLITS."""
+
+
+class UnknownTaskError(ValueError):
+    """No scene has questions of this kind, or the language is none of WORDINGS."""
+
+
+@dataclass
+class Turn:
+    task: str
+    question: str
+    answer: str
+    thought: str | None = None
+
+
+@dataclass
+class Sample:
+    """One picture (or the frames of one clip) and the turns asked about it.
+
+    temporal_ids: None for a picture, else groups of frame times in tenths of a second (one pack each).
+    max_slice_nums: how many slices the picture may be cut into; a clip is never cut.
+    objects: in the words of the language, what there is to see in a scene of shapes.
+    """
+
+    drawings: list[Drawing]
+    turns: list[Turn]
+    temporal_ids: list[list[int]] | None = None
+    max_slice_nums: int = 1
+    language: str = "en"
+    objects: list[str] = field(default_factory=list)
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [drawing.image for drawing in self.drawings]
+
+
+@dataclass
+class Mixture:
+    """What a stream is made of.
+
+    scenes: relative shares of SCENES.
+    sliced: share of the scenes of shapes and lines that are larger and cut into slices.
+    chinese: share of the samples in Chinese.
+    thinking: share of those last turns that think first, where a thought would help.
+    turns: fewest and most questions a sample.
+    characters: fewest and most characters of a printed line.
+    tasks: ask only questions of these kinds (keys of `Wording.phrases`), more often of those that are named several
+        times; all kinds alike for None.
+    """
+
+    scenes: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SCENES, 1.0))
+    sliced: float = 0.15
+    chinese: float = 0.2
+    thinking: float = 0.3
+    turns: tuple[int, int] = (1, 4)
+    characters: tuple[int, int] = (1, 12)
+    tasks: list[str] | None = None
+
+
+def sample_rng(split: str, *key) -> random.Random:
+    """The random state of one sample; another split or key is another state (the text is hashed whole)."""
+    if split not in SPLITS:
+        raise UnknownSplitError(f"split {split!r} is none of {', '.join(SPLITS)}")
+    return random.Random("/".join(map(str, (split, *key))))
+
+
+def named_objects(caption: str, language: str = "en") -> list[str]:
+    """The names in a caption such as "a red circle, a blue star"."""
+    names = (name.strip() for name in caption.split(WORDINGS[language].comma.strip()))
+    if WORDINGS[language].article:
+        names = (name.removeprefix("a ").removeprefix("an ") for name in names)
+    return [name for name in names if name]
+
+
+def draw_scene(
+    scene: str, rng: random.Random, say: Wording, split: str, mixture: Mixture
+) -> tuple[Sample, list[Fact]]:
+    """A sample of one scene, without turns yet, and the facts to ask for."""
+    drawings, temporal_ids, max_slice_nums = None, None, 1
+    if scene in CLIPS:
+        drawings, facts = clip_scene(rng, say, picture_size(rng, (96, 140)), CLIPS[scene])
+        temporal_ids = frame_groups(rng)
+    elif scene == "form":
+        drawing, facts = form_scene(rng, say, split)
+        max_slice_nums = SLICES
+    elif scene == "page":
+        drawing, facts = page_scene(rng, say, split, round(SLICE_SIDE * PAGE_SLICES**0.5))
+        max_slice_nums = PAGE_SLICES
+    elif scene == "chart":
+        drawing, facts = chart_scene(rng, say)
+    elif scene == "sum":
+        drawing, facts = sum_scene(rng, say)
+    elif scene in ("shapes", "repeated"):
+        sliced = rng.random() < mixture.sliced
+        max_slice_nums = SLICES if sliced else 1
+        drawing, facts = shapes_scene(
+            rng, say, picture_size(rng, (160, 300) if sliced else (96, 200)), repeated=scene == "repeated"
+        )
+    else:
+        max_slice_nums = SLICES if rng.random() < mixture.sliced else 1
+        drawing, facts = line_scene(rng, say, split, tuple(mixture.characters), lower=scene == "lower")
+    sample = Sample(drawings or [drawing], [], temporal_ids, max_slice_nums)
+    if scene in ("shapes", "repeated"):
+        sample.objects = [say.named(thing.color, thing.kind) for thing in drawing.things]
+    return sample, facts
+
+
+def frame_groups(rng: random.Random, size: int | None = None) -> list[list[int]]:
+    """Times of a clip's frames in tenths of a second, cut into packs of `size` (drawn, mostly 6, if not given)."""
+    step, start = rng.uniform(1, 6), rng.uniform(0, 3)
+    times = [int(start + step * i) for i in range(FRAMES)]
+    size = size or rng.choice((1, 2, 3, 6, 6, 6, 6))
+    return [times[i : i + size] for i in range(0, FRAMES, size)]
+
+
+def make_turn(fact: Fact, say: Wording, rng: random.Random, thinking: bool = False) -> Turn:
+    question = rng.choice(say.phrases[fact.task]).format(say.subject(fact.subject))
+    return Turn(fact.task, question, fact.answer, fact.thought if thinking else None)
+
+
+def make_sample(split: str, seed: int, index: int, mixture: Mixture) -> Sample:
+    """Sample `index` of a split: deterministic in (split, seed, index) for one mixture.
+
+    Raises UnknownSplitError, and UnknownTaskError if none of the mixture's scenes has a question of its tasks.
+    """
+    rng = sample_rng(split, seed, index)
+    language = "zh" if rng.random() < mixture.chinese else "en"
+    say = WORDINGS[language]
+    for _ in range(MOST_DRAWN):
+        scene = rng.choices(tuple(mixture.scenes), tuple(mixture.scenes.values()))[0]
+        sample, facts = draw_scene(scene, rng, say, split, mixture)
+        facts = [fact for fact in facts if mixture.tasks is None or fact.task in mixture.tasks]
+        if facts:
+            break
+    else:
+        raise UnknownTaskError(f"no question of {mixture.tasks} about {MOST_DRAWN} scenes of {list(mixture.scenes)}")
+    sample.language = language
+    # Tasks first, then facts, so that tasks with many facts are not asked more often than others.
+    count = rng.randint(*mixture.turns)
+    here = {fact.task for fact in facts}
+    tasks = sorted(here) if mixture.tasks is None else [task for task in mixture.tasks if task in here]
+    rng.shuffle(tasks)
+    chosen = []
+    for task in tasks[:count]:
+        if left := [fact for fact in facts if fact.task == task and fact not in chosen]:
+            chosen.append(rng.choice(left))
+    # Forms and pages have few tasks and many facts: ask on.
+    rest = [fact for fact in facts if fact not in chosen]
+    chosen += rng.sample(rest, min(len(rest), count - len(chosen)))
+    chosen.sort(key=lambda fact: fact.thought is not None)  # a turn that can think comes last
+    thinking = rng.random() < mixture.thinking
+    sample.turns = [make_turn(fact, say, rng, thinking and fact is chosen[-1]) for fact in chosen]
+    return sample
+
+
+def stream(split: str, seed: int, mixture: Mixture, start: int = 0) -> Iterator[Sample]:
+    """Samples from `start` on, without end."""
+    index = start
+    while True:
+        yield make_sample(split, seed, index, mixture)
+        index += 1
+
+
+def bench_sample(task: str, split: str = "test", seed: int = 0, index: int = 0, language: str = "en") -> Sample:
+    """Question `index` of a NanoBench task: one turn, with the thought that leads to the answer where it takes steps.
+
+    Deterministic in its arguments; the other language gives the same picture and the same question in its own words.
+    Raises UnknownTaskError and UnknownSplitError.
+    """
+    if task not in BENCH_TASKS or language not in WORDINGS:
+        raise UnknownTaskError(
+            f"{task!r} in {language!r} is none of {', '.join(BENCH_TASKS)} in {', '.join(WORDINGS)}"
+        )
+    say = WORDINGS[language]
+    scenes, kinds = BENCH_TASKS[task]
+    scenes = scenes.split("|")
+    kind, scene = kinds[index % len(kinds)], scenes[index % len(scenes)]
+    plain = Mixture(sliced=0.0, characters=(4, 12))
+    attempt = 0
+    while True:  # not every scene has a fact of the kind
+        rng = sample_rng(split, "bench", task, seed, index, attempt)
+        sample, facts = draw_scene(scene, rng, say, split, plain)
+        facts = [fact for fact in facts if fact.task == kind]
+        if task == "count":  # most other counts are one or two
+            facts = facts[:1] if rng.random() < 0.6 else facts[1:]
+        if facts:
+            break
+        attempt += 1
+    fact = rng.choice(facts)
+    if sample.temporal_ids is not None:
+        sample.temporal_ids = frame_groups(rng, FRAMES)
+    sample.turns = [make_turn(fact, say, random.Random(f"{index}/{language}"), thinking=True)]
+    sample.language = language
+    return sample

@@ -1,0 +1,83 @@
+"""The synthetic tasks as a `datasets` stream of conversation rows, for the Trainer's and TRL's training loops.
+
+What is special:
+- nothing is stored: a row is drawn when it is asked for, and follows from the split, the seed and its index alone;
+- the stream has shards, so that several data loader workers or processes draw at once, each its own rows;
+- a YAML file describes a stream: fields of SyntheticData, so that a recipe names it where others name a file.
+"""
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import datasets
+import yaml
+
+from minicpmv.drawn.samples import SCENES, Mixture, Sample, UnknownSplitError, UnknownTaskError, make_sample
+
+
+class SyntheticDataError(ValueError):
+    """A description of a synthetic stream has an unknown field or a value out of range."""
+
+
+@dataclass
+class SyntheticData:
+    """What to draw: `samples` rows of a split from index `start` on, in `shards` parts."""
+
+    split: str = "train"
+    seed: int = 0
+    samples: int = 10_000
+    start: int = 0
+    shards: int = 8
+    mixture: Mixture = field(default_factory=Mixture)
+
+    @classmethod
+    def load(cls, path: Path) -> "SyntheticData":
+        """Read a YAML file. Raises SyntheticDataError for unknown fields, and for a file that is no mapping."""
+        try:
+            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            return cls(**{**fields, "mixture": Mixture(**fields.get("mixture", {}))})
+        except (TypeError, AttributeError, yaml.YAMLError) as error:
+            raise SyntheticDataError(f"{path}: {error}; fields are those of SyntheticData and Mixture") from error
+
+
+def is_description(source) -> bool:
+    """Whether a source of rows is the file that describes a stream."""
+    return isinstance(source, (str, os.PathLike)) and Path(source).suffix in (".yaml", ".yml")
+
+
+def conversation_row(sample: Sample) -> dict:
+    """A sample as a row: `messages`, and the options of the processor that belong to it."""
+    messages = []
+    for turn in sample.turns:
+        thought = "" if turn.thought is None else f"<think>\n{turn.thought}\n</think>\n\n"
+        messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": thought + turn.answer}]})
+    pictures = [{"type": "image", "image": image} for image in sample.images]
+    messages[0]["content"] = pictures + messages[0]["content"]
+    row = {"messages": messages, "max_slice_nums": sample.max_slice_nums}
+    if sample.temporal_ids is not None:
+        row |= {"temporal_ids": sample.temporal_ids, "use_image_id": False}
+    return row
+
+
+def synthetic_dataset(data: SyntheticData) -> datasets.IterableDataset:
+    """A stream of `data.samples` rows. Raises SyntheticDataError if there is nothing to draw, or nothing of that name."""
+    if data.samples < 1 or data.shards < 1:
+        raise SyntheticDataError(f"samples={data.samples} and shards={data.shards} must be at least 1")
+    if unknown := [scene for scene in data.mixture.scenes if scene not in SCENES]:
+        raise SyntheticDataError(f"there are no scenes {', '.join(unknown)}; scenes are {', '.join(SCENES)}")
+    try:
+        make_sample(data.split, data.seed, data.start, data.mixture)
+    except (UnknownSplitError, UnknownTaskError) as error:
+        raise SyntheticDataError(str(error)) from error
+    shards = list(range(min(data.shards, data.samples)))
+    return datasets.IterableDataset.from_generator(_draw, gen_kwargs={"data": asdict(data), "shards": shards})
+
+
+def _draw(data: dict, shards: list[int]):
+    mixture = Mixture(**data["mixture"])
+    count = min(data["shards"], data["samples"])
+    for shard in shards:
+        for index in range(data["start"] + shard, data["start"] + data["samples"], count):
+            yield conversation_row(make_sample(data["split"], data["seed"], index, mixture))

@@ -1,0 +1,149 @@
+"""NanoBench: the drawn tasks as a benchmark, one row a capability.
+
+What is special:
+- all samples are of the test split; seed and index name them, so any number can be drawn anywhere;
+- two rows are controls that ask the questions of another row with something taken away: `fine_print_unsliced` without
+  slices, `video_order_shuffled` with the times of the frames shuffled. A model that uses slices and times does badly;
+- `chinese` asks the questions of all other rows in Chinese and, about the same pictures, in English.
+"""
+
+import random
+from dataclasses import replace
+from functools import partial
+from statistics import fmean
+
+from minicpmv.drawn.samples import BENCH_TASKS, Sample, bench_sample, named_objects
+from minicpmv.evaluate.benchmark import Benchmark, Metrics, Prompt, Row, Scores
+from minicpmv.evaluate.scorers import chair, exact_match, hallucinated_objects, printed_characters, share_of_characters
+
+
+QUESTION_TASKS = tuple(task for task in BENCH_TASKS if task != "caption")
+
+
+def drawn(task: str, seed: int, index: int) -> Sample:
+    return bench_sample(task, split="test", seed=seed, index=index)
+
+
+def with_shuffled_times(seed: int, index: int) -> Sample:
+    """A clip of video_order whose frames stay in their places, while none keeps its time."""
+    sample = drawn("video_order", seed, index)
+    times = [time for group in sample.temporal_ids for time in group]
+    rng, shuffled = random.Random(f"shuffled times/{seed}/{index}"), list(times)
+    while any(new == old for new, old in zip(shuffled, times, strict=True)):
+        rng.shuffle(shuffled)
+    rest = iter(shuffled)
+    return replace(sample, temporal_ids=[[next(rest) for _ in group] for group in sample.temporal_ids])
+
+
+def question_of(sample: Sample) -> Prompt:
+    """The sample's question, asked as it was taught: a picture with its slices, or frames packed into one unit."""
+    options = {"max_slice_nums": sample.max_slice_nums}
+    if sample.temporal_ids is not None:
+        options |= {"temporal_ids": sample.temporal_ids, "use_image_id": False}
+    return Prompt([*sample.images, sample.turns[0].question], sample.turns[0].answer, options)
+
+
+def without_slices(sample: Sample) -> Prompt:
+    prompt = question_of(sample)
+    return Prompt(prompt.content, prompt.expected, prompt.options | {"max_slice_nums": 1})
+
+
+def caption_of(sample: Sample) -> Prompt:
+    prompt = question_of(sample)
+    return Prompt(prompt.content, list(sample.objects), prompt.options)
+
+
+def in_both_languages(seed: int, index: int) -> tuple[str, Sample]:
+    """Even indices ask in Chinese, odd ones the same in English; the tasks take turns."""
+    number, language = index // 2, ("zh", "en")[index % 2]
+    task = QUESTION_TASKS[number % len(QUESTION_TASKS)]
+    place = number // len(QUESTION_TASKS)
+    return language, bench_sample(task, split="test", seed=seed, index=place, language=language)
+
+
+def question_in_language(sample: tuple[str, Sample]) -> Prompt:
+    language, drawn = sample
+    prompt = question_of(drawn)
+    return Prompt(prompt.content, {"language": language, "answer": prompt.expected}, prompt.options)
+
+
+def exact_match_in_language(answer: str, expected: dict) -> Scores:
+    return {expected["language"]: exact_match(answer, expected["answer"])["exact"]}
+
+
+def chinese_beside_english(scores: list[Scores]) -> Metrics:
+    chinese, english = (fmean(score[name] for score in scores if name in score) for name in ("zh", "en"))
+    return {"exact": chinese, "exact_english": english, "difference": chinese - english}
+
+
+def row(id: str, title: str, task: str | None = None, **changes) -> Row:
+    return Row(
+        id=id,
+        title=title,
+        **{
+            "sample": partial(drawn, task or id),
+            "prompt": question_of,
+            "scorer": exact_match,
+            "max_new_tokens": 32,
+            "max_thought_tokens": 256,
+            **changes,
+        },
+    )
+
+
+read_print = {"scorer": printed_characters, "aggregate": share_of_characters}
+
+BENCHMARK = Benchmark(
+    id="nanobench",
+    title="NanoBench",
+    version=2,
+    rows=(
+        row("printed_line", "read a line of digits and capitals", **read_print),
+        row("printed_line_lower", "read a line with lower case", **read_print),
+        row("form_value", "find the value of a key in a form or receipt"),
+        row("fine_print", "read small print on a large page, in slices"),
+        row(
+            "fine_print_unsliced",
+            "the same pages without slices",
+            "fine_print",
+            prompt=without_slices,
+            lower_is_better=True,
+        ),
+        row("colour", "colour of a shape"),
+        row("shape", "shape of a colour"),
+        row("count", "count shapes"),
+        row("position", "shape at a place"),
+        row("chart", "read a chart"),
+        row("video_direction", "direction of motion, frames packed"),
+        row("video_order", "order of events, frames packed"),
+        row("video_count", "number of flashes, frames packed"),
+        row(
+            "video_order_shuffled",
+            "the same clips, times of the frames shuffled",
+            sample=with_shuffled_times,
+            lower_is_better=True,
+        ),
+        row("multistep_deep", "questions of several steps, thinking first", "multistep", thinking=True),
+        row("multistep_fast", "the same questions, answered at once", "multistep", thinking=False),
+        row(
+            "chair",
+            "objects in captions that are not in the picture",
+            "caption",
+            prompt=caption_of,
+            scorer=hallucinated_objects(named_objects),
+            aggregate=chair,
+            max_new_tokens=128,
+            lower_is_better=True,
+        ),
+        row("absent_object", "is it there, yes or no"),
+        row(
+            "chinese",
+            "the questions of all rows in Chinese; and in English",
+            sample=in_both_languages,
+            prompt=question_in_language,
+            scorer=exact_match_in_language,
+            aggregate=chinese_beside_english,
+            questions_per_sample=2,
+        ),
+    ),
+)

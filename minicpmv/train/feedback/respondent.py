@@ -1,0 +1,148 @@
+"""A model that is asked about pictures and claims: this one, any vision-language model, or a language model for text.
+
+What is special:
+- a yes-or-no question costs one pass: the probabilities of "yes" and "no" as the first token of the answer;
+- models of this repository encode the pictures of a prompt once for all answers and all questions about them; others are
+  given the pictures with every question.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from minicpmv.train.common.arguments import ArgumentsError, ModelArguments
+from minicpmv.train.common.loading import locate
+
+
+VISUAL_INPUTS = ("pixel_values", "tgt_sizes", "temporal_ids")
+YES = ("yes", "Yes", "YES", "是", "有", "对")
+NO = ("no", "No", "NO", "否", "没有", "不")
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+class UnsuitableModelError(RuntimeError):
+    """A model cannot be asked in the way that is wanted: the message says why."""
+
+
+@dataclass
+class Respondent:
+    model: Any
+    processor: Any  # a tokenizer for a language model
+
+    def __post_init__(self):
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.tokenizer.padding_side = "left"
+        # Only processors of this repository have options for a row (slices, packs of frames) and take features back.
+        self.is_native = hasattr(self.processor, "is_option")
+
+    def render(self, conversations: list[list[dict]], options: dict | None = None):
+        """Inputs of the model for a batch of conversations that end with a question, padded on the left.
+
+        Args:
+            options: of the processor; those of this model's rows are left out for another model.
+        """
+        options = {name: value for name, value in (options or {}).items() if self.is_native} | {"padding": True}
+        if self.processor is not self.tokenizer:
+            options = {"processor_kwargs": options}
+        else:
+            conversations = [
+                [message | {"content": message["content"][0]["text"]} for message in messages]
+                for messages in conversations
+            ]
+        if "enable_thinking" in str(self.processor.chat_template):
+            options["enable_thinking"] = False
+        return self.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            **options,
+        ).to(self.model.device)
+
+    def picture_features(self, inputs) -> list[torch.Tensor] | None:
+        """Features of each prompt's pictures, one tensor [units, query_num, D] a prompt; None where there is nothing to keep."""
+        if not self.is_native or "pixel_values" not in inputs:
+            return None
+        visual = {name: inputs[name] for name in VISUAL_INPUTS if name in inputs}
+        features = self.model.get_image_features(**visual).pooler_output
+        return list(features.split([len(bounds) for bounds in inputs["image_bound"]]))
+
+    @torch.inference_mode()
+    def yes_and_no(self, conversations, options=None, features=None) -> list[tuple[float, float]]:
+        """Probabilities of "yes" and of "no" as the first word of the answer to each conversation's last question."""
+        inputs = with_features(self.render(conversations, options), features)
+        output = self.model.generate(
+            **inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True, **GREEDY
+        )
+        probabilities = output.logits[0].float().softmax(-1)
+        sides = [probabilities[:, sorted(ids)].sum(-1).tolist() for ids in yes_and_no_tokens(self.tokenizer)]
+        return list(zip(*sides, strict=True))
+
+    @torch.inference_mode()
+    def reply(self, texts: list[str], max_new_tokens: int) -> list[str]:
+        """Greedy answers to texts."""
+        inputs = self.render([[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts])
+        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
+        return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def with_features(inputs, features):
+    """Inputs of the model with features in place of pictures, if there are any."""
+    if features is None:
+        return inputs
+    rest = {name: value for name, value in inputs.items() if name not in VISUAL_INPUTS}
+    return rest | {"mm_encoder_outputs": {"image": torch.cat(features)}}
+
+
+def yes_and_no_tokens(tokenizer) -> tuple[set[int], set[int]]:
+    """First tokens of the words for yes and for no, without those that begin both.
+
+    Raises:
+        UnsuitableModelError: nothing is left on one side.
+    """
+    sides = []
+    for words in (YES, NO):
+        # With a space in front too: some vocabularies have words in that form only.
+        encoded = [
+            tokenizer(space + word, add_special_tokens=False)["input_ids"][0] for word in words for space in ("", " ")
+        ]
+        sides.append({token for token in encoded if tokenizer.decode([token]).strip()})
+    yes, no = sides[0] - sides[1], sides[1] - sides[0]
+    if not yes or not no:
+        raise UnsuitableModelError(
+            f"The tokenizer {tokenizer.name_or_path} begins yes and no with the same tokens, so its model cannot be asked "
+            "for them. Choose another feedback_model."
+        )
+    return yes, no
+
+
+def load_respondent(args: ModelArguments, trust_remote_code: bool, language_only: bool = False) -> Respondent:
+    """A model in its own type, ready to be asked; over all devices, or in several processes on the one of each.
+
+    Raises:
+        ArgumentsError: its code is not trusted, or it is of another kind.
+    """
+    state = PartialState()
+    device_map = "auto" if state.num_processes == 1 and state.device.type == "cuda" else {"": state.device}
+    name, source = locate(args, trust_remote_code=True)
+    if not Path(name).is_dir():  # many models on the Hub bring no code: transformers refuses those that do
+        source["trust_remote_code"] = trust_remote_code
+    auto_model, auto_processor = (
+        (AutoModelForCausalLM, AutoTokenizer) if language_only else (AutoModelForImageTextToText, AutoProcessor)
+    )
+    try:
+        model = auto_model.from_pretrained(
+            name,
+            dtype=args.dtype or "auto",
+            attn_implementation=args.attn_implementation,
+            device_map=device_map,
+            **source,
+        )
+        return Respondent(model.eval(), auto_processor.from_pretrained(name, **source))
+    except (OSError, ValueError) as error:
+        raise ArgumentsError(f"{name} cannot be loaded as {auto_model.__name__}: {error}") from error

@@ -1,0 +1,398 @@
+"""Train nano: a small model of the same architecture, from scratch, on pictures that the repository draws.
+
+    python -m minicpmv.train.nano.pretrain --config recipes/nano/pretraining.yaml --output DIR
+
+What is special:
+- stages: first the tower alone learns what lies under each patch (dense labels cost nothing, since we draw), then
+  resampler and language model learn conversations, with the dense loss kept beside;
+- the resampler's queries start spread over the picture, each looking at one spot (`spread_queries`);
+- one single-threaded process a core. Each takes the next batch of a step as soon as it is free, and the gradients are
+  summed at the end: on shared cores much faster than threads, which wait for each other in every operation;
+- everything follows from the recipe and its seed; a run that stopped goes on from `DIR/state.pt`.
+
+What it leaves in DIR: the trained model in `model/`, the log and its curves.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import yaml
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+from minicpmv.drawn.drawing import COLOR_CLASSES, KIND_CLASSES
+from minicpmv.drawn.samples import Mixture, make_sample
+from minicpmv.evaluate.sample_log import read_entries, write_whole
+from minicpmv.train.common.curves import draw
+from minicpmv.train.nano.batches import (
+    IGNORED,
+    ConversationEncoder,
+    collate,
+    layout_key,
+    single_turns,
+    training_batch,
+)
+
+
+class RecipeError(ValueError):
+    """The recipe names a field that does not exist, or lacks one."""
+
+
+@dataclass
+class Stage:
+    """One part of the training; the learning rate warms up, stays, and falls to a twentieth at the end."""
+
+    name: str
+    steps: int
+    batch_size: int
+    learning_rate: float  # of Muon
+    mixture: Mixture = field(default_factory=Mixture)
+    batches: int = 6  # a step; the processes share them
+    answers: bool = True  # False: the tower alone, on dense labels
+    dense_weight: float = 0.3
+    tower_views: int = (
+        10**9
+    )  # the tower learns from batches with up to so many views: more cost more than they teach it
+    adamw_share: float = 0.4  # learning rate of AdamW, as a share of Muon's
+    warmup: int = 100
+    decay: float = 0.2  # share of the steps in which the learning rate falls
+
+    def rate(self, step: int) -> float:
+        left = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup, max(0.05, left))
+
+
+@dataclass
+class Recipe:
+    stages: list[Stage]
+    model: str = "nano"  # folder with config and processors
+    seed: int = 0
+    processes: int = 2
+    weight_decay: float = 0.1
+    save_minutes: float = 4.0
+    validate_every: int = 200
+    validation_samples: int = 240
+
+    @classmethod
+    def load(cls, path: Path) -> "Recipe":
+        try:
+            fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+            stages = [Stage(**{**stage, "mixture": Mixture(**stage.get("mixture", {}))}) for stage in fields["stages"]]
+            return cls(**{**fields, "stages": stages})
+        except (TypeError, KeyError) as error:
+            raise RecipeError(f"{path}: {error}; fields are those of Recipe, Stage and Mixture") from error
+
+
+@torch.no_grad()
+def spread_queries(resampler) -> None:
+    """Start each head of each query at one spot of the picture, so that the tokens begin as a coarse map of it.
+
+    The spots are the cells of a grid over a picture of 8 x 10 patches; the heads of a query lie side by side. Part h of a
+    query holds the sin-cos position of head h's spot, in the highest frequencies of that code, where near and far
+    positions differ most; head h projects that part, and the same frequencies of the keys. From a random start the
+    queries all see the same average, and it takes most of an hour until they part.
+    """
+    side = math.isqrt(resampler.num_queries)
+    width, head_dim = resampler.embed_dim, resampler.attn.head_dim
+    heads, fine, quarter = width // head_dim, head_dim // 4, width // 4  # `fine` sines and cosines of each axis
+    chosen = torch.cat([torch.arange(fine) + quarter * part for part in range(4)])
+    frequencies = 1 / 10000 ** (torch.arange(fine) / quarter)
+
+    def code(spots):  # [N] -> [N, head_dim / 2]
+        return torch.cat([torch.sin(spots[:, None] * frequencies), torch.cos(spots[:, None] * frequencies)], dim=1)
+
+    rows = code((torch.arange(side) + 0.5) * 8 / side - 0.5)
+    columns = code((torch.arange(side * heads) + 0.5) * 10 / (side * heads) - 0.5)
+    pick = torch.zeros(2, width, width)  # of queries and of keys
+    for head in range(heads):
+        part = slice(head * head_dim, (head + 1) * head_dim)
+        own = columns[head::heads]
+        resampler.query[: side * side, part] = torch.cat([own.repeat(side, 1), rows.repeat_interleave(side, 0)], dim=1)
+        pick[0, part, part] = torch.eye(head_dim)
+        pick[1, torch.arange(head_dim) + head * head_dim, chosen] = 1
+    noise = torch.randn_like(resampler.attn.in_proj_weight[: 2 * width]) * 0.01
+    resampler.attn.in_proj_weight[: 2 * width] = pick.flatten(0, 1) + noise
+
+
+class Trainee(nn.Module):
+    """The model with the heads that name what lies under each patch; only the model is kept in the end."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        width = model.config.vision_config.hidden_size
+        self.kind_head = nn.Linear(width, len(KIND_CLASSES))
+        self.color_head = nn.Linear(width, len(COLOR_CLASSES))
+
+    def heads(self):
+        return [*self.kind_head.parameters(), *self.color_head.parameters()]
+
+    def forward(self, batch: dict, answers: bool = True, tower_learns: bool = True):
+        """Returns the dense loss, the answer loss (0 without answers), the logits of kinds, and whether each answer
+        token is the most likely one."""
+        slices = [pixels for sample in batch["pixel_values"] for pixels in sample]
+        sizes = [tuple(size) for sample in batch["tgt_sizes"] for size in sample.tolist()]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and tower_learns):
+            patches = self.model.vpm(slices, sizes).last_hidden_state  # [patches, D]
+        kinds = self.kind_head(patches).float()
+        dense_loss = F.cross_entropy(kinds, batch["kind_labels"], ignore_index=IGNORED)
+        colors = self.color_head(patches).float()
+        dense_loss = dense_loss + F.cross_entropy(colors, batch["color_labels"], ignore_index=IGNORED)
+        if not answers:
+            return dense_loss, torch.zeros(()), kinds, None
+        groups = [group for sample in batch["temporal_ids"] for group in sample]
+        tokens = self.model.resampler(patches, sizes, groups)  # [units, Q, D]
+        answer_loss, right = self.answer(batch, tokens)
+        return dense_loss, answer_loss, kinds, right
+
+    def answer(self, batch: dict, tokens: torch.Tensor):
+        """The loss of the answers, and for each row whether it is what greedy search gives.
+
+        Short conversations do not wait for long ones: rows of like length go through the language model together.
+        """
+        units = [len(groups) for groups in batch["temporal_ids"]]
+        visual = tokens.split(units)
+        lengths = batch["attention_mask"].sum(1)
+        total, count = 0.0, int((batch["labels"] != IGNORED).sum())
+        right = torch.zeros(len(lengths), dtype=torch.bool)
+        for rows in lengths.argsort().split(4):
+            longest = int(lengths[rows].max())
+            ids, mask, labels = (batch[name][rows, :longest] for name in ("input_ids", "attention_mask", "labels"))
+            pictures = {"image": torch.cat([visual[row] for row in rows])}
+            output = self.model(input_ids=ids, attention_mask=mask, mm_encoder_outputs=pictures, use_cache=False)
+            logits, wanted = output.logits[:, :-1].float(), labels[:, 1:]
+            written = wanted != IGNORED
+            total = total + F.cross_entropy(logits[written], wanted[written], reduction="sum")
+            right[rows] = ((logits.argmax(-1) == wanted) | ~written).all(1)
+        return total / count, right
+
+
+@torch.no_grad()
+def validate(trainee: Trainee, encoder: ConversationEncoder, recipe: Recipe, stage: Stage) -> dict:
+    """Share of foreground patches named right and, with answers, of questions answered right (each asked alone).
+
+    An answer counts when every word of it is the most likely one after the words before: what greedy search gives.
+    """
+    samples = [make_sample("validation", recipe.seed, i, stage.mixture) for i in range(recipe.validation_samples)]
+    asked = [single for sample in samples for single in (single_turns(sample) if stage.answers else [sample])]
+    examples = [(encoder.encode(sample), sample.turns[0].task) for sample in asked]
+    examples.sort(key=lambda pair: layout_key(pair[0]))
+    named = foreground = 0
+    right: dict[str, list[bool]] = {}
+    trainee.eval()
+    for start in range(0, len(examples), 64):
+        part = examples[start : start + 64]
+        batch = collate([example for example, _ in part], encoder.tokenizer.pad_token_id)
+        with torch.autocast("cpu", torch.bfloat16):
+            _, _, kinds, right_rows = trainee(batch, stage.answers)
+        thing = batch["kind_labels"] > 0
+        named += int((kinds.argmax(-1) == batch["kind_labels"])[thing].sum())
+        foreground += int(thing.sum())
+        if stage.answers:
+            for (_, task), row in zip(part, right_rows.tolist(), strict=True):
+                right.setdefault(task, []).append(row)
+    trainee.train()
+    report = {"patches": round(named / foreground, 3)}
+    if right:
+        report["answers"] = round(sum(map(sum, right.values())) / sum(map(len, right.values())), 3)
+        report |= {task: round(sum(rows) / len(rows), 2) for task, rows in sorted(right.items())}
+    return report
+
+
+def optimizers_of(trainee: Trainee, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the network, which learns from fewer pictures so; AdamW for all else."""
+    inner, other = [], []
+    for name, parameter in trainee.named_parameters():
+        is_table = any(part in name for part in ("embedding", "embed_tokens", "query", "_head"))
+        (inner if parameter.ndim == 2 and not is_table else other).append(parameter)
+    muon = torch.optim.Muon(inner, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(other, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
+    return [muon, adamw]
+
+
+def load_untrained(recipe: Recipe) -> tuple[Trainee, ConversationEncoder]:
+    torch.manual_seed(recipe.seed)
+    config = AutoConfig.from_pretrained(recipe.model, trust_remote_code=True)
+    config.vision_batch_size = 4096  # memory is no concern here, and whole batches are faster
+    # Eager, because the backward pass of the CPU's flash kernel is slow on sequences this short.
+    options = {"trust_remote_code": True, "dtype": torch.float32, "attn_implementation": "eager"}
+    model = AutoModel.from_config(config, **options)
+    spread_queries(model.resampler)
+    encoder = ConversationEncoder(
+        AutoImageProcessor.from_pretrained(recipe.model, trust_remote_code=True),
+        AutoTokenizer.from_pretrained(recipe.model, trust_remote_code=True),
+    )
+    return Trainee(model).train(), encoder
+
+
+def sum_gradients(trainee: Trainee, stage: Stage) -> None:
+    """Add up the gradients of all processes. A process that got no batch in this step gives zeros."""
+    used = trainee.parameters() if stage.answers else [*trainee.model.vpm.parameters(), *trainee.heads()]
+    used = list(used)
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
+    dist.all_reduce(flat)
+    for parameter, summed in zip(used, flat.split([p.numel() for p in used]), strict=True):
+        parameter.grad = summed.view_as(parameter)
+
+
+class Run:
+    """What a run keeps on disk: `state.pt`, from which it goes on, `log.jsonl`, `curves.png`. Only process 0 writes."""
+
+    def __init__(self, trainee: Trainee, optimizers, output: Path, rank: int):
+        self.trainee, self.optimizers, self.output, self.rank = trainee, optimizers, output, rank
+        self.progress = {"stage": 0, "step": 0, "batches": 0, "samples": 0, "seconds": 0.0}
+        self.saved = time.monotonic()
+        if (output / "state.pt").exists():
+            state = torch.load(output / "state.pt", weights_only=True)
+            trainee.load_state_dict(state["trainee"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.progress = state["progress"]
+        self.log_file = output / "log.jsonl"
+        if rank == 0:  # what was logged after the last save is about to be done, and logged, again
+            entries = [entry for entry in self.entries() if entry["samples"] <= self.progress["samples"]]
+            write_whole(self.log_file, "".join(json.dumps(entry) + "\n" for entry in entries))
+
+    def entries(self) -> list[dict]:
+        return read_entries(self.log_file) if self.log_file.exists() else []
+
+    def draw(self) -> None:
+        names = {
+            "dense": "dense loss",
+            "answer": "answer loss",
+            "patches": "patches named right",
+            "answers": "answers right",
+        }
+        points = [
+            {"step": entry["samples"]}
+            | {names[name]: value for name, value in (entry | entry.get("validation", {})).items() if name in names}
+            for entry in self.entries()
+        ]
+        draw(points, self.output / "curves.png", unit="samples")
+
+    def save(self) -> None:
+        self.saved = time.monotonic()
+        if self.rank == 0:
+            partial = self.output / "state.partial"
+            state = {"trainee": self.trainee.state_dict(), "progress": self.progress}
+            state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+            torch.save(state, partial)
+            partial.replace(self.output / "state.pt")  # a run that dies here leaves the older state whole
+            self.draw()
+
+    def log(self, **entry) -> None:
+        if self.rank == 0:
+            entry = {key: self.progress[key] for key in ("stage", "step", "samples")} | entry
+            entry["minutes"] = round(self.progress["seconds"] / 60, 2)
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def run_stage(run: Run, encoder: ConversationEncoder, recipe: Recipe, stage: Stage, store) -> None:
+    """All steps of a stage; `store` hands out the batches of a step to the processes (None: there is one process)."""
+    trainee, progress = run.trainee, run.progress
+    bar = tqdm(initial=progress["step"], total=stage.steps, desc=stage.name, disable=run.rank > 0)
+    averages, began = {}, time.monotonic()
+    for step in range(progress["step"], stage.steps):
+        trainee.zero_grad()
+        taken = 0
+        while True:
+            taken = taken + 1 if store is None else store.add(f"{stage.name}/{step}", 1)
+            if taken > stage.batches:
+                break
+            number = progress["batches"] + taken - 1
+            batch = training_batch(encoder, stage.mixture, stage.batch_size, recipe.seed, number)
+            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+                views = sum(len(sizes) for sizes in batch["tgt_sizes"])
+                dense_loss, answer_loss, _, _ = trainee(batch, stage.answers, views <= stage.tower_views)
+                loss = answer_loss + (stage.dense_weight if stage.answers else 1.0) * dense_loss
+                (loss / stage.batches).backward()
+            for name, value in (("dense", dense_loss.item()), ("answer", answer_loss.item())):
+                averages[name] = 0.98 * averages.get(name, value) + 0.02 * value
+        if store is not None:
+            sum_gradients(trainee, stage)
+        nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+        for optimizer, share in zip(run.optimizers, (1.0, stage.adamw_share), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = share * stage.rate(step)
+            optimizer.step()
+        bar.set_postfix({name: f"{value:.3f}" for name, value in averages.items()}, refresh=False)
+        bar.update()
+        progress["step"], progress["batches"] = step + 1, progress["batches"] + stage.batches
+        progress["samples"] += stage.batches * stage.batch_size
+        if (step + 1) % 50 == 0:
+            run.log(**{name: round(value, 4) for name, value in averages.items()})
+        if run.rank == 0 and ((step + 1) % recipe.validate_every == 0 or step + 1 == stage.steps):
+            report = validate(trainee, encoder, recipe, stage)
+            run.log(validation=report)
+            bar.write(f"{stage.name} {step + 1}: {report}")
+        progress["seconds"] += time.monotonic() - began
+        began = time.monotonic()
+        if began - run.saved > 60 * recipe.save_minutes:
+            run.save()
+    bar.close()
+
+
+def train(rank: int, recipe: Recipe, output: Path, rendezvous: str | None = None) -> Trainee:
+    """Run all stages as process `rank` of `recipe.processes`; alone when there is no rendezvous file."""
+    torch.set_num_threads(1)
+    store = None
+    if rendezvous is not None:
+        store = dist.FileStore(rendezvous, recipe.processes)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=recipe.processes)
+    trainee, encoder = load_untrained(recipe)
+    run = Run(trainee, optimizers_of(trainee, recipe.weight_decay), output, rank)
+    for number, stage in enumerate(recipe.stages):
+        if number < run.progress["stage"]:
+            continue
+        run_stage(run, encoder, recipe, stage, store)
+        run.progress.update(stage=number + 1, step=0)
+        run.save()
+    if rank == 0:
+        export(trainee, Path(recipe.model), output / "model")
+    if store is not None:
+        dist.destroy_process_group()
+    return trainee
+
+
+def export(trainee: Trainee, model_folder: Path, output: Path) -> None:
+    """Write model.safetensors (bfloat16) and the settings beside it: a folder for `from_pretrained`."""
+    output.mkdir(parents=True, exist_ok=True)
+    with_weights = trainee.model.to(torch.bfloat16)
+    with_weights.save_pretrained(output)
+    # The settings are those of the model folder, not a rewritten copy; its code files are taken too.
+    for file in sorted(model_folder.iterdir()):
+        if file.suffix in (".json", ".jinja", ".py"):
+            shutil.copyfile(file, output / file.name)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="recipe (YAML)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for state, log and the trained model")
+    args = parser.parse_args(argv)
+    try:
+        recipe = Recipe.load(args.config)
+    except (RecipeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        rendezvous = str(Path(folder) / "rendezvous")
+        torch.multiprocessing.spawn(train, (recipe, args.output, rendezvous), nprocs=recipe.processes)
+    print(f"{args.output / 'model'} holds the trained model")
+
+
+if __name__ == "__main__":
+    main()

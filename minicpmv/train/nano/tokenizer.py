@@ -1,0 +1,80 @@
+"""nano's tokenizer: byte-level BPE with few merges, learnt from the questions and answers of the synthetic tasks.
+
+    python -m minicpmv.train.nano.tokenizer [FOLDER]
+
+What is special:
+- normaliser, pre-tokenizer and all added tokens are those of the full model, so templates and placeholders work by name;
+- ids are its own: 256 bytes ("!" is 0), merges, then the added tokens;
+- no merge joins two capitals or digits, so print is read character by character.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+from minicpmv.build_tokenizer import REPOSITORY, backend, byte_alphabet
+from minicpmv.drawn.wording import WORDINGS
+
+
+VOCABULARY_SIZE = 896  # bytes and merges; the corpus has fewer merges than that to give
+
+
+def corpus() -> list[str]:
+    """Every question, answer, thought and name of a role."""
+    lines = []
+    for say in WORDINGS.values():
+        names = [*say.colors.values(), *say.shapes.values(), *say.sides.values(), say.any_shape]
+        lines += [
+            phrase.format(subject)
+            for task, phrases in say.phrases.items()
+            if task != "repeated_object"  # came after the tokenizer, which stays as the weights know it
+            for phrase in phrases
+            for subject in names
+        ]
+        lines += [say.seen.format(say.listing([name, name])) for name in names]
+        lines += [say.price.format(name=name, price="") for name in say.shapes.values()]
+        lines += 4 * [*names, say.yes, say.no, say.comma]  # a merge needs to be seen more than once
+    return lines + 4 * ["system", "user", "assistant", "\n\n"]
+
+
+def train_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """`({token: id}, merges)` in the byte-level alphabet."""
+    alphabet = sorted(byte_alphabet().values())  # "!" comes first
+    config = json.loads((REPOSITORY / "tokenizer_config.json").read_text(encoding="utf-8"))
+    # One merge, because a merges file must not be empty; only the steps before BPE are taken from this tokenizer.
+    full = backend({token: i for i, token in enumerate([*alphabet, "th"])}, [("t", "h")], config)
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer, tokenizer.pre_tokenizer = full.normalizer, full.pre_tokenizer
+    trainer = BpeTrainer(vocab_size=VOCABULARY_SIZE, initial_alphabet=alphabet, show_progress=False, min_frequency=2)
+    tokenizer.train_from_iterator(corpus(), trainer)
+    merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+    tokens = [*alphabet, *dict.fromkeys(left + right for left, right in merges)]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def build(folder: Path) -> int:
+    """Write tokenizer.json and tokenizer_config.json; returns the number of ids."""
+    config = json.loads((REPOSITORY / "tokenizer_config.json").read_text(encoding="utf-8"))
+    vocabulary, merges = train_merges()
+    added = [fields for _, fields in sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))]
+    config["added_tokens_decoder"] = {str(len(vocabulary) + i): fields for i, fields in enumerate(added)}
+    config["model_max_length"] = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    tokenizer = backend(vocabulary, merges, config)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return tokenizer.get_vocab_size()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=REPOSITORY / "nano")
+    folder = parser.parse_args(argv).folder
+    print(f"{folder}: {build(folder)} tokens")
+
+
+if __name__ == "__main__":
+    main()

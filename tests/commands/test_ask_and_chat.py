@@ -1,0 +1,414 @@
+"""`minicpmv chat` and `minicpmv ask`, with nano, in pipes and in a real terminal."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from conftest import GREEDY, REPOSITORY, ground_floor
+from rich.console import Console
+from typer.testing import CliRunner
+
+from minicpmv import checkpoint
+from minicpmv.commands import terminal
+from minicpmv.commands.ask import ask
+from minicpmv.commands.chat import COMMANDS, Conversation, chat
+
+
+ASSETS = REPOSITORY / "assets"
+NANO = REPOSITORY / "nano"
+NUMBER, SHAPES, STAR = (str(ASSETS / name) for name in ("number.jpg", "shapes.jpg", "star.mp4"))
+QUESTION = "What does it say?"
+SHORT = ["--temperature", "0", "--max-new-tokens", "24"]
+PROGRAM = """
+import typer
+from minicpmv.commands.ask import ask
+from minicpmv.commands.chat import chat
+app = typer.Typer()
+app.command()(ask)
+app.command()(chat)
+app()
+"""
+
+app = typer.Typer()
+app.command()(ask)
+app.command()(chat)
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return checkpoint.load(str(NANO))
+
+
+@pytest.fixture
+def run(nano, monkeypatch):
+    """A function that runs a command in this process, where nano is loaded already."""
+    load = checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda name, *rest: nano if name == str(NANO) else load(name, *rest))
+
+    def run(command, *arguments, model=NANO, stdin=None):
+        return CliRunner().invoke(app, [command, "-m", str(model), *map(str, arguments)], input=stdin)
+
+    return run
+
+
+@pytest.fixture
+def answer(nano):
+    """A function that gives what `model.chat` answers to some parts."""
+    model, processor = nano
+
+    def answer(*content, **options):
+        messages = [{"role": "user", "content": list(content)}]
+        return model.chat(
+            msgs=messages, processor=processor, max_new_tokens=24, return_dict=True, **GREEDY | options
+        ).text
+
+    return answer
+
+
+def assert_one_line_error(result, *parts):
+    assert result.exit_code == 1
+    assert result.stderr.startswith("minicpmv: ") and result.stderr.count("\n") == 1
+    assert all(part in result.stderr for part in parts)
+    assert result.stdout == ""
+
+
+# ---- ask ----
+
+
+def test_ask_writes_what_chat_answers_and_nothing_else(run, answer):
+    result = run("ask", NUMBER, QUESTION, *SHORT)
+    assert result.exit_code == 0
+    assert result.stdout == answer(Path(NUMBER), QUESTION) + "\n"
+
+
+def test_ask_streams_the_same_answer(run, answer):
+    assert run("ask", NUMBER, QUESTION, "--stream", *SHORT).stdout == answer(Path(NUMBER), QUESTION) + "\n"
+
+
+def test_ask_takes_pictures_and_clips_in_their_order(run, answer):
+    result = run("ask", SHAPES, STAR, NUMBER, "What is it?", *SHORT)
+    assert result.stdout == answer(Path(SHAPES), Path(STAR), Path(NUMBER), "What is it?") + "\n"
+
+
+def test_ask_without_files_asks_about_text(run, answer):
+    assert run("ask", "Hello", *SHORT, stdin="").stdout == answer("Hello") + "\n"
+
+
+def test_ask_hands_options_of_clips_and_slices_on(run, answer):
+    few = json.loads(run("ask", STAR, "What is it?", "--fps", 1, "--json", *SHORT).stdout)
+    many = json.loads(run("ask", STAR, "What is it?", "--fps", 3, "--json", *SHORT).stdout)
+    assert few["prompt_tokens"] < many["prompt_tokens"]
+    sliced = json.loads(run("ask", SHAPES, QUESTION, "--json", *SHORT).stdout)
+    whole = json.loads(run("ask", SHAPES, QUESTION, "--max-slice-nums", 1, "--json", *SHORT).stdout)
+    assert whole["prompt_tokens"] < sliced["prompt_tokens"]
+    assert whole["text"] == answer(Path(SHAPES), QUESTION, max_slice_nums=1)
+
+
+def test_slices_are_for_pictures_and_leave_frames_whole(run):
+    few, many = (
+        json.loads(run("ask", STAR, "What is it?", "--max-slice-nums", slices, "--json", *SHORT).stdout)
+        for slices in (1, 4)
+    )
+    assert few["prompt_tokens"] == many["prompt_tokens"]
+
+
+def test_thinking_is_on_or_auto_and_not_both(run):
+    result = run("ask", NUMBER, QUESTION, "--think", "--auto-think", *SHORT)
+    assert result.exit_code == 2 and "not both" in result.stderr
+
+
+def test_ask_as_json_tells_answer_thought_and_figures(run):
+    result = run("ask", NUMBER, QUESTION, "--json", "--think", "--thinking-budget", 8, *SHORT)
+    record = json.loads(result.stdout)
+    assert record["files"] == [NUMBER] and record["question"] == QUESTION
+    assert record["mode"] == "deep" and record["reasoning"] is not None
+    assert 0 < record["reasoning_tokens"] <= record["generated_tokens"] <= 24
+    assert record["finish_reason"] in ("stop", "length")
+
+
+def test_ask_can_leave_it_to_the_model_whether_to_think(run):
+    record = json.loads(run("ask", NUMBER, QUESTION, "--json", "--auto-think", *SHORT).stdout)
+    assert 0 <= record["need"] <= 1
+
+
+def test_a_thought_stays_out_of_what_a_pipe_gets(run, answer):
+    result = run("ask", NUMBER, QUESTION, "--stream", "--think", "--thinking-budget", 8, *SHORT)
+    thoughtful = answer(Path(NUMBER), QUESTION, enable_thinking=True, thinking_budget=8)
+    assert "think>" not in result.output and result.stdout == thoughtful + "\n"
+
+
+@pytest.mark.parametrize("arguments", [[NUMBER], [NUMBER, "-"]])
+def test_a_question_may_come_from_stdin(run, answer, arguments):
+    assert run("ask", *arguments, *SHORT, stdin=f"{QUESTION}\n").stdout == answer(Path(NUMBER), QUESTION) + "\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["-"]])
+@pytest.mark.parametrize("file", [NUMBER, STAR])
+def test_a_picture_or_clip_may_come_from_stdin(run, answer, arguments, file):
+    result = run("ask", *arguments, QUESTION, *SHORT, stdin=Path(file).read_bytes())
+    assert result.stdout == answer(Path(file), QUESTION) + "\n"
+
+
+def test_a_picture_from_stdin_stands_where_its_sign_stands(run, answer):
+    result = run("ask", SHAPES, "-", QUESTION, *SHORT, stdin=Path(NUMBER).read_bytes())
+    assert result.stdout == answer(Path(SHAPES), Path(NUMBER), QUESTION) + "\n"
+
+
+def test_text_from_stdin_stands_before_the_question(run, answer):
+    assert run("ask", "Repeat.", *SHORT, stdin="12\n34\n").stdout == answer("12\n34\n\nRepeat.") + "\n"
+
+
+def test_a_picture_may_be_an_address(run, answer):
+    handler = partial(SimpleHTTPRequestHandler, directory=ASSETS)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        address = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = run("ask", f"{address}/number.jpg", QUESTION, *SHORT)
+        missing = run("ask", f"{address}/nowhere.jpg", QUESTION)
+        server.shutdown()
+    assert result.stdout == answer(Path(NUMBER), QUESTION) + "\n"
+    assert missing.exit_code == 1 and missing.stderr.splitlines()[-1].startswith("minicpmv: ")
+    assert_one_line_error(run("ask", f"{address}/number.jpg", QUESTION), address, "cannot be")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read, even by root")
+def test_a_clip_that_cannot_be_read_is_a_one_line_error(run, tmp_path):
+    clip = tmp_path / "clip.mp4"
+    clip.symlink_to("/proc/self/mem")
+    assert_one_line_error(run("ask", clip, QUESTION), "cannot be read")
+
+
+def test_stdin_is_left_alone_where_files_and_a_question_are_given(run):
+    record = json.loads(run("ask", NUMBER, QUESTION, "--json", *SHORT, stdin="lines of a loop").stdout)
+    assert record["question"] == QUESTION
+
+
+@pytest.mark.parametrize(
+    "arguments, stdin, parts",
+    [
+        (["nowhere.jpg", QUESTION], None, ["nowhere.jpg", "no such file"]),
+        (["nowhere.jpg"], None, ["nowhere.jpg", "no such file"]),
+        ([QUESTION, "nowhere", "What?"], None, [QUESTION, "no such file"]),
+        (["What is this?", NUMBER], None, ["What is this?", "no such file", "the question comes last, in quotes"]),
+        ([NUMBER, "what", "is", "it"], None, ["what: no such file", "the question comes last, in quotes"]),
+        ([str(ASSETS), QUESTION], None, ["assets", "no such file"]),
+        ([NUMBER], "", ["no question", "give it last"]),
+        ([], "", ["no question"]),
+        ([NUMBER], Path(NUMBER).read_bytes(), ["no question"]),
+        (["-", QUESTION], "", ["stdin, which is empty"]),
+        (["-", "-", QUESTION], "a", ["not 2 times"]),
+        ([NUMBER, QUESTION, "--json", "--stream"], None, ["leave out --stream"]),
+        ([str(ASSETS / "README.md"), QUESTION], None, ["README.md", "not a picture"]),
+        (["-", QUESTION], b"\0no picture and no clip", ["bytes"]),
+        ([NUMBER, QUESTION, "--think", "--thinking-budget", "9999"], None, ["thinking_budget=9999"]),
+    ],
+)
+def test_what_makes_no_question_is_a_one_line_error_with_the_remedy(run, arguments, stdin, parts):
+    assert_one_line_error(run("ask", *arguments, stdin=stdin), *parts)
+
+
+def test_a_cut_answer_is_noted_on_stderr(run):
+    result = run("ask", NUMBER, QUESTION, "--temperature", 0, "--max-new-tokens", 1)
+    assert result.exit_code == 0 and "--max-new-tokens" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["ask", "chat"])
+def test_a_missing_model_is_a_one_line_error_with_the_remedy(run, command, tmp_path):
+    model = tmp_path / "nowhere"
+    assert_one_line_error(run(command, NUMBER, model=model, stdin=QUESTION), "nowhere", "--trust-remote-code")
+
+
+@pytest.mark.slow
+def test_ask_is_a_program_that_can_stand_in_a_pipe(answer):
+    command = [sys.executable, "-c", PROGRAM, "ask", "-m", str(NANO), "--json", *SHORT, QUESTION]
+    with open(NUMBER, "rb") as picture:
+        done = subprocess.run(command, cwd=REPOSITORY, stdin=picture, capture_output=True, timeout=300, check=True)
+    assert json.loads(done.stdout)["text"] == answer(Path(NUMBER), QUESTION)
+    assert b"\r" not in done.stderr  # no bars where there is no terminal
+
+
+# ---- chat in a pipe ----
+
+
+def test_every_line_of_a_pipe_is_a_turn_of_one_conversation(run, nano):
+    model, processor = nano
+    lines = [QUESTION, "/image " + SHAPES, "How many shapes are there?", "/reset", "Hello"]
+    result = run("chat", NUMBER, *SHORT, stdin="\n".join(lines))
+    session = model.start_chat(processor, max_new_tokens=24, **GREEDY)
+    expected = [session.send([Path(NUMBER), lines[0]]), session.send([Path(SHAPES), lines[2]])]
+    session.reset()
+    expected.append(session.send(lines[-1]))
+    assert result.exit_code == 0
+    assert result.stdout == "".join(f"{output.text}\n" for output in expected)
+
+
+def test_errors_leave_the_conversation_usable_and_end_in_exit_code_1(run, answer):
+    lines = ["/image nowhere.png", "/dance", "/think perhaps", "/thought", "/save", "/image 'a", QUESTION]
+    result = run("chat", NUMBER, *SHORT, stdin="\n".join(lines))
+    assert result.exit_code == 1
+    assert result.stdout == answer(Path(NUMBER), QUESTION) + "\n"
+    errors = result.stderr.splitlines()
+    assert len(errors) == 6 and all(line.startswith("minicpmv: ") for line in errors)
+    assert "no such file" in errors[0] and "/help" in errors[1] and "on, off or auto" in errors[2]
+
+
+def test_too_little_memory_is_a_one_line_error_and_the_conversation_goes_on(run, nano, answer, monkeypatch):
+    attempts, forward = [], nano[0].llm.forward
+
+    def forward_later(*args, **kwargs):
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has ...")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(nano[0].llm, "forward", forward_later)
+    assert_one_line_error(run("ask", NUMBER, QUESTION, *SHORT), "CUDA out of memory", "--max-slice-nums")
+    result = run("chat", NUMBER, *SHORT, stdin=f"{QUESTION}\n{QUESTION}\n")
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert result.stdout == answer(Path(NUMBER), QUESTION) + "\n"
+
+
+def test_of_several_pictures_none_is_shown_where_one_is_broken(run, answer):
+    result = run("chat", *SHORT, stdin=f"/image '{NUMBER}' '{ASSETS / 'README.md'}'\nHello\n")
+    assert result.exit_code == 1 and "not a picture" in result.stderr
+    assert result.stdout == answer("Hello") + "\n"
+
+
+def test_a_picture_that_is_dragged_onto_the_terminal_is_shown(run, answer, tmp_path):
+    spaced = tmp_path / "my number.jpg"
+    spaced.write_bytes(Path(NUMBER).read_bytes())
+    for line in (str(spaced), f"'{spaced}'", str(spaced).replace(" ", "\\ "), f"/image {spaced}"):
+        assert run("chat", *SHORT, stdin=f"{line}\n{QUESTION}\n").stdout == answer(spaced, QUESTION) + "\n"
+
+
+def test_text_between_quotes_is_one_question_even_with_a_slash(run, answer):
+    result = run("chat", *SHORT, stdin='"""\n/reset\nis a word\n"""\n"""12"""\n/exit\nno more\n')
+    assert result.exit_code == 0
+    assert result.stdout.startswith(answer("/reset\nis a word") + "\n")
+    assert_one_line_error(run("chat", *SHORT, stdin='"""\nopen\n'), "no end")
+
+
+def test_thinking_is_switched_in_the_conversation_and_the_thought_is_kept_apart(run, answer):
+    settings = ["--thinking-budget", 8, *SHORT]
+    result = run("chat", NUMBER, *settings, stdin=f"/think\n{QUESTION}\n/think auto\n/think off\n")
+    assert result.stdout == answer(Path(NUMBER), QUESTION, enable_thinking=True, thinking_budget=8) + "\n"
+    assert [line.split()[-1] for line in result.stderr.splitlines() if "thinking is" in line] == ["on", "auto", "off"]
+
+
+def test_a_saved_conversation_goes_on_where_it_was(run, nano, tmp_path):
+    model, processor = nano
+    folder = tmp_path / "talk"
+    saved = run("chat", NUMBER, STAR, "--system", "Be kind.", *SHORT, stdin=f"{QUESTION}\n/save {folder}\nAnd?\n")
+    assert saved.exit_code == 0
+    assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".mp4", ".png"]
+    roles = [message["role"] for message in json.loads((folder / "history.json").read_text())["messages"]]
+    assert roles == ["system", "user", "assistant"]
+    loaded = run("chat", *SHORT, stdin=f"/load {folder}\nAnd?\n")
+    assert loaded.stdout == saved.stdout.splitlines(keepends=True)[-1]
+    other = run("chat", *SHORT, stdin=f"Hello\n/save {ASSETS}\n/load {tmp_path}\n")
+    assert other.exit_code == 1 and other.stderr.count("no saved history") == 2
+
+
+def test_help_names_every_command(run):
+    shown = run("chat", stdin="/help\n").stdout
+    assert all(command in shown for command in COMMANDS)
+
+
+# ---- a terminal ----
+
+
+def test_ctrl_c_keeps_what_was_read_and_the_conversation(nano, monkeypatch):
+    from minicpmv.commands.chat import one_interrupt
+
+    pieces = []
+
+    def write(text="", **options):
+        pieces.append(text)
+        if len(pieces) == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(typer, "echo", write)
+    endless = {"max_new_tokens": 1000, "min_new_tokens": 999}
+    conversation = Conversation(*nano, Console(stderr=True), False, max_slice_nums=None, **GREEDY, **endless)
+    conversation.show([NUMBER])
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), one_interrupt():
+        conversation.take(QUESTION, None)
+    assert signal.getsignal(signal.SIGINT) is handler
+    question, kept = conversation.session.history
+    assert len(question["content"]) == 2 and conversation.waiting == []
+    assert kept["content"] == "".join(pieces) and len(pieces) == 2
+    assert conversation.session.send("And?", max_new_tokens=4, min_new_tokens=0).cached_tokens > 0
+
+
+def test_what_the_model_writes_cannot_steer_the_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+
+    class Stream:
+        is_thought = False
+
+        def __iter__(self):
+            yield from ("a\n\tb", "\x1b]0;title\x07", "\x9b2J", "\r")
+
+    terminal.show_answer(Stream(), Console(stderr=True))
+    assert capsys.readouterr().out == "a\n\tb\ufffd]0;title\ufffd\ufffd2J\ufffd\n"
+
+
+def test_suffixes_of_clips_are_those_of_the_model():
+    assert terminal.VIDEO_SUFFIXES == ground_floor("messages_minicpmv").VIDEO_SUFFIXES
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
+def test_a_conversation_in_a_terminal(answer, tmp_path):
+    import pexpect
+
+    settings = {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "XDG_CONFIG_HOME": str(tmp_path / "config")}
+    arguments = ["-c", PROGRAM, "chat", NUMBER, "-m", str(NANO), "--thinking-budget", "8", *SHORT]
+    child = pexpect.spawn(
+        sys.executable,
+        arguments,
+        env=os.environ | settings,
+        cwd=str(REPOSITORY),
+        encoding="utf-8",
+        dimensions=(40, 150),
+        timeout=120,
+    )
+
+    def enter(line, *expected):
+        child.send(line + "\r")
+        for text in expected:
+            child.expect_exact(text)
+        child.expect_exact(">>>")
+
+    child.expect_exact("[1 to show] >>>")
+    enter(QUESTION, answer(Path(NUMBER), QUESTION))
+    enter(f"/image {SHAPES}", "[1 to show]")
+    enter("/think", "thinking is on")
+    enter("How many shapes\x1b\rare there?", "Thought for ")  # Alt-Enter
+    enter("/thought")
+    enter(f"/save {tmp_path / 'talk'}", "saved in")
+    enter("/reset", "begins anew")
+    enter("/dance", "minicpmv: /dance is no command")
+    child.sendintr()
+    child.expect_exact("Ctrl-D or /exit")
+    child.expect_exact(">>>")
+    enter("/think off", "thinking is off")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    messages = json.loads((tmp_path / "talk" / "history.json").read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert messages[2]["content"][-1]["text"] == "How many shapes\nare there?"
+    assert f"+{QUESTION}" in next((tmp_path / "config").rglob("history")).read_text()

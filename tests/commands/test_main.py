@@ -1,0 +1,123 @@
+"""The `minicpmv` command: what it prints, its exit codes, and that it stays light."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from minicpmv import build_tokenizer
+from minicpmv import fetch as weights
+from minicpmv.commands.main import app
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COMMANDS = [command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_one_line_error(result, *parts):
+    assert result.exit_code == 1
+    assert result.stderr.startswith("minicpmv: ") and result.stderr.count("\n") == 1
+    assert all(part in result.stderr for part in parts)
+    assert result.stdout == ""
+
+
+def test_without_a_command_the_help_lists_them_all():
+    result = run()
+    assert all(name in result.output for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name):
+    result = run(name, "--help")
+    assert result.exit_code == 0
+    assert "--help" in result.output
+
+
+@pytest.mark.parametrize("name", ["chat", "ask", "read", "video", "serve", "web", "fetch"])
+def test_help_shows_how_a_command_is_used(name):
+    shown = " ".join(run(name, "--help").output.split())
+    assert f"Examples: minicpmv {name}" in shown
+
+
+def test_a_shell_completes_commands_and_options():
+    def completed(words):
+        line = {"_MINICPMV_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        code = "from minicpmv.commands.main import app; app(prog_name='minicpmv')"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=REPOSITORY, env=os.environ | line, capture_output=True, text=True
+        )
+        return done.stdout.split()
+
+    assert completed("minicpmv as") == ["ask"]
+    assert set(completed("minicpmv chat --thi")) == {"--think", "--thinking-budget"}
+
+
+def test_help_does_not_import_torch_or_transformers():
+    code = (
+        "import sys; from typer.testing import CliRunner; from minicpmv.commands.main import app; "
+        "assert CliRunner().invoke(app, ['fetch', '--help']).exit_code == 0; "
+        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_fetch_outside_a_clone_is_a_one_line_error_with_the_remedy(tmp_path):
+    assert_one_line_error(run("fetch", tmp_path), "config.json", "clone of this repository")
+
+
+def test_check_only_without_weights_is_a_one_line_error_with_the_remedy(tmp_path):
+    assert_one_line_error(run("fetch", tmp_path, "--check-only"), weights.INDEX, "minicpmv fetch")
+
+
+def test_check_only_reports_what_it_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "published_shapes", lambda: {"a": [2, 3]})
+    save_file({"a": torch.zeros(2, 3)}, tmp_path / "model.safetensors")
+    result = run("fetch", tmp_path, "--check-only")
+    assert result.exit_code == 0
+    assert "published names and shapes" in result.stdout
+
+
+def test_fetch_hands_repository_and_revision_on(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(weights, "fetch", lambda *arguments: calls.append(arguments) or 7)
+    assert run("fetch", tmp_path, "--repo", "me/mine", "--revision", "abc").exit_code == 0
+    assert calls == [(tmp_path, "me/mine", "abc")]
+
+
+def test_build_tokenizer_without_its_config_is_a_one_line_error(tmp_path):
+    assert_one_line_error(run("build-tokenizer", tmp_path), "tokenizer_config.json")
+
+
+def test_build_tokenizer_says_whether_it_wrote(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_tokenizer, "build", lambda *arguments: (tmp_path / "tokenizer.json", True))
+    assert run("build-tokenizer", tmp_path).stdout.strip().endswith("tokenizer.json: written")
+
+
+def test_demo_of_a_folder_without_a_model_is_a_one_line_error(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    assert_one_line_error(run("demo", "--model", tmp_path), "holds no model")
+
+
+def test_training_without_its_packages_is_a_one_line_error_with_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "minicpmv.train.sft", raising=False)
+    result = CliRunner().invoke(app, ["train", "sft", "--help"])
+    assert result.exit_code == 1
+    assert result.stderr == "minicpmv: trl is not installed: pip install '.[train]' in a clone\n"
+
+
+def test_an_unknown_option_exits_with_2_and_names_it(tmp_path):
+    result = run("fetch", tmp_path, "--revison", "abc")
+    assert result.exit_code == 2
+    assert "--revison" in result.stderr

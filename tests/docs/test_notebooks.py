@@ -1,0 +1,79 @@
+"""The notebooks run from top to bottom, in a kernel of their own, and come to what they tell."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+
+# Run behind the last cell of each. What nano answers depends on its weights; of what kind, and from how much, does not.
+CHECKS = {
+    "01_first_chat": """
+assert isinstance(answer, str) and answer
+assert len(session.history) == 6 and session.history[-2]["content"][1] == "What does it say?"
+assert output.mode in ("fast", "deep") and 0 <= output.need <= 1
+""",
+    "02_video": """
+assert [len(sampled[packing].frames) for packing in sampled] == [16, 16, 16]
+assert [len(sampled[packing].temporal_ids) for packing in sampled] == [16, 6, 3]
+assert len(answers) == 2 and all(answers.values())
+assert len(frames) == 6 and output.shape[1] > inputs["input_ids"].shape[1]
+assert [(stretch.start, stretch.end) for stretch in told] == [(0, 1), (1, 2)]
+""",
+    "03_documents": """
+assert [page.number for page in texts] == [1, 2] and all(page.text for page in texts)
+assert isinstance(data, DataError) or isinstance(data["total"], (int, float))
+assert [box.corners for box in boxes] == [(70.4, 91.2, 262.4, 283.2)] and len(malformed) == 1
+assert found.boxes or found.answer
+""",
+    "04_fine_tuning": """
+assert before != "a CUP" and after == "a CUP"
+assert losses[-1] < losses[0] / 10
+assert (output / "adapter" / "adapter_model.safetensors").is_file()
+assert not (output / "merged" / "adapter_config.json").exists()
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebook_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    content = nbformat.read(notebook, as_version=4)
+    content.cells.append(nbformat.v4.new_code_cell(CHECKS[notebook.stem]))
+    client = NotebookClient(
+        content, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(notebook.parent)}}
+    )
+    client.execute()  # raises what a cell raises
+
+
+def test_every_notebook_has_its_check():
+    assert list(CHECKS) == [notebook.stem for notebook in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebook_is_stored_without_outputs_and_its_links_lead_somewhere(notebook):
+    content = nbformat.read(notebook, as_version=4)
+    nbformat.validate(content)
+    code = [cell for cell in content.cells if cell.cell_type == "code"]
+    assert [cell.source for cell in code if cell.outputs or cell.execution_count] == []
+    text = "\n".join(cell.source for cell in content.cells if cell.cell_type == "markdown")
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)\)", text)
+    assert [target for target in targets if not (notebook.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_one_line_of_a_notebook_chooses_the_weights(notebook):
+    content = nbformat.read(notebook, as_version=4)
+    code = "\n".join(cell.source for cell in content.cells if cell.cell_type == "code")
+    assert re.findall(r".*nano.*", code) == [
+        'name = repository / "nano"  # for the published weights, after `minicpmv fetch`: name = repository'
+    ]

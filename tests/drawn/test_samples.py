@@ -1,0 +1,240 @@
+"""The synthetic tasks: seeded, disjoint between splits, and labelled as they are drawn."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from minicpmv.drawn.drawing import (
+    COLOR_CLASSES,
+    COLORS,
+    KIND_CLASSES,
+    Drawing,
+    Print,
+    add_shape,
+    add_text,
+    patch_labels,
+)
+from minicpmv.drawn.samples import (
+    BENCH_TASKS,
+    SPLITS,
+    Mixture,
+    UnknownSplitError,
+    UnknownTaskError,
+    bench_sample,
+    make_sample,
+    named_objects,
+    sample_rng,
+    stream,
+)
+from minicpmv.drawn.scenes import split_of_text
+from minicpmv.drawn.wording import CHINESE, ENGLISH, WORDINGS
+
+
+EVERYTHING = Mixture(sliced=0.3)
+
+
+def fingerprint(sample):
+    pixels = [np.asarray(image).tobytes() for image in sample.images]
+    turns = [(turn.question, turn.answer, turn.thought) for turn in sample.turns]
+    return pixels, turns, sample.temporal_ids, sample.max_slice_nums
+
+
+def printed(sample):
+    """What is written in the picture, in order of drawing."""
+    return "".join(thing.kind for drawing in sample.drawings for thing in drawing.things if len(thing.kind) == 1)
+
+
+def test_a_sample_depends_on_split_seed_and_index_alone():
+    for index in range(20):
+        assert fingerprint(make_sample("train", 3, index, EVERYTHING)) == fingerprint(
+            make_sample("train", 3, index, EVERYTHING)
+        )
+    resumed = stream("train", 3, EVERYTHING, start=7)
+    assert fingerprint(next(resumed)) == fingerprint(make_sample("train", 3, 7, EVERYTHING))
+
+
+def test_other_splits_seeds_and_indices_give_other_random_states():
+    states = {
+        sample_rng(split, seed, index).getrandbits(64) for split in SPLITS for seed in range(4) for index in range(50)
+    }
+    assert len(states) == len(SPLITS) * 4 * 50
+
+
+def test_an_unknown_split_or_task_is_refused_by_name():
+    with pytest.raises(UnknownSplitError, match="'holdout' is none of train, validation, test"):
+        sample_rng("holdout", 0, 0)
+    with pytest.raises(UnknownTaskError, match="'color' in 'en' is none of printed_line"):
+        bench_sample("color")
+
+
+@pytest.mark.parametrize("scene", ["line", "lower", "sum"])
+def test_a_long_text_is_drawn_in_one_split_only(scene):
+    mixture = Mixture(scenes={scene: 1})
+    for split in SPLITS:
+        for index in range(60):
+            text = printed(make_sample(split, 0, index, mixture))
+            assert len(text) < 3 or scene == "sum" or split_of_text(text) == split
+
+
+@pytest.mark.parametrize("task", ["form_value", "fine_print"])
+def test_values_of_forms_belong_to_one_split(task):
+    for split in SPLITS:
+        for index in range(15):
+            value = bench_sample(task, split, 0, index).turns[0].answer
+            assert len(value) < 3 or split_of_text(value) == split
+
+
+def test_questions_have_answers_that_the_scene_bears_out():
+    seen = set()
+    for index in range(600):
+        sample = make_sample("train", 0, index, EVERYTHING)
+        things = sample.drawings[0].things
+        for turn in sample.turns:
+            seen.add(turn.task)
+            assert turn.question and turn.answer == turn.answer.strip() and len(turn.answer) <= 130
+            if turn.task == "printed_line":
+                assert "".join(turn.answer.split()) == printed(sample)
+            if turn.task == "form_value":
+                assert f":{turn.answer}" in printed(sample)
+            if turn.task == "caption" and sample.objects:
+                assert sorted(named_objects(turn.answer, sample.language)) == sorted(sample.objects)
+            elif turn.task == "caption":  # of a chart: every bar, and on its axis the numbers 3, 6, 9
+                bars = [part.split() for part in turn.answer.replace("，", ",").split(",")]
+                assert "369" + "".join(name for name, _ in bars) == printed(sample)
+                assert all(1 <= int(value) <= 9 for _, value in bars)
+            if turn.task == "count" and turn.question in [p.format("shape") for p in ENGLISH.phrases["count"]]:
+                assert turn.answer == str(len(things))
+            if turn.task == "absent_object" and sample.language == "en":
+                names = {f"{thing.color} {thing.kind}" for thing in things} | {thing.kind for thing in things}
+                asked = turn.question.rstrip("?").removesuffix(" in the picture").split(" a ")[-1].split(" an ")[-1]
+                assert (asked in names) == (turn.answer == "yes")
+            if turn.task == "repeated_object" and sample.language == "en":
+                name, times = re.search(r" an? (\w+ \w+) at least (.*)\?", turn.question).groups()
+                least = 2 if times == "twice" else int(times.split()[0])
+                assert (sample.objects.count(name) >= least) == (turn.answer == "yes")
+    assert seen == set(ENGLISH.phrases) == set(CHINESE.phrases)
+
+
+def test_steps_of_a_thought_lead_to_the_answer():
+    for index in range(40):
+        sample = bench_sample("multistep", "train", 0, index)
+        turn = sample.turns[0]
+        for step in (line for line in turn.thought.splitlines() if "=" in line):
+            left, right = step.split("=")
+            assert eval(left) == int(right)  # noqa: S307  digits and signs that this repository wrote
+        assert turn.thought.splitlines()[-1].split("=")[-1] == turn.answer
+        if "multistep_sum" == turn.task:
+            assert eval(printed(sample)) == int(turn.answer)  # noqa: S307
+
+
+@settings(max_examples=30, deadline=None)
+@given(task=st.sampled_from(sorted(BENCH_TASKS)), index=st.integers(0, 10**6), seed=st.integers(0, 100))
+def test_both_languages_ask_the_same_of_the_same_picture(task, index, seed):
+    english, chinese = (bench_sample(task, "validation", seed, index, language) for language in WORDINGS)
+    assert fingerprint(english)[0] == fingerprint(chinese)[0]
+    assert english.turns[0].task == chinese.turns[0].task and len(english.turns) == len(chinese.turns) == 1
+    assert english.temporal_ids == chinese.temporal_ids
+    answers = english.turns[0].answer, chinese.turns[0].answer
+    assert answers[0].isascii() and (answers[0] == answers[1] or not answers[1].isascii())
+    assert fingerprint(english) == fingerprint(bench_sample(task, "validation", seed, index))
+
+
+def test_yes_and_no_and_all_counts_are_asked_for():
+    answers = [bench_sample("absent_object", "test", 0, i).turns[0].answer for i in range(200)]
+    assert 0.4 < answers.count("yes") / len(answers) < 0.6
+    pictures = (make_sample("train", 0, i, Mixture({"repeated": 1}, tasks=["repeated_object"])) for i in range(200))
+    answers = [turn.answer in (ENGLISH.yes, CHINESE.yes) for picture in pictures for turn in picture.turns]
+    assert 0.35 < sum(answers) / len(answers) < 0.65
+    counts = [bench_sample("count", "test", 0, i).turns[0].answer for i in range(200)]
+    assert set(counts) == set("123456") and counts.count("1") < 80
+    flashes = [bench_sample("video_count", "test", 0, i).turns[0].answer for i in range(200)]
+    assert all(50 < flashes.count(count) < 85 for count in "123")
+
+
+def test_fine_print_is_small_on_a_large_page():
+    for index in range(10):
+        drawing = bench_sample("fine_print", "test", 0, index).drawings[0]
+        assert all(900 <= side <= 1344 for side in drawing.image.size)
+        letters = [thing for thing in drawing.things if len(thing.kind) == 1 and thing.kind.isalnum()]
+        heights = [thing.box[3] - thing.box[1] for thing in letters]
+        assert max(heights) < 0.055 * max(drawing.image.size)
+
+
+def test_clips_are_packed_in_order_of_time():
+    clips = [make_sample("train", 0, i, Mixture(scenes={"clip_move": 1, "clip_order": 1})) for i in range(40)]
+    clips += [bench_sample("video_count", "test", 0, i) for i in range(5)]
+    for clip in clips:
+        times = [time for group in clip.temporal_ids for time in group]
+        assert len(times) == len(clip.images) == 6 and times == sorted(times) and min(times) >= 0
+        assert len({image.size for image in clip.images}) == 1
+    assert {len(clip.temporal_ids[0]) for clip in clips[:40]} == {1, 2, 3, 6}
+    assert all(len(clip.temporal_ids) == 1 for clip in clips[40:])
+
+
+def blank(width, height):
+    return Drawing(Image.new("RGB", (width, height), (230, 230, 230)), Image.new("L", (width, height), 0))
+
+
+def test_patch_labels_name_what_lies_under_each_patch():
+    drawing = blank(112, 56)
+    add_shape(drawing, "square", "red", (28, 28), 20, COLORS["red"])
+    add_shape(drawing, "circle", "blue", (84, 28), 20, COLORS["blue"])
+    kinds, colors = patch_labels(drawing, (0, 0, 112, 56), (4, 8))
+    kinds, colors = kinds.reshape(4, 8), colors.reshape(4, 8)
+    assert KIND_CLASSES[kinds[1, 1]] == "square" and COLOR_CLASSES[colors[1, 1]] == "red"
+    assert KIND_CLASSES[kinds[2, 5]] == "circle" and COLOR_CLASSES[colors[2, 6]] == "blue"
+    assert kinds[0, 4] == 0 and colors[3, 4] == 0  # between the two
+    assert set(kinds[:, :4].ravel()) <= {0, -100, KIND_CLASSES.index("square")}
+
+
+def test_patch_labels_of_a_slice_are_those_of_its_part_of_the_picture():
+    drawing = blank(112, 112)
+    add_shape(drawing, "star", "green", (84, 28), 24, COLORS["green"])
+    upper_right, _ = patch_labels(drawing, (56, 0, 112, 56), (8, 8))
+    lower_left, _ = patch_labels(drawing, (0, 56, 56, 112), (8, 8))
+    assert KIND_CLASSES.index("star") in upper_right
+    assert not lower_left.any()
+
+
+def test_each_character_has_labels_of_its_own():
+    drawing = blank(112, 56)
+    add_text(drawing, "A7", "neutral", (10, 0), Print("aileron", True, 44), (0, 0, 0))
+    kinds, _ = patch_labels(drawing, (0, 0, 112, 56), (4, 8))
+    assert {KIND_CLASSES.index("A"), KIND_CLASSES.index("7")} <= set(kinds)
+    assert set(np.unique(np.asarray(drawing.object_map))) == {0, 1, 2}
+
+
+def test_print_too_small_to_read_has_no_label():
+    drawing = blank(1120, 1120)
+    add_text(drawing, "A", "neutral", (500, 500), Print("sans", False, 60), (0, 0, 0))
+    whole, _ = patch_labels(drawing, (0, 0, 1120, 1120), (8, 8))
+    close, _ = patch_labels(drawing, (440, 440, 660, 660), (8, 8))
+    assert set(whole) <= {0, -100} and KIND_CLASSES.index("A") in close
+
+
+def test_dense_labels_agree_with_the_colors_of_the_pixels():
+    """Patches that a thing covers almost whole have the color their label names (clips: no jitter, no grain)."""
+    checked = 0
+    for index in range(60):
+        for drawing in make_sample("train", 1, index, Mixture(scenes={"clip_move": 1, "clip_flash": 1})).drawings:
+            width, height = drawing.image.size[0] // 14 * 14, drawing.image.size[1] // 14 * 14
+            _, colors = patch_labels(drawing, (0, 0, width, height), (height // 14, width // 14))
+            pixels = np.asarray(drawing.image)[:height, :width].reshape(height // 14, 14, width // 14, 14, 3)
+            pixels = pixels.transpose(0, 2, 1, 3, 4).reshape(-1, 196, 3)
+            for color, patch in zip(colors, pixels, strict=True):
+                if color > 0:
+                    assert (patch == COLORS[COLOR_CLASSES[color]]).all(-1).mean() >= 0.05
+                    checked += 1
+    assert checked > 100
+
+
+def test_the_random_module_is_left_alone():
+    random.seed(0)
+    before = random.getstate()
+    make_sample("train", 0, 0, EVERYTHING)
+    assert random.getstate() == before

@@ -1,0 +1,351 @@
+"""The harness: its log, its settings, and that an interrupted run ends as one that ran through."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from PIL import Image
+
+from minicpmv.checkpoint import CheckpointError, load
+from minicpmv.evaluate import harness
+from minicpmv.evaluate.benchmark import Benchmark, Prompt, Row, UnknownRowError
+from minicpmv.evaluate.sample_log import SampleKey, SampleLog, SampleLogError, read_entries
+from minicpmv.evaluate.scorers import exact_match
+from minicpmv.evaluate.suites import load_benchmark
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220)}
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return load(str(REPOSITORY / "nano"))
+
+
+def square(seed, index):
+    name = sorted(COLOURS)[(seed + index) % 3]
+    picture = Image.new("RGB", (112, 112), (235, 235, 235))
+    picture.paste(COLOURS[name], (30, 30, 84, 84))
+    return picture, name
+
+
+def ask_for_the_colour(sample):
+    return Prompt([sample[0], "What color is the square?"], sample[1], {"max_slice_nums": 1})
+
+
+def squares(**changes):
+    row = Row("colour", "colour of a square", square, ask_for_the_colour, exact_match, max_new_tokens=8)
+    row = replace(row, max_thought_tokens=4, **changes)
+    deep, fast = replace(row, id="deep", thinking=True), replace(row, id="fast")
+    return Benchmark("squares", "Squares", 1, (row, deep, fast))
+
+
+def run(nano, folder, benchmark=None, **options):
+    options = {"rows": ["colour"], "samples": 5, "batch_size": 2} | options
+    return harness.run(*nano, benchmark or squares(), folder, checkpoint="nano", **options)
+
+
+# --- One run ---
+
+
+def test_figures_are_the_shares_of_right_answers_in_the_log(nano, tmp_path):
+    results = run(nano, tmp_path, samples=6)
+    entries = read_entries(tmp_path / "samples.jsonl")
+    assert [entry["expected"] for entry in entries] == ["blue", "green", "red"] * 2
+    right = [entry["answer"] == entry["expected"] for entry in entries]
+    assert 0 < sum(right) and [entry["scores"]["exact"] for entry in entries] == right
+    assert harness.figures(results) == {"colour": {"exact": sum(right) / 6, "n": 6}}
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_a_line_of_the_log_tells_what_was_asked_answered_and_spent(nano, tmp_path):
+    run(nano, tmp_path, samples=1)
+    (entry,) = read_entries(tmp_path / "samples.jsonl")
+    assert (entry["row"], entry["seed"], entry["index"]) == ("colour", 0, 0)
+    assert entry["question"] == "What color is the square?" and entry["finish_reason"] == "stop"
+    assert entry["thought"] is None and entry["generated_tokens"] > 0 and entry["prompt_tokens"] > 16
+
+
+def test_batches_answer_as_single_questions_do(nano, tmp_path):
+    run(nano, tmp_path / "single", batch_size=1)
+    run(nano, tmp_path / "batch", batch_size=5)
+    answers = [
+        [entry["answer"] for entry in read_entries(tmp_path / name / "samples.jsonl")] for name in ("single", "batch")
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_several_seeds_give_their_mean_and_their_spread(nano, tmp_path):
+    row_of = {"sample": lambda seed, index: square(seed, 0)}  # one colour a seed
+    results = run(nano, tmp_path, squares(**row_of), seeds=[0, 1, 2], samples=2)
+    summary = results["rows"]["colour"]
+    shares = torch.tensor([summary["seeds"][str(seed)]["exact"] for seed in range(3)])
+    assert summary["mean"]["exact"] == pytest.approx(shares.mean().item())
+    assert summary["std"]["exact"] == pytest.approx(shares.std().item())
+    assert summary["n"] == 6
+    assert set(harness.figures(results)["colour"]) == {"exact", "exact_std", "n"}
+
+
+def test_a_metric_without_value_for_a_seed_has_no_mean(nano, tmp_path):
+    row_of = {"aggregate": lambda scores: {"exact": None}}
+    results = run(nano, tmp_path, squares(**row_of), seeds=[0, 1], samples=1)
+    assert harness.figures(results)["colour"] == {"exact": None, "exact_std": None, "n": 2}
+
+
+@pytest.mark.parametrize(
+    ("thinking", "thinks"),
+    [
+        (False, {"colour": False, "deep": True, "fast": False}),
+        (True, {"colour": True, "deep": True, "fast": True}),
+        (["fast"], {"colour": False, "deep": True, "fast": True}),
+    ],
+)
+def test_rows_think_as_the_run_says_unless_they_fix_it(nano, tmp_path, thinking, thinks):
+    rows = ["colour", "deep", "fast"]
+    run(nano, tmp_path, rows=rows, samples=1, thinking=thinking)
+    entries = read_entries(tmp_path / "samples.jsonl")
+    assert {entry["row"]: entry["thought"] is not None for entry in entries} == thinks
+
+
+def writes(text, tokenizer):
+    """An option of chat() that lets the model write this text only."""
+    ids, start = tokenizer(text, add_special_tokens=False).input_ids, []
+
+    def allowed(_, written):
+        start.append(len(written))
+        return [ids[len(written) - start[0]]]
+
+    return {"prefix_allowed_tokens_fn": allowed}
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "answer", "exact"),
+    [
+        ("deep", "I see blue.\n</think>\n\nblue<|im_end|>", "blue", 1.0),
+        ("deep", "I see blue.\n</think>\n\nblue, I think<|im_end|>", "blue, I think", 0.0),
+        ("deep", "blue<|im_end|>", "", 0.0),  # the thought never ended
+        ("fast", "blue<|im_end|>", "blue", 1.0),
+        ("fast", "I see blue.\n</think>\n\nblue<|im_end|>", "I see blue.\n</think>\n\nblue", 0.0),
+        ("fast", "blue</box><|im_end|>", "blue</box>", 0.0),
+    ],
+)
+def test_only_what_follows_the_thought_is_the_answer(nano, tmp_path, row, text, answer, exact):
+    def prompt(sample):
+        asked = ask_for_the_colour(sample)
+        return replace(asked, options=asked.options | writes(text, nano[1].tokenizer))
+
+    run(nano, tmp_path, squares(prompt=prompt, max_new_tokens=40), rows=[row], samples=1)
+    (entry,) = read_entries(tmp_path / "samples.jsonl")
+    assert (entry["answer"], entry["scores"]) == (answer, {"exact": exact})
+    assert entry["finish_reason"] == "stop" and (entry["thought"] is not None) == (row == "deep")
+
+
+def test_an_answer_that_is_cut_off_says_so(nano, tmp_path):
+    run(nano, tmp_path, squares(max_new_tokens=1), samples=1)
+    (entry,) = read_entries(tmp_path / "samples.jsonl")
+    assert entry["finish_reason"] == "length" and entry["generated_tokens"] == 1
+
+
+def test_a_row_that_never_thinks_cannot_be_told_to(nano, tmp_path):
+    benchmark = squares(thinking=False)
+    with pytest.raises(UnknownRowError, match="colour is the row without thinking"):
+        run(nano, tmp_path, benchmark, thinking=["colour"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_hold_questions_with_equal_options_only(nano, tmp_path):
+    def prompt(sample):
+        asked = ask_for_the_colour(sample)
+        if sample[1] == "red":
+            return Prompt(asked.content, "red", asked.options | {"max_slice_nums": 2})
+        if sample[1] == "blue":
+            return Prompt([sample[0], *asked.content], "blue", asked.options | {"temporal_ids": [[0, 3]]})
+        return asked
+
+    row = squares(prompt=prompt).rows[0]
+    found = list(harness.batches(row, [SampleKey("colour", 0, index) for index in range(9)], 2))
+    names = [[question.prompt.expected for question in batch] for batch in found]
+    assert sorted(names) == [["blue"], ["blue"] * 2, ["green"], ["green"] * 2, ["red"], ["red"] * 2]
+    assert run(nano, tmp_path, squares(prompt=prompt), samples=9)["rows"]["colour"]["n"] == 9
+
+
+def test_more_samples_than_a_data_set_has_are_refused(nano, tmp_path):
+    with pytest.raises(harness.SampleCountError, match="5 samples were asked for; colour has 1 to 4"):
+        run(nano, tmp_path, squares(length=4))
+    with pytest.raises(harness.SampleCountError, match="0, 1, 0 are not all different"):
+        run(nano, tmp_path, seeds=[0, 1, 0])
+
+
+# --- Going on ---
+
+
+def test_what_the_log_holds_is_not_asked_again(nano, tmp_path, monkeypatch):
+    first = run(nano, tmp_path)
+    lines = (tmp_path / "samples.jsonl").read_text()
+    monkeypatch.setattr(harness, "ask", None)
+    assert run(nano, tmp_path) == first
+    assert (tmp_path / "samples.jsonl").read_text() == lines
+
+
+def test_a_longer_run_asks_only_for_the_rest(nano, tmp_path):
+    run(nano, tmp_path, samples=3)
+    results = run(nano, tmp_path, samples=7, rows=["colour", "fast"])
+    keys = [(entry["row"], entry["index"]) for entry in read_entries(tmp_path / "samples.jsonl")]
+    assert len(keys) == len(set(keys)) == 14
+    assert results["rows"] == run(nano, tmp_path / "whole", samples=7, rows=["colour", "fast"])["rows"]
+
+
+def test_a_resumed_run_asks_in_the_same_batches(nano, tmp_path, monkeypatch):
+    asked = []
+    ask = harness.ask
+
+    def listen(model, processor, row, thinks, questions):
+        asked.append([question.key.index for question in questions])
+        return ask(model, processor, row, thinks, questions)
+
+    monkeypatch.setattr(harness, "ask", listen)
+    run(nano, tmp_path)
+    assert asked == [[0, 1], [2, 3], [4]]
+    path = tmp_path / "samples.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]) + b'{"settings": "torn')
+    asked.clear()
+    run(nano, tmp_path)
+    assert asked == [[2, 3], [4]]
+    assert path.read_bytes() == whole
+
+
+def start_evaluation(folder):
+    command = (
+        "-m minicpmv.commands.evaluate nanobench --rows printed_line,video_order --samples 24 --batch-size 2 --output"
+    )
+    return subprocess.Popen(
+        [sys.executable, *command.split(), str(folder)],
+        cwd=REPOSITORY,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_process_that_is_run_again_ends_as_one_that_ran_through(nano, tmp_path):
+    process, log = start_evaluation(tmp_path / "killed"), tmp_path / "killed" / "samples.jsonl"
+    deadline = time.monotonic() + 300
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 15):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 15 <= log.read_bytes().count(b"\n") < 48 and not (tmp_path / "killed" / "results.json").exists()
+
+    process = start_evaluation(tmp_path / "killed")
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors
+    rows = ["printed_line", "video_order"]
+    run(nano, tmp_path / "whole", load_benchmark("nanobench"), rows=rows, samples=24)
+    for name in ("samples.jsonl", "settings.json", "results.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+# --- The log ---
+
+
+def entry(index, **fields):
+    return {"row": "colour", "seed": 0, "index": index, "answer": "naïve\u2028红色\n", **fields}
+
+
+def test_a_log_cut_anywhere_loses_its_last_line_at_most_and_goes_on(tmp_path):
+    log = SampleLog(tmp_path, {"weights": "a"})
+    log.append([entry(0)])
+    end_of_first = log.path.stat().st_size
+    log.append([entry(1)])
+    whole = log.path.read_bytes()
+    for cut in range(end_of_first, len(whole)):
+        log.path.write_bytes(whole[:cut])
+        again = SampleLog(tmp_path, {"weights": "a"})
+        assert [key.index for key in again.entries] == [0]
+        again.append([entry(1)])
+        assert log.path.read_bytes() == whole
+    assert SampleLog(tmp_path, {"weights": "a"}).entries[SampleKey("colour", 0, 1)]["answer"] == "naïve\u2028红色\n"
+
+
+def test_a_log_of_other_settings_is_refused_and_left_as_it_is(tmp_path):
+    SampleLog(tmp_path, {"weights": "a", "thinking": False}).append([entry(0)])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SampleLogError, match=r"weights 'a' \(now 'b'\); choose another folder"):
+        SampleLog(tmp_path, {"weights": "b", "thinking": False})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_lines_that_were_made_with_other_settings_are_refused(tmp_path):
+    SampleLog(tmp_path / "a", {"weights": "a"}).append([entry(0)])
+    SampleLog(tmp_path / "b", {"weights": "b"})
+    (tmp_path / "a" / "samples.jsonl").rename(tmp_path / "b" / "samples.jsonl")
+    with pytest.raises(SampleLogError, match="an answer made with other settings"):
+        SampleLog(tmp_path / "b", {"weights": "b"})
+    (tmp_path / "b" / "settings.json").unlink()
+    with pytest.raises(SampleLogError, match="no settings.json beside it"):
+        SampleLog(tmp_path / "b", {"weights": "a"})
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    log = SampleLog(tmp_path, {})
+    log.append([entry(0)])
+    log.path.write_text("not JSON\n" + log.path.read_text())
+    with pytest.raises(SampleLogError, match="samples.jsonl, line 1 is not JSON"):
+        SampleLog(tmp_path, {})
+
+
+def test_settings_follow_weights_processor_thinking_and_version(nano):
+    model, processor = nano
+    first = harness.settings_of(model, processor, squares(), False)
+    assert harness.settings_of(model, processor, squares(), False) == first
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        kept = weight[3, 5].item()
+        weight[3, 5] += 1e-3
+        changed = harness.settings_of(model, processor, squares(), False)
+        weight[3, 5] = kept
+    assert {name for name in first if first[name] != changed[name]} == {"weights"}
+    processor.image_processor.max_slice_nums += 1
+    changed = harness.settings_of(model, processor, replace(squares(), version=2), ["b", "a"])
+    processor.image_processor.max_slice_nums -= 1
+    assert {name for name in first if first[name] != changed[name]} == {"processor", "version", "thinking"}
+    assert harness.settings_of(model, processor, squares(), False) == first
+
+
+def test_weights_that_were_put_elsewhere_are_the_same_weights(nano):
+    offloaded, processor = load(str(REPOSITORY / "nano"))
+    offloaded = accelerate.cpu_offload(offloaded, execution_device="cpu")
+    assert next(offloaded.parameters()).device.type == "meta"
+    assert harness.settings_of(offloaded, processor, squares(), False) == harness.settings_of(*nano, squares(), False)
+
+
+def test_a_run_with_other_weights_does_not_touch_the_log(nano, tmp_path):
+    run(nano, tmp_path, samples=1)
+    before = (tmp_path / "samples.jsonl").read_bytes()
+    with pytest.raises(SampleLogError, match="thinking False"):
+        run(nano, tmp_path, samples=2, thinking=True)
+    assert (tmp_path / "samples.jsonl").read_bytes() == before
+
+
+# --- Checkpoints ---
+
+
+def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        load(str(tmp_path))

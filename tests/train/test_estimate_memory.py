@@ -1,0 +1,48 @@
+"""The computed memory of training is what a loaded 4-bit model takes, and what the page on training says."""
+
+import re
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+
+pytest.importorskip("trl")
+pytest.importorskip("bitsandbytes")
+
+sys.path.insert(0, str(REPOSITORY / "perf"))
+
+import estimate_memory as estimate  # noqa: E402
+
+from minicpmv.train.common.arguments import AdapterArguments, ModelArguments  # noqa: E402
+from minicpmv.train.common.loading import load_model_and_processor, part_of  # noqa: E402
+
+
+def test_computed_bytes_are_those_of_a_loaded_4bit_model():
+    nano = ModelArguments(str(REPOSITORY / "nano"), dtype="bfloat16")
+    model, _ = load_model_and_processor(nano, AdapterArguments("qlora"))
+    found = dict.fromkeys(("quantized", "adapter", "tower", "resampler", "llm"), 0)
+    for name, parameter in model.named_parameters():
+        if state := getattr(parameter, "quant_state", None):
+            found["quantized"] += parameter.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+        else:
+            found["adapter" if parameter.requires_grad else part_of(name)] += parameter.nbytes
+    computed = estimate.bytes_of_weights(estimate.qlora_model(REPOSITORY / "nano", 16))
+    assert list(computed.values()) == [found[name] for name in ("quantized", "llm", "tower", "resampler", "adapter")]
+
+
+def test_a_step_takes_more_with_more_tokens_and_holds_gradients_and_optimizer_states():
+    def peak(tokens):
+        return estimate.peak_of_step(estimate.qlora_model(REPOSITORY / "nano", 16), tokens, 1)
+
+    adapter = estimate.bytes_of_weights(estimate.qlora_model(REPOSITORY / "nano", 16))["adapter"]
+    assert 3 * adapter < peak(32) < peak(256)
+
+
+def test_the_page_on_training_states_the_computed_weights():
+    page = (REPOSITORY / "docs/training.md").read_text(encoding="utf-8")
+    stated = dict(re.findall(r"^\| ([^|]+?) \| ([\d.]+) GiB \|$", page, re.MULTILINE))
+    for name, size in estimate.bytes_of_weights(estimate.qlora_model(REPOSITORY, 16)).items():
+        assert stated[name] == f"{size / estimate.GIB:.2f}"
+    *parts, whole = map(float, stated.values())
+    assert len(parts) == 7 and whole == pytest.approx(sum(parts), abs=0.05)

@@ -1,0 +1,479 @@
+"""Reinforcement learning: modes, rollouts with pictures and clips, log-probabilities, rewards, and that it learns."""
+
+import csv
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY, name_seeded_model, tiny_config
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+
+trl = pytest.importorskip("trl")
+from datasets import Dataset  # noqa: E402
+
+from minicpmv.data.formats import BadRowError  # noqa: E402
+from minicpmv.train import rl  # noqa: E402
+from minicpmv.train.common.arguments import parse  # noqa: E402
+from minicpmv.train.grpo import HybridGRPOTrainer, UnsupportedRolloutError, question_row, reward_model_term  # noqa: E402
+from minicpmv.train.reward_model import load_reward_model, score_answers  # noqa: E402
+from minicpmv.train.reward_terms import accuracy_reward, format_reward  # noqa: E402
+
+
+NANO = str(REPOSITORY / "nano")
+PICTURES = {color: Image.new("RGB", (100, 100), color) for color in ("red", "blue")}
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
+
+
+def nano():
+    return AutoModel.from_pretrained(NANO, trust_remote_code=True)
+
+
+def ask(*parts, text="What color is it?"):
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def color_rows(count):
+    """Rows in TRL's form: the pictures stand in a column of their own."""
+    colors = list(PICTURES) * (count // 2)
+    rows = [{"prompt": ask({"type": "image"}), "images": [PICTURES[color]], "answer": color} for color in colors]
+    return Dataset.from_list(rows)
+
+
+def mixed_rows():
+    """A picture, two of which one is cut into slices, a packed clip, and text alone."""
+    clip = {"type": "video", "video": str(REPOSITORY / "assets/star.mp4")}
+    wide = PICTURES["blue"].resize((300, 200))
+    rows = [
+        {"prompt": ask({"type": "image"}), "images": [PICTURES["red"]]},
+        {"prompt": ask({"type": "image"}, {"type": "image"}), "images": [wide, PICTURES["red"]], "max_slice_nums": 4},
+        {"prompt": ask(clip, text="Which way does it move?"), "fps": 3.0, "force_packing": 3},
+        {"prompt": ask(text="Hi!")},
+    ]
+    return rows  # with columns of their own, as a stream gives them
+
+
+def trainer(
+    model,
+    processor,
+    rows,
+    output,
+    reward_funcs=(accuracy_reward, format_reward),
+    thinking_share=0.5,
+    eval_dataset=None,
+    **settings,
+):
+    defaults = {
+        "output_dir": str(output),
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    return HybridGRPOTrainer(
+        model,
+        list(reward_funcs),
+        trl.GRPOConfig(**defaults | settings),
+        thinking_share=thinking_share,
+        train_dataset=rows,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+    )
+
+
+def rollouts(trained, rows, generations):
+    """A generation batch as the trainer makes it: each row `generations` times."""
+    trained.model.train()
+    return trained._generate_and_score_completions([row for row in rows for _ in range(generations)])
+
+
+def inputs_of(processor, row, enable_thinking):
+    """What the model is asked outside of training."""
+    pictures = iter(row.get("images", []))
+    prompt = [
+        {
+            **message,
+            "content": [
+                part | ({"image": next(pictures)} if part == {"type": "image"} else {}) for part in message["content"]
+            ],
+        }
+        for message in row["prompt"]
+    ]
+    options = {name: row[name] for name in ("max_slice_nums", "fps", "force_packing") if row.get(name) is not None}
+    return processor.apply_chat_template(
+        prompt,
+        add_generation_prompt=True,
+        enable_thinking=enable_thinking,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        **options,
+    )
+
+
+def no_reward(prompts, **kwargs):
+    return [0.0] * len(prompts)
+
+
+# --- Modes and rollouts ---
+
+
+def test_half_of_the_groups_think_all_rollouts_of_a_group_alike(processor, tmp_path):
+    seen = []
+
+    def record(enable_thinking, **kwargs):
+        seen.append(enable_thinking)
+        return [0.0] * len(enable_thinking)
+
+    run = trainer(nano(), processor, color_rows(4), tmp_path, [record], num_generations=2)
+    batch = rollouts(run, color_rows(4), 2)
+    assert seen == [[False, False, True, True] * 2]
+    endings = processor.batch_decode(batch["prompt_ids"][:, -4:])
+    for text, thinks in zip(endings, seen[0], strict=True):
+        assert text.endswith("<think>\n" if thinks else "</think>\n\n")
+    assert list(run._logs["extra"]["enable_thinking"]) == seen[0]
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0, 0), (1, 12), (1 / 3, 4), (0.5, 6)])
+def test_the_share_of_thinking_groups_is_kept_over_batches(processor, tmp_path, share, expected):
+    run = trainer(nano(), processor, color_rows(4), tmp_path, [no_reward], thinking_share=share)
+    run.model.train()
+    groups = [group for _ in range(4) for group in run._groups(12)]  # three groups of four a batch
+    assert groups == [group for group in range(12) for _ in range(4)]
+    assert sum(run._thinks(group) for group in range(12)) == expected
+
+
+def test_rollouts_of_pictures_clips_and_text_are_what_the_model_answers_alone(processor, tmp_path):
+    run = trainer(
+        nano(),
+        processor,
+        color_rows(4),
+        tmp_path,
+        [no_reward],
+        num_generations=2,
+        thinking_share=0.5,
+        generation_kwargs={"do_sample": False},
+    )
+    batch = rollouts(run, mixed_rows(), 2)
+    model = run.model.eval()
+    for place, ids in enumerate(batch["completion_ids"]):
+        inputs = inputs_of(processor, mixed_rows()[place // 2], enable_thinking=place // 2 % 2 == 1)
+        expected = model.generate(**inputs, max_new_tokens=12, do_sample=False, repetition_penalty=1.0)
+        expected = expected[0, inputs["input_ids"].shape[1] :]
+        written = ids[batch["completion_mask"][place].bool()]
+        assert written.tolist() == expected[: len(written)].tolist()
+        assert len(written) == len(expected) or written[-1] == processor.tokenizer.eos_token_id
+
+
+def test_log_probabilities_are_those_of_the_model_and_the_first_importance_ratio_is_1(processor, tmp_path):
+    # Two updates from the same rollouts: only then are the old log-probabilities kept.
+    run = trainer(nano(), processor, color_rows(4), tmp_path, [no_reward], num_generations=2, num_iterations=2)
+    batch = rollouts(run, mixed_rows(), 2)
+    assert {"pixel_values", "tgt_sizes", "temporal_ids", "old_per_token_logps"} <= batch.keys()
+    mask = batch["completion_mask"].bool()
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    order = torch.tensor([3, 6, 0, 5, 1, 7, 2, 4])  # the trainer shuffles rollouts before it splits them
+    shuffled = {name: batch[name][order] for name in ("pixel_values", "tgt_sizes", "temporal_ids")}
+    run._visual_inputs = shuffled
+    new, _, _ = run._get_per_token_logps_and_entropies(
+        run.model, ids[order], attention_mask[order], mask.shape[1], batch_size=3
+    )
+    ratio = (new[order.argsort()] - batch["old_per_token_logps"]).exp()
+    assert (ratio[mask] - 1).abs().max() < 1e-4
+
+    model = run.model.eval()
+    for place in range(8):
+        inputs = inputs_of(processor, mixed_rows()[place // 2], enable_thinking=place // 2 % 2 == 1)
+        prompt_length, written = inputs["input_ids"].shape[1], batch["completion_ids"][place, mask[place]]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], written[None]], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, prompt_length - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, written[:, None])[:, 0]
+        torch.testing.assert_close(batch["old_per_token_logps"][place, mask[place]], expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_batch_of_text_alone_trains(processor, tmp_path):
+    rows = Dataset.from_list([{"prompt": ask(text=text)} for text in ("Hi!", "Good day.")])
+
+    def by_length(completion_ids, **kwargs):
+        return [float(place) for place, _ in enumerate(completion_ids)]
+
+    model = nano()
+    before = model.llm.model.layers[0].mlp.up_proj.weight.detach().clone()
+    run = trainer(model, processor, rows, tmp_path, [by_length])
+    run.train()
+    assert not torch.equal(before, model.llm.model.layers[0].mlp.up_proj.weight)
+
+
+def test_vllm_rollouts_are_refused_before_anything_starts(processor, tmp_path):
+    with pytest.raises(UnsupportedRolloutError, match="own generate"):
+        trainer(nano(), processor, color_rows(4), tmp_path, use_vllm=True)
+
+
+# --- Rewards ---
+
+
+def test_rewards_judge_the_whole_text_though_the_full_tokenizer_parses_thoughts_out(repository, tmp_path):
+    processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True)
+    assert processor.tokenizer.response_template  # TRL would hand over thought and answer apart
+    run = trainer(name_seeded_model(tiny_config()), processor, color_rows(4), tmp_path)
+    texts = ["see\n</think>\n\nred<|im_end|>", "see<|im_end|>", "<box>1 2 3 4</box><|im_end|>", "red!"]
+    thinks = [True, True, False, False]
+    rows = [
+        {"enable_thinking": mode, "answer": answer}
+        for mode, answer in zip(thinks, ["red", "red", "<box>1 2 3 4</box>", "red"], strict=True)
+    ]
+    ids = [processor.tokenizer(text).input_ids for text in texts]
+    parsed = [[{"role": "assistant", "reasoning_content": "see", "content": "red"}]] * 4
+    rewards = run._calculate_rewards(rows, [ask()] * 4, parsed, ids)
+    assert rewards.tolist() == [[1, 1], [0, 0], [1, 1], [0, 1]]  # accuracy, format
+
+
+def test_the_score_of_a_reward_model_is_standardised_and_sees_final_answers_only(processor, tmp_path):
+    torch.manual_seed(0)
+    reward_model = load_reward_model(NANO, new_head=True, trust_remote_code=True)
+    term = reward_model_term(reward_model, processor)
+    run = trainer(nano(), processor, color_rows(4), tmp_path, [format_reward, term], reward_weights=[1.0, 0.5])
+    prompts = [ask({"type": "image", "image": PICTURES[color]}) for color in ("red", "red", "blue", "red", "red")]
+    texts = ["see\n</think>\n\nred", "other words\n</think>\n\nred", "red", "blue", "never closed"]
+    modes = [True, True, False, False, True]
+    rows = [{"enable_thinking": mode} for mode in modes]
+    ids = [processor.tokenizer(text).input_ids for text in texts]
+    scores = run._calculate_rewards(rows, prompts, [None] * 5, ids)[:, 1]
+    raw = score_answers(reward_model, processor, prompts[:4], ["red", "red", "red", "blue"])
+    torch.testing.assert_close(scores[:4], (raw - raw.mean()) / raw.std(), atol=1e-4, rtol=1e-4)
+    assert scores[4] == 0  # no answer, no score
+    assert (scores[0] - scores[1]).abs() < 1e-4
+
+
+def test_a_run_with_a_reward_model_logs_every_term_and_each_mode(processor, tmp_path):
+    torch.manual_seed(0)
+    term = reward_model_term(load_reward_model(NANO, new_head=True, trust_remote_code=True), processor)
+    run = trainer(nano(), processor, color_rows(4), tmp_path, [accuracy_reward, format_reward, term], beta=0.0)
+    run.train()
+    (logged,) = [entry for entry in run.state.log_history if "reward" in entry]
+    assert logged["thinking_share"] == 0.5 and {"accuracy/deep", "accuracy/fast"} <= logged.keys()
+    assert abs(logged["rewards/reward_model_score/mean"]) < 1e-5
+    assert math.isfinite(logged["reward_model_score/raw"]) and "kl" not in logged
+
+
+# --- The command ---
+
+
+def flags(folder, rows, **options):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    quick = {
+        "model_name_or_path": NANO,
+        "dataset_name": path,
+        "image_folder": REPOSITORY / "assets",
+        "output_dir": folder / "output",
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 8,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    return [f"--{name}={value}" for name, value in (quick | options).items()]
+
+
+CONVERSATION = {
+    "image": "shapes.jpg",
+    "conversations": [
+        {"role": "user", "content": "<image>\nHow many shapes are there?"},
+        {"role": "assistant", "content": "<think>\nOne, two.\n</think>\n\n2"},
+    ],
+}
+QUESTION = {"prompt": ask({"type": "image"}, text="Which number is it?"), "images": ["number.jpg"], "answer": "47"}
+
+
+def test_a_conversation_becomes_a_question_whose_answer_is_its_last_without_the_thought():
+    row = question_row(CONVERSATION | {"max_slice_nums": 2})
+    assert row["answer"] == "2" and row["max_slice_nums"] == 2
+    assert [message["role"] for message in row["prompt"]] == ["user"]
+    assert [part["type"] for part in row["prompt"][0]["content"]] == ["image", "text"]
+    row = question_row(QUESTION)
+    assert row["answer"] == "47" and row["prompt"][0]["content"][0]["image"]["path"] == "number.jpg"
+    assert question_row({"prompt": "Hi"})["answer"] is None
+    with pytest.raises(BadRowError, match="no question"):
+        question_row({"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"})
+    with pytest.raises(BadRowError, match="'answer' is text"):
+        question_row(QUESTION | {"answer": 47})
+
+
+def test_the_command_trains_an_adapter_with_all_terms_and_leaves_card_log_and_curves(processor, tmp_path):
+    torch.manual_seed(0)
+    load_reward_model(NANO, new_head=True, trust_remote_code=True).save_pretrained(tmp_path / "judge")
+    processor.save_pretrained(tmp_path / "judge")
+    rl.main(flags(tmp_path, [CONVERSATION] * 2, adapter="lora", reward_model=tmp_path / "judge", max_steps=2))
+    output = tmp_path / "output"
+    names = {row["name"] for row in csv.DictReader((output / "log.csv").open())}
+    terms = ("accuracy_reward", "format_reward", "repetition_penalty_reward", "reward_model_score")
+    assert {f"rewards/{term}/mean" for term in terms} <= names
+    assert {"README.md", "curves.png", "adapter_model.safetensors", "processing_minicpmv.py"} <= {
+        path.name for path in output.iterdir()
+    }
+    model = AutoModel.from_pretrained(output, trust_remote_code=True)
+    assert any("lora_B" in name for name, _ in model.named_parameters())
+
+
+def test_a_picture_that_breaks_off_ends_the_command_by_the_name_of_its_row(tmp_path, capsys):
+    whole = (REPOSITORY / "assets/number.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SystemExit):
+        rl.main(flags(tmp_path, [QUESTION | {"images": [str(tmp_path / "half.jpg")]}] * 2))
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("minicpmv: Row rows.jsonl[")
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"prompt": "Hi"}], {}, "Nothing says what a good answer is"),
+        ([{"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"}], {}, "minicpmv train reward"),
+        ([QUESTION], {"thinking_share": 2}, "thinking_share"),
+        ([QUESTION], {"use_vllm": True}, "own generate"),
+        ([QUESTION], {"reward_model": "nowhere/at/all"}, "nowhere/at/all"),
+        ([QUESTION], {"reward_model": NANO}, "no value head"),
+        ([QUESTION], {"on_too_long": "drop"}, "on_too_long"),
+    ],
+)
+def test_what_cannot_work_ends_the_command_in_one_line(rows, options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        rl.main(flags(tmp_path, rows, **options))
+    assert end.value.code == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("minicpmv: ") and message in last
+
+
+def test_the_recipe_is_that_of_the_paper(tmp_path):
+    (tmp_path / "questions.jsonl").write_text("")
+    recipe = ["--config", str(REPOSITORY / "recipes/rl.yaml"), "--model_name_or_path", NANO]
+    *_, args = parse(
+        rl.GROUPS, [*recipe, "--dataset_name", str(tmp_path / "questions.jsonl"), "--use_cpu", "--bf16=False"]
+    )
+    rollouts = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    assert (rollouts // args.num_generations, args.num_generations) == (128, 8)
+    assert (args.max_completion_length, args.temperature, args.learning_rate) == (8192, 1.0, 1e-6)
+    assert (args.thinking_share, args.beta, args.entropy_coef) == (0.5, 0.0, 0.0)
+    # Every rollout of a step comes from the same policy.
+    assert args.gradient_accumulation_steps % args.steps_per_generation == 0
+
+
+# --- Learning ---
+
+
+def taught_two_ways(model, processor, steps=40):
+    """The model after a little supervised tuning: with and without a thought, half of its answers are longer than asked."""
+    rng = random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(steps):
+        conversations = []
+        for thought in ("", "<think>\nlook\n</think>\n\n"):
+            for color in PICTURES:
+                answer = {"role": "assistant", "content": thought + rng.choice((color, f"the {color} shape"))}
+                conversations.append([*ask({"type": "image", "image": PICTURES[color]}), answer])
+        inputs = processor.apply_chat_template(
+            conversations, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+        )
+        mask = torch.as_tensor(inputs.pop("assistant_masks")).bool()
+        loss = model(**inputs, labels=inputs["input_ids"].masked_fill(~mask, -100)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.slow
+def test_grpo_learns_what_the_reward_wants_about_pictures_in_both_modes(processor, tmp_path):
+    torch.manual_seed(0)
+    run = trainer(
+        taught_two_ways(nano(), processor),
+        processor,
+        color_rows(8),
+        tmp_path,
+        eval_dataset=color_rows(8),
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=32,
+        learning_rate=1e-4,
+        max_steps=25,
+    )
+    before = run.evaluate()
+    run.train()
+    after = run.evaluate()
+    for mode in ("deep", "fast"):
+        name = f"eval_accuracy/{mode}"
+        assert before[name] < 0.75 and after[name] > 0.8, (before, after)
+    assert all(entry.get("thinking_share", 0.5) == 0.5 for entry in run.state.log_history)
+
+
+TWO_RANKS = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from test_train_rl import *
+
+torch.set_num_threads(1)
+output = sys.argv[1]
+modes = []
+
+def by_place(enable_thinking, **kwargs):
+    modes.extend(enable_thinking)
+    return [float(place % 2) for place in range(len(enable_thinking))]
+
+rows = Dataset.from_list(
+    [{{"prompt": ask({{"type": "image"}}), "images": [PICTURES["red"]]}}, {{"prompt": ask(text="Hi!"), "images": []}}] * 2
+)
+model = nano()
+before = sum(p.double().sum() for p in model.parameters()).item()
+processor = AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
+run = trainer(model, processor, rows, output, [by_place], per_device_train_batch_size=4, max_steps=2,
+              shuffle_dataset=False, ddp_find_unused_parameters=False)
+run.train()
+after = sum(p.double().sum() for p in model.parameters()).item()
+pictures = "pixel_values" in run._visual_inputs
+with open(f"{{output}}/rank{{run.accelerator.process_index}}.json", "w") as file:
+    json.dump({{"before": before, "after": after, "modes": modes, "pictures": pictures}}, file)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model_though_one_has_no_pictures(tmp_path):
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS.format(tests=str(REPOSITORY / "tests")))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"]
+    launch += ["--num_processes=2", "--mixed_precision=no", "--main_process_port=0", str(script), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, env=environment, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first["pictures"] and not second["pictures"]
+    assert first["modes"] == [False] * 8 and second["modes"] == [True] * 8  # groups 0 and 2; 1 and 3
+    assert first["after"] == second["after"] != first["before"]

@@ -1,0 +1,218 @@
+"""nano: its tokenizer, its training batches, its recipe, its training loop and its scores."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
+
+from minicpmv.drawn.drawing import COLOR_CLASSES, KIND_CLASSES
+from minicpmv.drawn.samples import Mixture, Sample, Turn, bench_sample, make_sample
+from minicpmv.train import dpo, sft
+from minicpmv.train.feedback.run import run as feedback
+from minicpmv.train.nano.batches import IGNORED, ConversationEncoder, collate, training_batch
+from minicpmv.train.nano.pretrain import Recipe, RecipeError, Stage, Trainee, optimizers_of, spread_queries, train
+from minicpmv.train.nano.tokenizer import train_merges
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NANO = REPOSITORY / "nano"
+EVERYTHING = Mixture(sliced=0.5, thinking=0.5)
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def encoder(processor):
+    return ConversationEncoder(processor.image_processor, processor.tokenizer)
+
+
+def tiny_trainee():
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(NANO, trust_remote_code=True)
+    config.num_hidden_layers = config.max_window_layers = 1
+    config.layer_types = config.layer_types[:1]
+    config.vision_config.num_hidden_layers = 1
+    model = AutoModel.from_config(config, trust_remote_code=True, dtype=torch.float32)
+    spread_queries(model.resampler)
+    return Trainee(model).train()
+
+
+# --- Tokenizer ---
+
+
+def test_the_tokenizer_has_the_added_tokens_of_the_full_model_by_name():
+    full = json.loads((REPOSITORY / "tokenizer_config.json").read_text(encoding="utf-8"))["added_tokens_decoder"]
+    own = json.loads((NANO / "tokenizer_config.json").read_text(encoding="utf-8"))["added_tokens_decoder"]
+    assert list(own.values()) == [full[token_id] for token_id in sorted(full, key=int)]
+
+
+def test_print_is_read_character_by_character_and_id_0_is_an_exclamation_mark():
+    tokenizer = AutoTokenizer.from_pretrained(NANO, trust_remote_code=True)
+    assert tokenizer.tokenize("OPEN") == list("OPEN") and tokenizer.tokenize("4071") == list("4071")
+    assert tokenizer("!").input_ids == [0]
+    text = "What color is the star? naïve 你好\n"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_the_committed_tokenizer_is_the_one_that_the_recipe_builds():
+    model = json.loads((NANO / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    vocabulary, merges = train_merges()
+    assert model["vocab"] == vocabulary and [tuple(merge) for merge in model["merges"]] == merges
+
+
+def test_the_ids_in_the_config_are_those_of_the_tokenizer():
+    config = AutoConfig.from_pretrained(NANO, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(NANO, trust_remote_code=True)
+    assert config.image_token_id == tokenizer.unk_token_id
+    assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert len(tokenizer) <= config.vocab_size
+
+
+# --- Batches ---
+
+
+@pytest.mark.parametrize("index", range(24))
+def test_training_sees_what_inference_sees(processor, encoder, index):
+    sample = make_sample("train", 5, index, EVERYTHING)
+    example = encoder.encode(sample)
+    messages = []
+    for turn in sample.turns:
+        messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
+        thought = "" if turn.thought is None else f"<think>\n{turn.thought}\n</think>\n\n"
+        messages.append({"role": "assistant", "content": thought + turn.answer})
+    messages[0]["content"] = [{"type": "image", "image": image} for image in sample.images] + messages[0]["content"]
+    options = {"max_slice_nums": sample.max_slice_nums}
+    if sample.temporal_ids is not None:
+        options |= {"temporal_ids": sample.temporal_ids, "use_image_id": False}
+    options |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    thinks = sample.turns[-1].thought is not None
+    prompt = processor.apply_chat_template(
+        messages[:-1], add_generation_prompt=True, enable_thinking=thinks, **options
+    )
+    whole = processor.apply_chat_template(messages, **options)
+    assert whole["input_ids"][0].tolist() == example.input_ids
+    start = prompt["input_ids"].shape[1]
+    assert prompt["input_ids"][0].tolist() == example.input_ids[:start]
+    last = [label for label in example.labels[start:] if label != IGNORED]
+    written = messages[-1]["content"].removeprefix("<think>\n") + "<|im_end|>"
+    assert processor.tokenizer.decode(last) == written
+    assert all(torch.equal(a, b) for a, b in zip(prompt["pixel_values"][0], example.pixel_values, strict=True))
+
+
+def test_every_patch_has_a_label(encoder):
+    for index in range(20):
+        example = encoder.encode(make_sample("train", 6, index, EVERYTHING))
+        patches = sum(rows * cols for rows, cols in example.tgt_sizes.tolist())
+        assert len(example.kind_labels) == len(example.color_labels) == patches
+        assert example.kind_labels.max() < len(KIND_CLASSES) and example.color_labels.max() < len(COLOR_CLASSES)
+
+
+def test_a_training_batch_follows_from_its_number_and_has_one_layout(encoder):
+    alike = replace(EVERYTHING, thinking=0.0)
+    layouts = set()
+    for number in range(16):
+        batch = training_batch(encoder, alike, 4, seed=0, number=number)
+        again = training_batch(encoder, alike, 4, seed=0, number=number)
+        assert torch.equal(batch["input_ids"], again["input_ids"])
+        clips = {units != [[-1]] * len(units) for units in batch["temporal_ids"]}
+        assert len(clips) == 1
+        layouts.add((clips.pop(), any(len(sizes) > 1 for sizes in batch["tgt_sizes"])))
+    assert layouts == {(False, False), (False, True), (True, True)}
+
+
+# --- Training ---
+
+
+def test_a_tiny_net_learns_one_picture_by_heart(encoder):
+    trainee = tiny_trainee()
+    sample = make_sample("train", 0, 0, Mixture(scenes={"shapes": 1}, sliced=0))
+    single = Sample(sample.drawings, [Turn("colour", "What color is the shape?", "purple")])
+    batch = collate([encoder.encode(single)], encoder.tokenizer.pad_token_id)
+    optimizers = optimizers_of(trainee, 0.0)
+    losses = []
+    for _ in range(40):
+        dense_loss, answer_loss, _, _ = trainee(batch)
+        trainee.zero_grad()
+        (dense_loss + answer_loss).backward()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 3e-3
+            optimizer.step()
+        losses.append((dense_loss.item(), answer_loss.item()))
+    assert losses[-1][0] < 0.5 * losses[0][0] and losses[-1][1] < 0.1
+
+
+def test_heads_of_queries_start_spread_over_the_picture():
+    resampler = tiny_trainee().model.resampler
+    with torch.no_grad():
+        states = resampler.ln_q(resampler.query), resampler.positions([(8, 10)], [-1], "cpu")
+        weights = resampler.attn.in_proj_weight.chunk(3)
+        query, key = (
+            torch.nn.functional.linear(state, weight).unflatten(-1, (-1, resampler.attn.head_dim))
+            for state, weight in zip(states, weights, strict=False)
+        )
+        nearest = torch.einsum("qhd,khd->qhk", query, key).argmax(-1).flatten().tolist()
+    assert len(nearest) == 36 * 2 and len(set(nearest)) > 50  # of 80 patches
+
+
+def test_a_run_goes_on_from_its_state_and_leaves_a_model_that_loads(tmp_path):
+    stages = [
+        Stage("tower", 2, 2, 1e-3, Mixture({"shapes": 1, "line": 1}), batches=1, answers=False),
+        Stage("answers", 2, 2, 1e-3, Mixture({"form": 1, "clip_move": 1}), batches=1, tower_views=0),
+    ]
+    recipe = Recipe(stages[:1], model=str(NANO), processes=1, validation_samples=2)
+    train(0, recipe, tmp_path)
+    recipe.stages = stages
+    with (tmp_path / "log.jsonl").open("a") as log:  # as a run leaves it that was killed after its last save
+        log.write('{"stage": 1, "step": 1, "samples": 6}\n')
+    train(0, recipe, tmp_path)
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(entry["stage"], entry["samples"]) for entry in entries] == [(0, 4), (1, 8)]
+    assert (tmp_path / "curves.png").is_file()
+    model = AutoModel.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    sample = bench_sample("colour")
+    text = model.chat(sample.images[0], [{"role": "user", "content": sample.turns[0].question}], processor=processor)
+    assert isinstance(text, str)
+
+
+def test_the_recipe_of_nano_is_valid_and_a_misspelt_field_is_named(tmp_path):
+    assert Recipe.load(REPOSITORY / "recipes" / "nano" / "pretraining.yaml").stages
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("stages: [{name: a, steps: 1, batch_size: 1, learning_rat: 0.1}]")
+    with pytest.raises(RecipeError, match="learning_rat"):
+        Recipe.load(wrong)
+
+
+@pytest.mark.slow
+def test_the_later_stages_of_nano_follow_each_other_by_their_recipes(tmp_path, monkeypatch):
+    """Few and short steps, each from what the one before left."""
+    monkeypatch.chdir(REPOSITORY)
+
+    def folder(name):
+        return str(tmp_path / name)
+
+    def options(recipe, **changes):
+        changed = (f"--{name}={value}" for name, value in changes.items())
+        return ["--config", f"recipes/nano/{recipe}.yaml", *changed]
+
+    few = {"max_steps": 1, "per_device_train_batch_size": 2}
+    sft.main(options("sft", model_name_or_path=NANO, output_dir=folder("sft"), **few))
+    # Hot enough that the captions of a picture differ.
+    hot = {"temperature": 2.0, "max_prompts": 24}
+    feedback.main(options("feedback", model_name_or_path=folder("sft"), output_dir=folder("feedback"), **hot))
+    pairs = {"dataset_name": folder("feedback/pairs"), "warmup_steps": 0}
+    dpo.main(options("dpo", model_name_or_path=folder("sft"), output_dir=folder("dpo"), **pairs, **few))
+    before, after = (
+        AutoModel.from_pretrained(folder(name), trust_remote_code=True).state_dict() for name in ("sft", "dpo")
+    )
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
