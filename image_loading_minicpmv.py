@@ -183,7 +183,7 @@ def _array_to_pil(array: np.ndarray, input_data_format: str | None, channels_las
             channels_last = not channels_last
         if not channels_last:
             array = np.moveaxis(array, 0, -1)
-    if array.ndim not in (2, 3) or array.ndim == 3 and not 1 <= array.shape[-1] <= 4:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and not 1 <= array.shape[-1] <= 4):
         raise ImageInputError(
             f"array of shape {tuple(shape)} is not one picture; give (height, width), (height, width, channels) or "
             "(channels, height, width) with 1 to 4 channels, set input_data_format if the axes are in doubt, and pass "

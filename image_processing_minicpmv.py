@@ -213,7 +213,7 @@ def _check_groups(temporal_ids: Iterable[Iterable[int]]) -> list[list[int]]:
         if not all(isinstance(number, numbers.Integral) for number in group):
             raise FramePackingError(f"temporal_ids of group {group!r} must be integers (tenths of a second)")
         group = [int(number) for number in group]
-        if not group or min(group) < 0 and group != [-1]:
+        if not group or (min(group) < 0 and group != [-1]):
             raise FramePackingError(
                 f"group {group!r} of temporal_ids is not allowed; ids are 0 or more, and a still picture is [-1]"
             )

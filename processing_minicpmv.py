@@ -88,7 +88,14 @@ class MiniCPMVProcessor(ProcessorMixin):
     audio_tokenizer = None  # transformers 4.57 reads it when saving
     image_token = "<unk>"
     # Lists of one entry a prompt: pictures have slices of unequal size and number.
-    skip_tensor_conversion = "pixel_values image_sizes tgt_sizes temporal_ids image_bound video_metadata".split()
+    skip_tensor_conversion = [
+        "pixel_values",
+        "image_sizes",
+        "tgt_sizes",
+        "temporal_ids",
+        "image_bound",
+        "video_metadata",
+    ]
 
     def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
         if video_processor is None and image_processor is not None:

@@ -263,7 +263,12 @@ class SessionMixin:
         limit = self.config.max_position_embeddings
         max_tokens = min(16384, limit) if max_tokens is None else max_tokens
         for name, value, most in (("max_tokens", max_tokens, limit), ("max_pictures", max_pictures, None)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0 or most is not None and value > most:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int)
+                or value < 0
+                or (most is not None and value > most)
+            ):
                 raise ValueError(f"{name}={value!r} has to be a number from 0{'' if most is None else f' to {most}'}.")
         if when_full not in ("drop", "error"):
             raise ValueError(f"when_full={when_full!r} does not exist: choose 'drop' or 'error'.")

@@ -10,6 +10,7 @@ Normaliser and pre-tokenizer are those of transformers' Qwen2Tokenizer, the adde
 import argparse
 import base64
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -66,7 +67,7 @@ def recover_merge(token, ranks):
     limit = ranks[token]
     pieces = [token[i : i + 1] for i in range(len(token))]
     while len(pieces) > 2:
-        rank, i = min((ranks.get(a + b, limit), i) for i, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False)))
+        rank, i = min((ranks.get(a + b, limit), i) for i, (a, b) in enumerate(itertools.pairwise(pieces)))
         if rank == limit:
             raise VocabularyError(f"token {token!r} of rank {limit} is no merge of two tokens of lower rank")
         pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]

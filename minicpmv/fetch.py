@@ -97,7 +97,7 @@ def read_shapes(folder):
     for file in files:
         try:
             with safe_open(folder / file, framework="np") as tensors:
-                for name in tensors.keys():
+                for name in tensors:
                     shapes[name], home[name] = tensors.get_slice(name).get_shape(), file
         except SafetensorError as error:  # a header that does not fit the file's length is the sign of a cut-off file
             raise DamagedFilesError(folder, [file], f"unreadable or cut off ({error})") from error

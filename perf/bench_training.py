@@ -72,9 +72,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch_size", type=int, default=6)
     options = parser.parse_args()
-    rows = []
-    for adapter in options.adapters:
-        rows.append((adapter, *measure(options.model, adapter, options.steps, options.batch_size)))
+    rows = [
+        (adapter, *measure(options.model, adapter, options.steps, options.batch_size)) for adapter in options.adapters
+    ]
     print(f"\n{options.batch_size} samples a step, {options.steps} steps, {torch.get_num_threads()} threads, CPU time")
     print(f"{'adapter':10}{'samples/s':>12}{'passes alone':>16}{'share':>8}")
     for adapter, training, passes in rows:

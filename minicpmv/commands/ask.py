@@ -69,7 +69,7 @@ def ask(
         files, question = split_inputs(inputs or [])
         terminal.check_media((file for file in files if file != "-"), "; the question comes last, in quotes")
         data = b""
-        if "-" in files or (not files or question is None) and not sys.stdin.isatty():
+        if "-" in files or ((not files or question is None) and not sys.stdin.isatty()):
             data = sys.stdin.buffer.read()
         text = as_text(data)
         if "-" in files and not data:

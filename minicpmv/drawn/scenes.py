@@ -33,9 +33,30 @@ from minicpmv.drawn.wording import Wording
 
 CAPITALS = string.digits + string.ascii_uppercase
 SMALL_LETTERS = string.digits + string.ascii_lowercase
-FORM_KEYS = (
-    "NAME CITY ROOM SEAT GATE CODE ITEM DATE TIME TOTAL TAX PRICE CASH QTY ORDER TABLE MODEL LOT TRAIN FLIGHT UNIT COLOR"
-).split()
+FORM_KEYS = [
+    "NAME",
+    "CITY",
+    "ROOM",
+    "SEAT",
+    "GATE",
+    "CODE",
+    "ITEM",
+    "DATE",
+    "TIME",
+    "TOTAL",
+    "TAX",
+    "PRICE",
+    "CASH",
+    "QTY",
+    "ORDER",
+    "TABLE",
+    "MODEL",
+    "LOT",
+    "TRAIN",
+    "FLIGHT",
+    "UNIT",
+    "COLOR",
+]
 FRAMES = 6  # of a clip; all of them fit into one set of queries
 
 

@@ -22,7 +22,7 @@ def final_answer(text: str, enable_thinking: bool = False) -> str | None:
         text: what the model wrote, without its closing token.
         enable_thinking: the prompt had opened a thought, so the text begins inside it.
     """
-    thought, closed, answer = text.rpartition(THINK_END)
+    _thought, closed, answer = text.rpartition(THINK_END)
     if THINK_START in answer or (enable_thinking and not closed):
         return None
     return answer.strip()

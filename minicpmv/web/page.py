@@ -15,12 +15,12 @@ from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
-import gradio as gr  # noqa: E402
-from starlette.middleware import Middleware  # noqa: E402
+import gradio as gr
+from starlette.middleware import Middleware
 
-from minicpmv.commands import demo  # noqa: E402
-from minicpmv.web.conversation import MAX_PACKING, THINKING, Conversation, Settings  # noqa: E402
-from minicpmv.web.view import render  # noqa: E402
+from minicpmv.commands import demo
+from minicpmv.web.conversation import MAX_PACKING, THINKING, Conversation, Settings
+from minicpmv.web.view import render
 
 
 FOLDER = Path(__file__).parent

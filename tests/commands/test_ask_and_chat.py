@@ -305,7 +305,7 @@ def test_thinking_is_switched_in_the_conversation_and_the_thought_is_kept_apart(
 
 
 def test_a_saved_conversation_goes_on_where_it_was(run, nano, tmp_path):
-    model, processor = nano
+    _model, _processor = nano
     folder = tmp_path / "talk"
     saved = run("chat", NUMBER, STAR, "--system", "Be kind.", *SHORT, stdin=f"{QUESTION}\n/save {folder}\nAnd?\n")
     assert saved.exit_code == 0

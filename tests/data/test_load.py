@@ -80,7 +80,22 @@ DATA_URL = "data:image/jpeg;base64," + base64.b64encode((ASSETS / "number.jpg").
         {"images": [NUMBER], "query": f"<image>{QUESTION}", "response": ANSWER},
         {"images": [NUMBER], "instruction": "<image>\nWhat number is", "input": "this?", "output": ANSWER},
     ],
-    ids="front mark dict dict-mark from-value swift trl bytes-path completion text url openai query alpaca".split(),
+    ids=[
+        "front",
+        "mark",
+        "dict",
+        "dict-mark",
+        "from-value",
+        "swift",
+        "trl",
+        "bytes-path",
+        "completion",
+        "text",
+        "url",
+        "openai",
+        "query",
+        "alpaca",
+    ],
 )
 def test_the_same_conversation_in_any_format_gives_the_same_row(row):
     expected = PICTURE_FIRST | ({"train_on": "last"} if "completion" in row else {})
@@ -172,7 +187,7 @@ GOOD, BAD = ([{"role": "assistant", "content": value}] for value in ("47", "12")
         {"images": [NUMBER], "messages": turns(f"<image>{QUESTION}", "47"), "rejected_response": "12"},
         {"images": [NUMBER], "instruction": f"<image>\n{QUESTION}", "chosen": "47", "rejected": "12"},
     ],
-    ids="own explicit text implicit from-value swift alpaca".split(),
+    ids=["own", "explicit", "text", "implicit", "from-value", "swift", "alpaca"],
 )
 def test_the_same_preference_in_any_format_gives_the_same_row(row):
     assert conversation_row(row) == PREFERENCE

@@ -126,10 +126,10 @@ def test_steps_of_a_thought_lead_to_the_answer():
         turn = sample.turns[0]
         for step in (line for line in turn.thought.splitlines() if "=" in line):
             left, right = step.split("=")
-            assert eval(left) == int(right)  # noqa: S307  digits and signs that this repository wrote
+            assert eval(left) == int(right)
         assert turn.thought.splitlines()[-1].split("=")[-1] == turn.answer
-        if "multistep_sum" == turn.task:
-            assert eval(printed(sample)) == int(turn.answer)  # noqa: S307
+        if turn.task == "multistep_sum":
+            assert eval(printed(sample)) == int(turn.answer)
 
 
 @settings(max_examples=30, deadline=None)

@@ -65,7 +65,7 @@ def test_figures_are_the_shares_of_right_answers_in_the_log(nano, tmp_path):
     entries = read_entries(tmp_path / "samples.jsonl")
     assert [entry["expected"] for entry in entries] == ["blue", "green", "red"] * 2
     right = [entry["answer"] == entry["expected"] for entry in entries]
-    assert 0 < sum(right) and [entry["scores"]["exact"] for entry in entries] == right
+    assert sum(right) > 0 and [entry["scores"]["exact"] for entry in entries] == right
     assert harness.figures(results) == {"colour": {"exact": sum(right) / 6, "n": 6}}
     assert json.loads((tmp_path / "results.json").read_text()) == results
 

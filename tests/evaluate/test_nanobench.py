@@ -199,7 +199,7 @@ def test_the_command_runs_every_row_prints_the_table_and_writes_json(tmp_path, i
     written = json.loads(figures.read_text())
     assert list(written) == list(ROWS)
     for name, row in written.items():
-        assert row.pop("n") == 2 and list(row)[0] in ("exact", "chair_i")
+        assert row.pop("n") == 2 and next(iter(row)) in ("exact", "chair_i")
         assert all(value is None or -1 <= value <= 1 for value in row.values()), name
     assert set(written["printed_line"]) == {"exact", "characters"}
     assert set(written["chair"]) == {"chair_i", "chair_s", "recall"}

@@ -81,7 +81,7 @@ def test_every_side_is_whole_in_patches_and_slices_are_equal(size, limit, resolu
     layout = slice_layout(size, limit, *resolution_and_patch)
     patch_size = resolution_and_patch[1]
     for view in (layout.source, layout.slice, layout.refined):
-        assert view is None or min(view) >= patch_size and view[0] % patch_size == view[1] % patch_size == 0
+        assert view is None or (min(view) >= patch_size and view[0] % patch_size == view[1] % patch_size == 0)
     if layout.grid is None:
         assert layout.num_slices == 1
     else:
@@ -642,6 +642,6 @@ def test_dropping_alpha_survives_saving(tmp_path):
     ],
 )
 def test_bad_settings_are_named(settings_):
-    name, value = next(iter(settings_.items()))
+    name, _value = next(iter(settings_.items()))
     with pytest.raises(ValueError, match=name):
         MiniCPMVImageProcessor(**settings_)

@@ -26,8 +26,8 @@ from minicpmv.train.common.arguments import (  # noqa: E402
     ModelArguments,
     parse,
 )
+from minicpmv.train.feedback import run as feedback  # noqa: E402
 from minicpmv.train.feedback.respondent import Respondent  # noqa: E402
-from minicpmv.train.feedback.run import run as feedback  # noqa: E402
 
 
 NANO = str(REPOSITORY / "nano")
@@ -268,7 +268,7 @@ def test_a_file_of_conversations_is_refused_in_one_line(tmp_path, capsys):
 
 
 def test_recipe_and_flags_have_the_same_names():
-    model, adapter, _, data, args = parse(
+    _model, _adapter, _, data, args = parse(
         GROUPS, ["--config", str(REPOSITORY / "recipes/dpo.yaml"), "--dataset_name", NANO, "--beta", "0.2"]
     )
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -309,11 +309,12 @@ def test_two_rounds_of_feedback_and_optimisation_run_one_after_the_other(tmp_pat
             ).split()
         )
         dpo.main(
-            ["--model_name_or_path", model]
-            + (
-                f"--dataset_name {pairs}/pairs --output_dir {adapter} --adapter lora --max_steps 2 "
-                "--per_device_train_batch_size 2 --report_to none --learning_rate 1e-3 --save_strategy no"
-            ).split()
+            [
+                "--model_name_or_path",
+                model,
+                *f"--dataset_name {pairs}/pairs --output_dir {adapter} --adapter lora --max_steps 2 "
+                "--per_device_train_batch_size 2 --report_to none --learning_rate 1e-3 --save_strategy no".split(),
+            ]
         )
         merge.merge(adapter, merged)
         answers = (pairs / "answers-000.jsonl").read_text()

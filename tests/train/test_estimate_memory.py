@@ -12,10 +12,10 @@ pytest.importorskip("bitsandbytes")
 
 sys.path.insert(0, str(REPOSITORY / "perf"))
 
-import estimate_memory as estimate  # noqa: E402
+import estimate_memory as estimate
 
-from minicpmv.train.common.arguments import AdapterArguments, ModelArguments  # noqa: E402
-from minicpmv.train.common.loading import load_model_and_processor, part_of  # noqa: E402
+from minicpmv.train.common.arguments import AdapterArguments, ModelArguments
+from minicpmv.train.common.loading import load_model_and_processor, part_of
 
 
 def test_computed_bytes_are_those_of_a_loaded_4bit_model():

@@ -23,6 +23,7 @@ datasets = pytest.importorskip("datasets")
 from minicpmv.data.load import load_conversations  # noqa: E402
 from minicpmv.drawn.wording import CHINESE, ENGLISH  # noqa: E402
 from minicpmv.train.common.arguments import ArgumentsError, ModelArguments  # noqa: E402
+from minicpmv.train.feedback import run as feedback  # noqa: E402
 from minicpmv.train.feedback.claims import (  # noqa: E402
     Claim,
     MalformedClaimsError,
@@ -39,7 +40,6 @@ from minicpmv.train.feedback.respondent import (  # noqa: E402
     with_features,
     yes_and_no_tokens,
 )
-from minicpmv.train.feedback.run import run as feedback  # noqa: E402
 from minicpmv.train.feedback.sampling import Answer, SeededChoice, sample_answers  # noqa: E402
 
 
@@ -67,8 +67,12 @@ def nano():
         (" , .", [], []),
         (
             "A red star, a cup, a red star, a red star.",
-            ["Is there a red star?", "Is there a cup?", "Is there a red star at least twice?"]
-            + ["Is there a red star at least 3 times?"],
+            [
+                "Is there a red star?",
+                "Is there a cup?",
+                "Is there a red star at least twice?",
+                "Is there a red star at least 3 times?",
+            ],
             [],
         ),
         (
@@ -493,7 +497,7 @@ def test_a_picture_that_cannot_be_decoded_ends_the_run_or_is_counted(prompts, sc
 
 PROGRAM = """
 import sys, zlib
-from minicpmv.train.feedback.run import run as feedback
+from minicpmv.train.feedback import run as feedback
 from minicpmv.train.feedback.claims import Claim, Reading
 feedback.claims_by_rule = lambda answer: Reading([Claim(word, f"Is there {word}?") for word in answer.split()[:5]])
 rejects = lambda asked: zlib.crc32(asked[-1]["content"][-1]["text"].encode()) % 2

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from minicpmv.drawn.drawing import COLOR_CLASSES, KIND_CLASSES
 from minicpmv.drawn.samples import Mixture, Sample, Turn, bench_sample, make_sample
 from minicpmv.train import dpo, sft
-from minicpmv.train.feedback.run import run as feedback
+from minicpmv.train.feedback import run as feedback
 from minicpmv.train.nano.batches import IGNORED, ConversationEncoder, collate, training_batch
 from minicpmv.train.nano.pretrain import Recipe, RecipeError, Stage, Trainee, optimizers_of, spread_queries, train
 from minicpmv.train.nano.tokenizer import train_merges

@@ -14,14 +14,14 @@ from minicpmv.train.reward_terms import accuracy_reward, final_answer, format_re
 
 
 pytest.importorskip("trl")
-from peft import LoraConfig, get_peft_model  # noqa: E402
+from peft import LoraConfig, get_peft_model
 
-from minicpmv.data.formats import conversation_row, text_of  # noqa: E402
-from minicpmv.data.load import load_conversations  # noqa: E402
-from minicpmv.train import reward  # noqa: E402
-from minicpmv.train.common.arguments import parse  # noqa: E402
-from minicpmv.train.common.loading import trained_parameters  # noqa: E402
-from minicpmv.train.reward_model import RewardModelError, load_reward_model, reward_inputs, score_answers  # noqa: E402
+from minicpmv.data.formats import conversation_row, text_of
+from minicpmv.data.load import load_conversations
+from minicpmv.train import reward
+from minicpmv.train.common.arguments import parse
+from minicpmv.train.common.loading import trained_parameters
+from minicpmv.train.reward_model import RewardModelError, load_reward_model, reward_inputs, score_answers
 
 
 NANO = str(REPOSITORY / "nano")

@@ -20,10 +20,10 @@ from transformers import AutoModel, AutoProcessor
 
 pytest.importorskip("trl")
 
-from peft import AutoPeftModelForCausalLM  # noqa: E402
+from peft import AutoPeftModelForCausalLM
 
 from minicpmv.train import merge, sft
-from minicpmv.train.common import arguments, loading  # noqa: E402
+from minicpmv.train.common import arguments, loading
 
 
 NANO = REPOSITORY / "nano"
@@ -615,7 +615,7 @@ def test_a_wrong_file_is_refused(tmp_path, text, message):
 @pytest.mark.parametrize("recipe", sorted((REPOSITORY / "recipes").glob("sft_*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_accepted(recipe, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    model, adapter, *_ = arguments.parse(sft.GROUPS, ["--config", str(recipe)])
+    _model, adapter, *_ = arguments.parse(sft.GROUPS, ["--config", str(recipe)])
     assert adapter.adapter in recipe.stem or adapter.adapter == "none"
 
 

@@ -47,7 +47,15 @@ from minicpmv.train.feedback.sampling import Answer, sample_answers
 CLAIMS_TOKENS = 1024  # of a language model's list of claims
 MODEL_QUESTION = " Please answer yes or no."  # after a question that a language model wrote
 # What may differ between a run and the one that goes on from its log.
-FREE_OPTIONS = "output_dir batch_size pairs_per_prompt length_tolerance max_prompts on_bad_row use_cpu".split()
+FREE_OPTIONS = [
+    "output_dir",
+    "batch_size",
+    "pairs_per_prompt",
+    "length_tolerance",
+    "max_prompts",
+    "on_bad_row",
+    "use_cpu",
+]
 
 
 class NoPairsError(RuntimeError):
