@@ -85,7 +85,7 @@ class MiniCPMVConfig(Qwen3Config):
 
     model_type = "minicpmv"
     sub_configs = {"vision_config": MiniCPMVVisionConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     def __init__(
         self,

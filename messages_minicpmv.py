@@ -8,6 +8,7 @@ What is special:
 - A question may name a region for the model to find: the tags around it are real, whatever the name holds.
 """
 
+import dataclasses
 import re
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ def read_message(message, media, guard=None):
     Raises:
         ValueError: it is no message, or a part of its content is none.
     """
+    message = _as_mapping(message)
     if not isinstance(message, Mapping) or "role" not in message:
         raise ValueError(f"A message is a dict with 'role' and 'content', not {_short(message)}.")
     allowed = ASSISTANT_TOKENS if message["role"] == "assistant" else frozenset()
@@ -58,11 +60,14 @@ def read_message(message, media, guard=None):
         kind, value = read_part(part)
         if kind == "text":
             text = mark_typed(value, guard, allowed)
+            part = _as_mapping(part)
             if isinstance(part, Mapping) and part.get("ref") is not None:
                 text += f"<ref>{mark_typed(part['ref'], guard, allowed)}</ref>"
             parts.append({"type": "text", "text": text})
         else:
-            parts.append({"type": kind})
+            # Ours does not, but a template may name the source.
+            source = {"url": mark_typed(value, guard, allowed)} if isinstance(value, str) else {}
+            parts.append({"type": kind} | source)
             if value is not None:
                 media[kind].append(value)
     return rendered | {"content": parts}
@@ -70,6 +75,7 @@ def read_message(message, media, guard=None):
 
 def read_part(part):
     """("text" | "image" | "video", value) of one part of a message; value None: it comes by `images=` or `videos=`."""
+    part = _as_mapping(part)
     if isinstance(part, str):
         return "text", part
     if isinstance(part, PathLike):
@@ -94,6 +100,17 @@ def read_part(part):
         f"A content part is a string, a picture, or a dict of type text, image, image_url, video or video_url with its "
         f"data, not {_short(part)}."
     )
+
+
+def _as_mapping(value):
+    """Messages and parts that other software holds as objects (dataclasses, pydantic models) as dicts."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif hasattr(value, "model_dump"):
+        fields = value.model_dump()
+    else:
+        return value
+    return fields if "role" in fields or "type" in fields else value
 
 
 def control_tokens(tokenizer):

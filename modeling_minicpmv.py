@@ -21,6 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .chat_minicpmv import ChatMixin
+from .compat_minicpmv import CACHE_NAME, CACHE_NAMES, cache_of, take_cache
 from .configuration_minicpmv import RESAMPLER_HEAD_DIM, MiniCPMVConfig
 
 # transformers 4 copies only the files that are named in this one.
@@ -103,7 +104,7 @@ class MiniCPMVPreTrainedModel(PreTrainedModel):
     base_model_prefix = ""
     input_modalities = ("image", "text")
     _no_split_modules = ["Qwen3DecoderLayer", "MiniCPMVVisionEncoderLayer", "Resampler"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -313,6 +314,7 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         use_cache=None,
@@ -329,6 +331,7 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
         Args:
             input_ids: [B, L]; image slots are `config.image_token_id`.
             pixel_values, tgt_sizes, temporal_ids: see [`flatten_visual_inputs`].
+            past_key_values, cache: the key-value cache, by its older or its newer name (transformers 5.24).
             labels: [B, L], -100 where no loss is wanted.
             logits_to_keep: compute logits of the last so many positions only (0: all).
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of pixels.
@@ -351,7 +354,7 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
                 "temporal_ids": temporal_ids,
                 "attention_mask": attention_mask,
                 "position_ids": position_ids,
-                "past_key_values": past_key_values,
+                CACHE_NAME: cache_of(cache, past_key_values),
                 "inputs_embeds": inputs_embeds,
                 "labels": labels,
                 "use_cache": use_cache,
@@ -368,10 +371,10 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids.long() if position_ids is not None else None,
-            past_key_values=past_key_values,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **{CACHE_NAME: cache_of(cache, past_key_values)},
             **kwargs,
         )
 
@@ -392,7 +395,8 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
         inputs_embeds = self._embed(
             input_ids, inputs_embeds, pixel_values, tgt_sizes, temporal_ids, mm_encoder_outputs
         )
-        return self.get_decoder()(inputs_embeds=inputs_embeds, **kwargs)
+        cache = take_cache(kwargs)
+        return self.get_decoder()(inputs_embeds=inputs_embeds, **{CACHE_NAME: cache}, **kwargs)
 
     def get_vllm_embedding(self, data):
         """The older way to embed a batch, used by training frameworks; gradients flow.
@@ -441,13 +445,15 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
         absent = [name for name in VISUAL_INPUTS if name in kwargs and kwargs[name] is None]
         for name in (*UNUSED_INPUTS, *absent):
             kwargs.pop(name, None)
+        if (cache := take_cache(kwargs)) is not None:
+            kwargs[CACHE_NAME] = cache
         self._prefill_pictures(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
         return super().generate(inputs, *args, **kwargs)
 
     def _prefill_pictures(self, input_ids, kwargs):
         """Fit the pictures in `kwargs` to a filled cache. Where tokens will be guessed, put them into the cache here: the
         first guess may hold slots, which generate's own prefill would count."""
-        cache, assistant = kwargs.get("past_key_values"), kwargs.get("assistant_model")
+        cache, assistant = kwargs.get(CACHE_NAME), kwargs.get("assistant_model")
         cached = cache.get_seq_length() if cache is not None else 0
         config = kwargs.get("generation_config")
         guesses = assistant is not None or kwargs.get(
@@ -465,7 +471,7 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
                 outputs["assistant"] = assistant.get_image_features(**visual)
         rows = self.uncached_rows(outputs.pop("image", None), input_ids, cached)
         if rows is not None and len(rows) and guesses:
-            kwargs["past_key_values"] = cache = DynamicCache(config=self.config) if cache is None else cache
+            kwargs[CACHE_NAME] = cache = DynamicCache(config=self.config) if cache is None else cache
             self.backbone_forward(
                 input_ids[:, cached:-1], mm_encoder_outputs={"image": rows}, past_key_values=cache, use_cache=True
             )
@@ -484,16 +490,15 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
         uncached[:, :cached] = False
         return rows[uncached[slots].to(rows.device)]
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
         # Before its first guess, assisted decoding passes the whole prompt even where its beginning is cached
-        # (transformers 5.10 to 5.23; earlier ones have no `next_sequence_length`).
-        if past_key_values is not None and kwargs.get("next_sequence_length", 0) is None:
+        # (transformers 5.10 to 5.24; earlier ones have no `next_sequence_length`).
+        cache = kwargs.get(CACHE_NAME)
+        if cache is not None and kwargs.get("next_sequence_length", 0) is None:
             whole = kwargs.get("position_ids") if attention_mask is None else attention_mask
             if whole is not None and whole.shape[-1] == input_ids.shape[1]:
-                kwargs["next_sequence_length"] = input_ids.shape[1] - past_key_values.get_seq_length()
-        return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
-        )
+                kwargs["next_sequence_length"] = input_ids.shape[1] - cache.get_seq_length()
+        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
 
     def _get_candidate_generator(self, *, input_ids, assistant_model=None, model_kwargs=None, **kwargs):
         # The assistant cannot use this model's features, and the library would not pass it others.
@@ -506,7 +511,7 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
             assistant_model.backbone_forward(
                 input_ids[:, :-1], mm_encoder_outputs={"image": features}, past_key_values=cache, use_cache=True
             )
-            generator.assistant_kwargs["past_key_values"] = cache
+            generator.assistant_kwargs[CACHE_NAME] = cache
         return generator
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):

@@ -278,6 +278,7 @@ class SessionMixin:
             "cache_implementation",
             "use_cache",
             "past_key_values",
+            "cache",
             "stream",
         ):
             if name in options:

@@ -31,6 +31,7 @@ ABSENT = [
     "This model has no (sparse experts|`output_router_logits` in its config)\\.",
     "This model does not have partial rope supported",
     "Model does not have position embeddings",
+    "No `_keep_in_fp32_modules_strict` defined",
     "MiniCPMV (class )?has no _keep_in_fp32_modules .*",
     "No conversion found for .*MiniCPMV.*",
     "Model is not an encoder-decoder",
