@@ -305,9 +305,6 @@ class ChatMixin:
 
     def _decide(self, processor, messages, prompt, settings, memory, watch):
         """Whether to think about this conversation: (decision, ids of a draft of the fast answer, need)."""
-        if self.thinking_router is not None:
-            need = self.routed_need(memory.read(self, prompt(None)))
-            return need >= self.thinking_threshold, [], need
         fast = prompt(False)
         arguments = self._decoding_arguments(processor, settings, False, len(fast.ids), watch)
         arguments["max_new_tokens"] = min(DRAFT_TOKENS, settings.max_new_tokens)

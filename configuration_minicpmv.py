@@ -12,6 +12,16 @@ from transformers import PretrainedConfig, Qwen3Config
 RESAMPLER_HEAD_DIM = 128  # width of a resampler head; their number follows from `hidden_size`
 
 
+class MiniCPMVError(ValueError):
+    """Base of the errors that a caller of the model or its processor may meet.
+
+    Remote code is loaded by path, so its classes may exist twice in one process: `is_minicpmv` tells them where
+    `isinstance` cannot.
+    """
+
+    is_minicpmv = True
+
+
 class MiniCPMVVisionConfig(PretrainedConfig):
     """Configuration of the vision tower (SigLIP2-400M read as NaViT).
 

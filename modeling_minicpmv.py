@@ -155,8 +155,6 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
             self.vpm.encoder.layers = self.vpm.encoder.layers[:-1]
         heads = config.hidden_size // RESAMPLER_HEAD_DIM
         self.resampler = Resampler(config.query_num, config.hidden_size, heads, config.vision_config.hidden_size)
-        has_router = getattr(config, "thinking_router", False)
-        self.thinking_router = nn.Linear(config.hidden_size, 1) if has_router else None
         self.post_init()
         # The flat config carries the rules of its language model without the prefix; those match nothing here.
         for plan in ("_tp_plan", "_pp_plan"):

@@ -3,17 +3,16 @@
 What is special:
 - "auto" looks before it thinks. The model begins to answer fast; where one of its first tokens was a guess, or the
   question is long, the draft is thrown away and it thinks. Else the draft is the beginning of the answer.
-- The rule has one number, the threshold, which is stored in the model's config; `threshold_curve` tells what each
-  value of it would give, from answers in both modes.
-- A checkpoint may bring a trained router (`config.thinking_router`) that decides before anything is written.
+- The rule has one number, the threshold, which is stored in the model's config; `minicpmv evaluate calibrate` finds it.
 - A budget closes the thought, not the answer.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from transformers import LogitsProcessor
+
+from .configuration_minicpmv import MiniCPMVError
 
 
 THINK_START, THINK_END = "<think>", "</think>"
@@ -24,7 +23,7 @@ COMPLEXITY_SHARE = 0.2  # of the need to think; the rest is uncertainty
 DEFAULT_THRESHOLD = 0.5  # not calibrated: what pays differs between checkpoints and uses
 
 
-class ThinkingError(ValueError):
+class ThinkingError(MiniCPMVError):
     """A threshold or a budget that cannot be used."""
 
 
@@ -84,18 +83,10 @@ def least_certainty(logits):
     return torch.cat(list(logits)).float().softmax(-1).amax(-1).min().item()
 
 
-@dataclass(frozen=True)
-class ThresholdPoint:
-    """What `enable_thinking="auto"` gives with one threshold, as means over questions."""
-
-    threshold: float
-    accuracy: float
-    tokens: float  # generated for a question, drafts included
-    deep_share: float  # questions that were thought about
-
-
 class ThinkingMixin:
-    """Threshold, router and calibration of a model that can think."""
+    """The threshold of a model that decides for itself whether to think."""
+
+    draft_tokens = DRAFT_TOKENS
 
     @property
     def thinking_threshold(self):
@@ -110,42 +101,3 @@ class ThinkingMixin:
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
             raise ThinkingError(f"threshold={threshold!r} is no number from 0 (always think) to 1 (never think).")
         self.config.thinking_threshold = float(threshold)
-
-    def routed_need(self, hidden_state):
-        """Need to think by the checkpoint's trained router: sigmoid of a linear map of the last hidden state [1, D] of
-        the prompt that both modes share."""
-        return self.thinking_router(hidden_state).float().sigmoid().item()
-
-    @staticmethod
-    def threshold_curve(need, fast_correct, deep_correct, fast_tokens, deep_tokens, draft_tokens=DRAFT_TOKENS):
-        """What each threshold would have given, from the same questions answered in both modes.
-
-        Args:
-            need: what "auto" compared with the threshold for each question (`ChatOutput.need`).
-            fast_correct, deep_correct: whether, or how far (0 to 1), each mode was right.
-            fast_tokens, deep_tokens: generated tokens of each mode.
-            draft_tokens: most tokens of a draft, which a thought pays on top; 0 for a checkpoint with a router.
-
-        Returns:
-            [`ThresholdPoint`] list by rising threshold, from 0 (all deep) to 1 (all fast).
-
-        Raises:
-            ThinkingError: for lists of unequal length or none at all.
-        """
-        columns = (need, fast_correct, deep_correct, fast_tokens, deep_tokens)
-        lengths = [len(column) for column in columns]
-        if len(set(lengths)) != 1 or not lengths[0]:
-            raise ThinkingError(f"Every list needs one entry a question, but their lengths are {lengths}.")
-        questions = sorted(zip(*columns, strict=True))
-        total = len(questions)
-        accuracy = sum(float(deep) for _, _, deep, _, _ in questions)
-        tokens = sum(deep + min(fast, draft_tokens) for _, _, _, fast, deep in questions)
-        curve = [ThresholdPoint(0.0, accuracy / total, tokens / total, 1.0)]
-        for place, (score, fast_right, deep_right, fast, deep) in enumerate(questions):
-            accuracy += float(fast_right) - float(deep_right)
-            tokens += fast - deep - min(fast, draft_tokens)
-            following = questions[place + 1][0] if place + 1 < total else 1.0
-            if following > score or place + 1 == total:  # equal needs go the same way
-                threshold = (score + following) / 2 if place + 1 < total else 1.0
-                curve.append(ThresholdPoint(threshold, accuracy / total, tokens / total, 1 - (place + 1) / total))
-        return curve

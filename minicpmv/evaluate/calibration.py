@@ -2,7 +2,7 @@
 
 What is special:
 - both modes answer the same questions; what each threshold would have given follows from these answers
-  (`threshold_curve` of the model), so no threshold is tried by asking again;
+  (`threshold_curve`), so no threshold is tried by asking again;
 - the choice is the threshold that generates fewest tokens while it keeps a share of the best accuracy of any threshold:
   always thinking is not always best, since a checkpoint may do worse where its thoughts lead nowhere;
 - it is then put to the test with questions of the next seed, which the choice has not seen.
@@ -10,7 +10,7 @@ What is special:
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -59,6 +59,58 @@ def column(entries: list[dict], name: str) -> list[float]:
     return [entry["scores"][SCORE] if name == SCORE else entry[name] for entry in entries]
 
 
+@dataclass(frozen=True)
+class ThresholdPoint:
+    """What `enable_thinking="auto"` gives with one threshold, as means over questions."""
+
+    threshold: float
+    accuracy: float
+    tokens: float  # generated for a question, drafts included
+    deep_share: float  # questions that were thought about
+
+
+def threshold_curve(
+    need: Sequence[float],
+    fast_correct: Sequence[float],
+    deep_correct: Sequence[float],
+    fast_tokens: Sequence[int],
+    deep_tokens: Sequence[int],
+    *,
+    draft_tokens: int,
+) -> list[ThresholdPoint]:
+    """What each threshold would have given, from the same questions answered in both modes.
+
+    Args:
+        need: what "auto" compared with the threshold for each question (`ChatOutput.need`).
+        fast_correct, deep_correct: whether, or how far (0 to 1), each mode was right.
+        fast_tokens, deep_tokens: generated tokens of each mode.
+        draft_tokens: most tokens of a draft (`model.draft_tokens`), which a thought pays on top.
+
+    Returns:
+        Points by rising threshold, from 0 (all deep) to 1 (all fast).
+
+    Raises:
+        CalibrationError: for lists of unequal length or none at all.
+    """
+    columns = (need, fast_correct, deep_correct, fast_tokens, deep_tokens)
+    lengths = [len(column) for column in columns]
+    if len(set(lengths)) != 1 or not lengths[0]:
+        raise CalibrationError(f"Every list needs one entry a question, but their lengths are {lengths}.")
+    questions = sorted(zip(*columns, strict=True))
+    total = len(questions)
+    accuracy = sum(float(deep) for _, _, deep, _, _ in questions)
+    tokens = sum(deep + min(fast, draft_tokens) for _, _, _, fast, deep in questions)
+    curve = [ThresholdPoint(0.0, accuracy / total, tokens / total, 1.0)]
+    for place, (score, fast_right, deep_right, fast, deep) in enumerate(questions):
+        accuracy += float(fast_right) - float(deep_right)
+        tokens += fast - deep - min(fast, draft_tokens)
+        following = questions[place + 1][0] if place + 1 < total else 1.0
+        if following > score or place + 1 == total:  # equal needs go the same way
+            threshold = (score + following) / 2 if place + 1 < total else 1.0
+            curve.append(ThresholdPoint(threshold, accuracy / total, tokens / total, 1 - (place + 1) / total))
+    return curve
+
+
 def choose(curve, keep: float):
     """The point with the fewest tokens among those that keep the share `keep` of the best accuracy."""
     best = max(point.accuracy for point in curve)
@@ -101,7 +153,7 @@ def calibrate(
     deep = answers(model, processor, benchmark, output / "deep", True, seeds=[seed], **options)
     fast = answers(model, processor, benchmark, output / "needs", "auto", seeds=[seed], **options)
     by_mode = [column(entries, name) for name in (SCORE, "generated_tokens") for entries in (fast, deep)]
-    curve = model.threshold_curve(column(fast, "need"), *by_mode)
+    curve = threshold_curve(column(fast, "need"), *by_mode, draft_tokens=model.draft_tokens)
     chosen = choose(curve, keep)
 
     check = {}

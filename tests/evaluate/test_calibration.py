@@ -6,6 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import GREEDY, name_seeded_model
+from transformers import AutoConfig, AutoProcessor
 from typer.testing import CliRunner
 
 from minicpmv.checkpoint import load
@@ -45,6 +47,53 @@ def test_where_thinking_does_harm_the_best_threshold_is_the_measure():
     points = [(0.0, 0.60, 50), (0.4, 0.84, 8), (0.7, 0.86, 6), (1.0, 0.80, 4)]
     curve = [SimpleNamespace(threshold=t, accuracy=a, tokens=n) for t, a, n in points]
     assert calibration.choose(curve, 0.99).threshold == 0.7
+
+
+def test_the_curve_tells_accuracy_and_tokens_of_every_threshold():
+    curve = calibration.threshold_curve(
+        need=[0.9, 0.2, 0.2, 0.6],
+        fast_correct=[False, True, True, False],
+        deep_correct=[True, True, False, True],
+        fast_tokens=[2, 2, 2, 20],
+        deep_tokens=[50, 40, 30, 60],
+        draft_tokens=8,
+    )
+    # From all deep: then the two at 0.2 go fast together, then 0.6, then 0.9. A draft costs at most 8 tokens.
+    assert [point.threshold for point in curve] == pytest.approx([0, 0.4, 0.75, 1])
+    assert [point.accuracy for point in curve] == [0.75, 1.0, 0.75, 0.5]
+    assert [point.tokens for point in curve] == [
+        (180 + 2 + 2 + 2 + 8) / 4,
+        (110 + 4 + 2 + 8) / 4,
+        (50 + 2 + 24) / 4,
+        26 / 4,
+    ]
+    assert [point.deep_share for point in curve] == [1, 0.5, 0.25, 0]
+    with pytest.raises(calibration.CalibrationError, match="one entry a question"):
+        calibration.threshold_curve([0.5], [1], [1], [3], [], draft_tokens=8)
+
+
+def test_the_curve_predicts_what_auto_does():
+    config = AutoConfig.from_pretrained(REPOSITORY / "nano", trust_remote_code=True)
+    model = name_seeded_model(config)
+    processor = AutoProcessor.from_pretrained(REPOSITORY / "nano", trust_remote_code=True)
+
+    def ask_all(thinking):
+        questions = ("why", "how many stars", "what color is it " * 20)
+        options = {"processor": processor, "max_new_tokens": 24, "return_dict": True, **GREEDY}
+        return model.chat(
+            msgs=[[{"role": "user", "content": text}] for text in questions], enable_thinking=thinking, **options
+        )
+
+    model.set_threshold(1)
+    fast, deep = ask_all("auto"), ask_all(True)
+    counts = [[output.generated_tokens for output in outputs] for outputs in (fast, deep)]
+    needs = [output.need for output in fast]
+    for point in calibration.threshold_curve(needs, [0] * 3, [1] * 3, *counts, draft_tokens=model.draft_tokens):
+        model.set_threshold(point.threshold)
+        outputs = ask_all("auto")
+        assert sum(output.mode == "deep" for output in outputs) / 3 == pytest.approx(point.deep_share)
+        tokens = sum(output.generated_tokens + output.draft_tokens for output in outputs)
+        assert tokens / 3 == pytest.approx(point.tokens)
 
 
 @pytest.mark.slow

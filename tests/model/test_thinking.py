@@ -183,22 +183,6 @@ def test_the_need_grows_with_doubt_and_with_the_question():
     assert thinking.least_certainty(logits) == pytest.approx(0.6)
 
 
-def test_a_router_in_the_checkpoint_decides_instead(processor, tmp_path):
-    model = name_seeded_model(nano_config(thinking_router=True))
-    model.save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).eval()
-    options = {"processor": processor, "max_new_tokens": 12, "return_dict": True, **GREEDY}
-    for bias, mode in ((9.0, "deep"), (-9.0, "fast")):
-        with torch.no_grad():
-            loaded.thinking_router.weight.mul_(0.01)
-            loaded.thinking_router.bias.fill_(bias)
-        output = loaded.chat(msgs=QUESTION, enable_thinking="auto", **options)
-        chosen = model.chat(msgs=QUESTION, enable_thinking=mode == "deep", **options)
-        assert output.mode == mode and output.raw_text == chosen.raw_text and output.draft_tokens == 0
-        assert (output.need > 0.5) == (mode == "deep")
-    assert name_seeded_model(nano_config()).thinking_router is None
-
-
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan"), "high", None, True])
 def test_a_threshold_is_a_number_from_0_to_1(model, threshold):
     before = model.thinking_threshold
@@ -215,43 +199,6 @@ def test_the_threshold_is_saved_with_the_model(tmp_path):
     model.set_threshold(0.25)
     model.save_pretrained(tmp_path)
     assert AutoModel.from_pretrained(tmp_path, trust_remote_code=True).thinking_threshold == 0.25
-
-
-def test_the_curve_tells_accuracy_and_tokens_of_every_threshold(model):
-    curve = model.threshold_curve(
-        need=[0.9, 0.2, 0.2, 0.6],
-        fast_correct=[False, True, True, False],
-        deep_correct=[True, True, False, True],
-        fast_tokens=[2, 2, 2, 20],
-        deep_tokens=[50, 40, 30, 60],
-    )
-    # From all deep: then the two at 0.2 go fast together, then 0.6, then 0.9. A draft costs at most 8 tokens.
-    assert [point.threshold for point in curve] == pytest.approx([0, 0.4, 0.75, 1])
-    assert [point.accuracy for point in curve] == [0.75, 1.0, 0.75, 0.5]
-    assert [point.tokens for point in curve] == [
-        (180 + 2 + 2 + 2 + 8) / 4,
-        (110 + 4 + 2 + 8) / 4,
-        (50 + 2 + 24) / 4,
-        26 / 4,
-    ]
-    assert [point.deep_share for point in curve] == [1, 0.5, 0.25, 0]
-    with pytest.raises(ValueError, match="one entry a question"):
-        model.threshold_curve([0.5], [1], [1], [3], [])
-
-
-def test_the_curve_predicts_what_auto_does(model, ask):
-    questions = [[{"role": "user", "content": text}] for text in ("why", "how many stars", "what color is it " * 20)]
-    model.set_threshold(1)
-    fast = [ask(msgs=messages, enable_thinking="auto") for messages in questions]
-    deep = [ask(msgs=messages, enable_thinking=True) for messages in questions]
-    counts = [[output.generated_tokens for output in outputs] for outputs in (fast, deep)]
-    for point in model.threshold_curve([output.need for output in fast], [0] * 3, [1] * 3, *counts):
-        model.set_threshold(point.threshold)
-        outputs = [ask(msgs=messages, enable_thinking="auto") for messages in questions]
-        assert sum(output.mode == "deep" for output in outputs) / 3 == pytest.approx(point.deep_share)
-        assert sum(output.generated_tokens + output.draft_tokens for output in outputs) / 3 == pytest.approx(
-            point.tokens
-        )
 
 
 # ---- results ----
