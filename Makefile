@@ -23,7 +23,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
 
 demo: $(VENV)/demo.stamp tokenizer.json ## nano answers questions about a picture and a short clip
-	@$(PY) -m minicpmv.commands.demo
+	@$(PY) -m minicpmv demo
 
 test: lint pytest web ## lint, all tests, then the tests of the oldest transformers (the newest runs in `pytest`)
 	@$(MAKE) --no-print-directory matrix MATRIX=$(firstword $(MATRIX))
@@ -87,5 +87,5 @@ $(WEB)/stamp: pyproject.toml constraints.txt
 	@touch $@
 
 tokenizer.json: minicpmv/build_tokenizer.py | $(VENV)/demo.stamp
-	$(PY) -m minicpmv.build_tokenizer
+	$(PY) -m minicpmv build-tokenizer
 	@touch $@

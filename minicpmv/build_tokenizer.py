@@ -18,6 +18,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+from minicpmv.errors import MiniCPMVError
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HUB_REPOSITORY = "openbmb/MiniCPM-V-4_5"
@@ -28,7 +30,7 @@ RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186
 VOCABULARY_SHA256 = "ad061afcfc26a5ff7b7611ace84657fe939d902af56b06ba07d823fec5668050"
 
 
-class VocabularyError(RuntimeError):
+class VocabularyError(MiniCPMVError):
     """The vocabulary file is missing, or is not the one that the checkpoint was trained with."""
 
 

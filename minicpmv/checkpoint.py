@@ -1,42 +1,109 @@
-"""Model and processor for a command, by the name that a user gave."""
+"""The one loader: model and processor of a folder or Hub repository, under one rule of trust."""
 
 from pathlib import Path
+from typing import Any
+
+from minicpmv.errors import MiniCPMVError
 
 
-class CheckpointError(ValueError):
+PUBLISHED = "openbmb/MiniCPM-V-4_5"
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+class CheckpointError(MiniCPMVError):
     """The model cannot be loaded: the message says why and what to do."""
 
 
-def load(name: str, revision: str | None = None, trust_remote_code: bool = False):
-    """`(model, processor)` of a model folder or Hub repository, on the accelerator if there is one.
+def source_of(
+    name: str | Path, revision: str | None = None, trust_remote_code: bool = False, needs_code: bool = True
+) -> dict[str, Any]:
+    """Where a model is, as keywords of any `from_pretrained`: `AutoModel.from_pretrained(**source_of(name))`.
 
-    The code in a folder is trusted, since the user named the folder; that of a Hub repository needs `trust_remote_code`.
+    The code in a folder is trusted, since the user named the folder, and its path becomes absolute, since adapters save it.
+    The code of a Hub repository needs `trust_remote_code`.
+
+    Args:
+        needs_code: False where the model may also be one that transformers itself knows. transformers then refuses those
+            that bring code without `trust_remote_code`.
+
+    Raises:
+        CheckpointError: `name` is not a folder, and its code is not trusted.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return {"pretrained_model_name_or_path": str(folder.resolve()), "trust_remote_code": True}
+    if needs_code and not trust_remote_code:
+        raise CheckpointError(
+            f"{name} is not a folder here. A Hub repository brings its own code, which runs when it is loaded: read it, pin "
+            "it with a revision (--revision), and trust it (--trust-remote-code)."
+        )
+    return {
+        "pretrained_model_name_or_path": str(name),
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+
+
+def load(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: Any = "auto",
+    device_map: Any = "auto",
+    quantization_config: Any = None,
+) -> tuple[Any, Any]:
+    """`(model, processor)` of a model folder or Hub repository, ready to answer.
+
+    Args:
+        name: a folder, or the name of a Hub repository, whose code needs `trust_remote_code`.
+        revision: commit, tag or branch of a Hub repository.
+        dtype: `torch.dtype` or its name; "auto" is the checkpoint's.
+        device_map: as in transformers; "auto" is the accelerator if there is one, else the CPU.
+        quantization_config: as in transformers.
 
     Raises:
         CheckpointError: it cannot be loaded, its code is not trusted, or it is a model of another kind.
     """
+    source = source_of(name, revision, trust_remote_code)
+    check_folder(name, source["pretrained_model_name_or_path"])
+
+    import torch
+    from safetensors import SafetensorError
     from transformers import AutoModel, AutoProcessor
 
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        name = str(folder)
-    elif not trust_remote_code:
-        raise CheckpointError(
-            f"{name} is no folder here. A Hub repository brings code of its own, which loading it runs: read it, pin it "
-            "with --revision, and add --trust-remote-code."
-        )
-    source = {"revision": revision, "trust_remote_code": True}
+    if device_map == "auto" and not (torch.cuda.is_available() or torch.accelerator.is_available()):
+        device_map = None  # the CPU needs no plan, and so not the second that importing accelerate takes
+    settings = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
     try:
-        model = AutoModel.from_pretrained(name, dtype="auto", device_map="auto", **source).eval()
-        processor = AutoProcessor.from_pretrained(name, **source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        model = AutoModel.from_pretrained(**source, **settings).eval()
+        processor = AutoProcessor.from_pretrained(**source)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{name} is no model that can be loaded: {reason} Give another one, or get the published weights with "
-            "minicpmv fetch."
+            f"{name} cannot be loaded: {reason} Give another model, or get the published weights with minicpmv fetch."
         ) from error
-    if not hasattr(model, "start_chat"):
+    if not hasattr(model, "chat") or not hasattr(processor, "video_processor"):
         raise CheckpointError(
-            f"{name} is a {type(model).__name__} without sessions: give a MiniCPM-V 4.5 with the code of this repository."
+            f"{name} is a {type(model).__name__}, which cannot chat: give a MiniCPM-V 4.5 with this repository's code."
         )
     return model, processor
+
+
+def check_folder(name: str | Path, location: str) -> None:
+    """Refuse a folder without a model before the seconds that importing transformers takes.
+
+    Raises:
+        CheckpointError: there are no weights, or no config.json.
+    """
+    folder = Path(location)
+    if not folder.is_dir():
+        return
+    has_weights = any(True for pattern in WEIGHTS for _ in folder.glob(pattern))
+    if not (folder / "config.json").is_file() or not has_weights:
+        what = "weights" if (folder / "config.json").is_file() else "config.json"
+        raise CheckpointError(
+            f"{name if str(name) != '.' else 'this folder'} holds no model (no {what}). Name one with -m, such as "
+            f"-m nano in a clone of the repository or -m {PUBLISHED} --trust-remote-code, or get the published weights "
+            "with minicpmv fetch."
+        )

@@ -24,6 +24,8 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
+from minicpmv.errors import MiniCPMVError
+
 
 PUBLISHED_REPO = "openbmb/MiniCPM-V-4_5"
 INDEX = "model.safetensors.index.json"
@@ -32,7 +34,7 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 BYTES_PER_PARAMETER = 2  # the checkpoint is stored in bfloat16
 
 
-class FetchError(RuntimeError):
+class FetchError(MiniCPMVError):
     """The weights could not be attached; the message says why and what to do."""
 
 
@@ -97,7 +99,7 @@ def read_shapes(folder):
     for file in files:
         try:
             with safe_open(folder / file, framework="np") as tensors:
-                for name in tensors:
+                for name in tensors.keys():  # noqa: SIM118 (a file of tensors cannot be iterated itself)
                     shapes[name], home[name] = tensors.get_slice(name).get_shape(), file
         except SafetensorError as error:  # a header that does not fit the file's length is the sign of a cut-off file
             raise DamagedFilesError(folder, [file], f"unreadable or cut off ({error})") from error

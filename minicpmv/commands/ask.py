@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 
 from minicpmv.commands import terminal
-from minicpmv.errors import one_line_errors
+from minicpmv.errors import MiniCPMVError, one_line_errors
 
 
-class QuestionError(ValueError):
+class QuestionError(MiniCPMVError):
     """The arguments do not make a question."""
 
 

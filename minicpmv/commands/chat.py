@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from minicpmv.commands import terminal
-from minicpmv.errors import one_line_errors
+from minicpmv.errors import MiniCPMVError, one_line_errors
 
 
 COMMANDS = {
@@ -35,7 +35,7 @@ The arrow keys bring earlier inputs back. The name of a picture or clip alone on
 QUOTES = '"""'
 
 
-class CommandError(ValueError):
+class CommandError(MiniCPMVError):
     """A command of the conversation that does not exist, or lacks something."""
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from minicpmv.errors import MiniCPMVError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 # What nano was trained for; the published weights answer these as well.
 PICTURES = {
@@ -23,7 +25,7 @@ CLIP_QUESTIONS = ("Which way does the shape move?", "What color is the shape?")
 CLIP_OPTIONS = {"fps": 3, "max_num_packing": 6, "force_packing": 3}  # packed, although the clip is short
 
 
-class DemoError(RuntimeError):
+class DemoError(MiniCPMVError):
     """The demo lacks something: the message says what and how to get it."""
 
 

@@ -72,7 +72,7 @@ def add_benchmark(name: str, summary: str) -> None:
             chosen = names(rows) if rows else None
             benchmark.choose(chosen)  # before the model is loaded
             thinks = MODES[thinking] if thinking in MODES else names(thinking)
-            model, processor = load(checkpoint, revision, trust_remote_code)
+            model, processor = load(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
             if output is None:
                 settings = harness.settings_of(model, processor, benchmark, thinks)
                 folder = f"{name}-{Path(checkpoint).resolve().name}-{sample_log.fingerprint(settings)[:8]}"
@@ -141,7 +141,7 @@ def calibrate(
         asked = load_benchmark(benchmark)
         chosen = names(rows) if rows else None
         calibration.questions_in_both_modes(asked, chosen)  # before the model is loaded
-        model, processor = load(checkpoint, revision, trust_remote_code)
+        model, processor = load(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
         result = calibration.calibrate(
             model,
             processor,

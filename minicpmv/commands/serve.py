@@ -5,14 +5,14 @@ from typing import Annotated
 import typer
 
 from minicpmv.commands import terminal
-from minicpmv.errors import one_line_errors
+from minicpmv.errors import MiniCPMVError, one_line_errors
 
 
 OLDEST_TRANSFORMERS = "5.23"  # its server, on which this one stands, looked different before
 PACKAGES = ("fastapi", "httpcore", "openai", "pydantic", "uvicorn")
 
 
-class ServerError(RuntimeError):
+class ServerError(MiniCPMVError):
     """The server cannot be started: the message says why and what to do."""
 
 

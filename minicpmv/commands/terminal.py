@@ -13,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from minicpmv.errors import MiniCPMVError
+
 
 # What the model's own code takes for a clip where it is given a path.
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".gif"}
@@ -37,15 +39,15 @@ TrustRemoteCode = Annotated[
 ]
 
 
-class MediaError(ValueError):
+class MediaError(MiniCPMVError):
     """A picture or clip that is not there."""
 
 
-class OutputError(ValueError):
+class OutputError(MiniCPMVError):
     """A file that cannot be written where it should go."""
 
 
-class DeviceMemoryError(ValueError):
+class DeviceMemoryError(MiniCPMVError):
     """The accelerator is too small for what was asked."""
 
 
@@ -98,7 +100,7 @@ def load_shown(console, name: str, revision: str | None, trust_remote_code: bool
         from minicpmv.checkpoint import load
     if not console.is_terminal:
         logging.disable_progress_bar()
-    return load(name, revision, trust_remote_code)
+    return load(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def shown_name(model: str) -> str:

@@ -5,10 +5,10 @@ from typing import Annotated
 import typer
 
 from minicpmv.commands import terminal
-from minicpmv.errors import one_line_errors
+from minicpmv.errors import MiniCPMVError, one_line_errors
 
 
-class WebError(RuntimeError):
+class WebError(MiniCPMVError):
     """The page cannot be served: the message says why and what to do."""
 
 

@@ -52,7 +52,7 @@ def nano():
 def run(nano, monkeypatch):
     """A function that runs a command in this process, where nano is loaded already."""
     load = checkpoint.load
-    monkeypatch.setattr(checkpoint, "load", lambda name, *rest: nano if name == str(NANO) else load(name, *rest))
+    monkeypatch.setattr(checkpoint, "load", lambda name, **rest: nano if name == str(NANO) else load(name, **rest))
 
     def run(command, *arguments, model=NANO, stdin=None):
         return CliRunner().invoke(app, [command, "-m", str(model), *map(str, arguments)], input=stdin)

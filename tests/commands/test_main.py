@@ -114,7 +114,7 @@ def test_training_without_its_packages_is_a_one_line_error_with_the_remedy(monke
     monkeypatch.delitem(sys.modules, "minicpmv.train.sft", raising=False)
     result = CliRunner().invoke(app, ["train", "sft", "--help"])
     assert result.exit_code == 1
-    assert result.stderr == "minicpmv: trl is not installed: pip install '.[train]' in a clone\n"
+    assert result.stderr == "minicpmv: trl is not installed: pip install -e '.[train]' in a clone\n"
 
 
 def test_an_unknown_option_exits_with_2_and_names_it(tmp_path):

@@ -224,7 +224,7 @@ def test_runs_of_one_setting_share_a_folder_and_others_have_their_own(tmp_path, 
     ("arguments", "parts"),
     [
         (["--rows", "shape,size"], ["no row size", "printed_line"]),
-        (["--checkpoint", "no/such/model"], ["no/such/model is no folder here", "--trust-remote-code"]),
+        (["--checkpoint", "no/such/model"], ["no/such/model is not a folder here", "--trust-remote-code"]),
         (["--thinking", "multistep_fast"], ["multistep_fast is the row without thinking"]),
         (["--seeds", "1,1"], ["give each once"]),
     ],
@@ -245,7 +245,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, command, package
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
     result = run(*command.split())
     assert result.exit_code == 1
-    assert result.stderr == f"minicpmv: {package} is not installed: pip install '.[evaluate]' in a clone\n"
+    assert result.stderr == f"minicpmv: {package} is not installed: pip install -e '.[evaluate]' in a clone\n"
 
 
 def test_seeds_that_are_no_numbers_are_named():

@@ -480,7 +480,7 @@ def command(*arguments):
 
 
 def test_a_port_that_is_taken_is_refused_in_one_line(app, nano, monkeypatch):
-    monkeypatch.setattr(checkpoint, "load", lambda *arguments: nano)
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: nano)
     port = app.url.split(":")[-1].strip("/")
     outcome = CliRunner().invoke(cli, ["web", "-m", str(NANO), "--port", port])
     assert outcome.exit_code == 1
