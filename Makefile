@@ -6,6 +6,7 @@
 PYTHON ?= python3
 MATRIX ?= 4.57.6 5.0.0 5.10.1 5.19.0 5.24.0
 PYTEST_ARGS ?=
+TORCH ?= torch
 WORKERS ?= 2
 # What depends on the version of transformers.
 MATRIX_TESTS := tests/model tests/chat/test_sessions.py --ignore=tests/model/conformance
@@ -17,7 +18,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest web web-screenshots matrix conformance lint format bench clean
+.PHONY: help demo test pytest web web-screenshots matrix newest conformance lint format bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -29,10 +30,10 @@ test: lint pytest web ## lint, all tests, then the tests of the oldest transform
 	@$(MAKE) --no-print-directory matrix MATRIX=$(firstword $(MATRIX))
 
 pytest: $(VENV)/dev.stamp tokenizer.json ## all tests but those of the web page, with the pinned versions; PYTEST_ARGS="-k name" picks some; WORKERS=2
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/web $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --durations=20 --ignore=tests/web $(PYTEST_ARGS)
 
 web: $(WEB)/stamp ## the tests of the web page, which need a browser
-	$(WEB)/bin/python -m pytest tests/web $(PYTEST_ARGS)
+	$(WEB)/bin/python -m pytest tests/web --durations=5 $(PYTEST_ARGS)
 
 web-screenshots: $(WEB)/stamp ## take the screenshots of the web page in docs/ anew
 	$(WEB)/bin/python tests/web/make_screenshots.py
@@ -42,6 +43,13 @@ matrix: $(MATRIX:%=matrix-%) ## the version-dependent tests on every supported t
 matrix-%: .venvs/%/stamp tokenizer.json
 	@echo "== transformers $*"
 	.venvs/$*/bin/python -m pytest $(MATRIX_TESTS) -q $(PYTEST_ARGS)
+
+newest: ## the README's commands with what pip picks today, without pins; TORCH=torch==2.13.0 for a machine without a GPU
+	rm -rf .venvs/newest
+	$(PYTHON) -m venv .venvs/newest
+	.venvs/newest/bin/python $(PIP_INSTALL) $(TORCH) -e . pytest
+	.venvs/newest/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|tokenizers|huggingface_hub|pillow|numpy|av|decord) '
+	.venvs/newest/bin/python -m pytest tests/docs/test_readme.py -k "README-line or README.md" $(PYTEST_ARGS)
 
 conformance: $(VENV)/dev.stamp tokenizer.json ## the test classes of transformers itself, run on this model
 	$(PY) -m pytest tests/model/conformance $(PYTEST_ARGS)

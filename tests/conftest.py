@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 REPOSITORY = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
+NANO = REPOSITORY / "nano"
 GREEDY = {"sampling": False, "num_beams": 1, "repetition_penalty": 1.0}
 
 
@@ -56,6 +57,27 @@ def processor(repository):
     from transformers import AutoProcessor
 
     return AutoProcessor.from_pretrained(repository, trust_remote_code=True)
+
+
+@pytest.fixture(scope="session")
+def nano():
+    """`(model, processor)` of nano, loaded once. A test that trains it or changes its settings loads one of its own."""
+    from minicpmv import checkpoint
+
+    model, processor = checkpoint.load(NANO)
+    settings = model.generation_config.to_dict()
+    yield model, processor
+    assert not model.training and model.generation_config.to_dict() == settings, "a test left nano changed"
+
+
+@pytest.fixture(scope="session")
+def nano_model(nano):
+    return nano[0]
+
+
+@pytest.fixture(scope="session")
+def nano_processor(nano):
+    return nano[1]
 
 
 def wave_picture(width, height, k):

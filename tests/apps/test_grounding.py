@@ -7,19 +7,8 @@ from conftest import GREEDY, REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
 
 from minicpmv.apps.grounding import QUESTION, Box, draw_boxes, locate, parse_boxes
-
-
-@pytest.fixture(scope="module")
-def nano():
-    return AutoModel.from_pretrained(REPOSITORY / "nano", trust_remote_code=True).eval()
-
-
-@pytest.fixture(scope="module")
-def nano_processor():
-    return AutoProcessor.from_pretrained(REPOSITORY / "nano", trust_remote_code=True)
 
 
 def boxes_of(text, size=(1000, 1000)):
@@ -155,8 +144,8 @@ def test_locate_gives_pixels_of_the_upright_picture_and_names_the_box():
     assert image.size == (50, 100) and question == {"type": "text", "text": QUESTION, "ref": "red book"}
 
 
-def test_locate_asks_a_real_model(nano, nano_processor):
-    found = locate(nano, nano_processor, REPOSITORY / "assets" / "shapes.jpg", "circle", max_new_tokens=4)
+def test_locate_asks_a_real_model(nano_model, nano_processor):
+    found = locate(nano_model, nano_processor, REPOSITORY / "assets" / "shapes.jpg", "circle", max_new_tokens=4)
     assert found.answer is not None and isinstance(found.boxes, list)
 
 
@@ -180,9 +169,9 @@ def test_boxes_at_the_edge_of_a_grey_picture_are_drawn():
     assert drawn.size == (30, 30) and len(drawn.getcolors(10_000)) > 1
 
 
-def test_the_name_of_a_thing_is_part_of_a_saved_history(nano, nano_processor, tmp_path):
-    session = nano.start_chat(nano_processor, max_new_tokens=2, **GREEDY)
+def test_the_name_of_a_thing_is_part_of_a_saved_history(nano_model, nano_processor, tmp_path):
+    session = nano_model.start_chat(nano_processor, max_new_tokens=2, **GREEDY)
     question = {"type": "text", "text": QUESTION, "ref": "book"}
     session.send([Image.new("RGB", (60, 40)), question])
     session.save(tmp_path / "talk")
-    assert nano.load_chat(tmp_path / "talk", nano_processor).history[0]["content"][1] == question
+    assert nano_model.load_chat(tmp_path / "talk", nano_processor).history[0]["content"][1] == question

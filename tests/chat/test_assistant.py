@@ -6,25 +6,14 @@ import numpy as np
 import pytest
 from conftest import GREEDY, REPOSITORY
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
 
 from minicpmv.chat.assistant import FORGOTTEN, PERSONALITIES, Assistant, AssistantError, TranscriptError
 
 
-@pytest.fixture(scope="module")
-def nano():
-    return AutoModel.from_pretrained(REPOSITORY / "nano", trust_remote_code=True).eval()
-
-
-@pytest.fixture(scope="module")
-def nano_processor():
-    return AutoProcessor.from_pretrained(REPOSITORY / "nano", trust_remote_code=True)
-
-
 @pytest.fixture
-def assistant(nano, nano_processor):
+def assistant(nano_model, nano_processor):
     def make(**options):
-        return Assistant(nano, nano_processor, **{"max_new_tokens": 4, **GREEDY, **options})
+        return Assistant(nano_model, nano_processor, **{"max_new_tokens": 4, **GREEDY, **options})
 
     return make
 
@@ -65,12 +54,12 @@ def test_settings_that_do_not_exist_are_refused(assistant, options, words):
         assistant(**options)
 
 
-def test_turns_are_the_same_as_those_of_a_stateless_chat(assistant, nano, nano_processor):
+def test_turns_are_the_same_as_those_of_a_stateless_chat(assistant, nano_model, nano_processor):
     talk, messages = assistant(), [{"role": "system", "content": PERSONALITIES["helpful"]}]
     for content in ([picture(), "What color is it?"], ["And now?"]):
         messages.append({"role": "user", "content": content})
         output = talk.send(content)
-        assert output.text == nano.chat(msgs=messages, processor=nano_processor, max_new_tokens=4, **GREEDY)
+        assert output.text == nano_model.chat(msgs=messages, processor=nano_processor, max_new_tokens=4, **GREEDY)
         messages.append({"role": "assistant", "content": output.text})
     assert output.cached_tokens > 0
     assert [turn.answer for turn in talk.turns] == [message["content"] for message in messages[2::2]]
@@ -135,7 +124,7 @@ def test_what_was_read_of_a_closed_stream_is_the_answer(assistant):
     assert len(seen(talk)) == 2
 
 
-def test_a_turn_that_fails_changes_nothing(assistant, nano, monkeypatch):
+def test_a_turn_that_fails_changes_nothing(assistant, nano_model, monkeypatch):
     talk = assistant(max_turns=2)
     talk.send("One")
     talk.send("Two")
@@ -145,7 +134,7 @@ def test_a_turn_that_fails_changes_nothing(assistant, nano, monkeypatch):
         raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(nano.llm, "forward", fail)
+        patch.setattr(nano_model.llm, "forward", fail)
         with pytest.raises(RuntimeError, match="out of luck"):
             talk.send("Three")
     assert seen(talk) == before and len(talk.turns) == 2
@@ -160,7 +149,7 @@ def test_reset_begins_anew(assistant):
     assert talk.turns == [] and seen(talk) == []
 
 
-def test_a_transcript_holds_everything_and_can_be_gone_on_from(assistant, nano, nano_processor, tmp_path):
+def test_a_transcript_holds_everything_and_can_be_gone_on_from(assistant, nano_model, nano_processor, tmp_path):
     talk = assistant(media="once", max_turns=2, personality="concise")
     talk.send([picture(), "What color is it?"])
     talk.send([{"type": "video", "video": str(REPOSITORY / "assets" / "star.mp4")}, "And <b>now</b>?"])
@@ -175,7 +164,7 @@ def test_a_transcript_holds_everything_and_can_be_gone_on_from(assistant, nano, 
     assert "were forgotten here" in text and "unfinished: length" in text
     messages = json.loads((folder / "history.json").read_text(encoding="utf-8"))["messages"]
     assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 3]
-    again = nano.load_chat(folder, nano_processor)
+    again = nano_model.load_chat(folder, nano_processor)
     assert len(again.history) == 7
     talk.send("More?")
     talk.save(folder)  # replaces the older one

@@ -43,11 +43,6 @@ app.command()(ask)
 app.command()(chat)
 
 
-@pytest.fixture(scope="module")
-def nano():
-    return checkpoint.load(str(NANO))
-
-
 @pytest.fixture
 def run(nano, monkeypatch):
     """A function that runs a command in this process, where nano is loaded already."""

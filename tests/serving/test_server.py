@@ -23,7 +23,6 @@ from conftest import GREEDY, REPOSITORY
 from PIL import Image
 from typer.testing import CliRunner
 
-from minicpmv import checkpoint
 from minicpmv.commands.main import app
 
 
@@ -76,11 +75,6 @@ def address(tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(address):
     return openai.OpenAI(base_url=f"{address[0]}/v1", api_key="none", max_retries=0, timeout=120)
-
-
-@pytest.fixture(scope="module")
-def nano():
-    return checkpoint.load(str(NANO))
 
 
 @pytest.fixture(scope="module")

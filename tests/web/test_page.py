@@ -42,11 +42,6 @@ expect.set_options(timeout=WAIT)
 
 
 @pytest.fixture(scope="module")
-def nano():
-    return checkpoint.load(str(NANO))
-
-
-@pytest.fixture(scope="module")
 def app(nano):
     page = web_page.build(*nano, "nano")
     _, page.url, _ = web_page.launch(page, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
