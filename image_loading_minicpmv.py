@@ -24,8 +24,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from transformers.image_utils import load_image as load_image_from_url
 
+from .configuration_minicpmv import MiniCPMVError
 
-class ImageInputError(ValueError):
+
+class ImageInputError(MiniCPMVError):
     """A picture that cannot be used: the message names what was given, what is accepted and what to do."""
 
 

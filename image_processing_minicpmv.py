@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -27,10 +27,11 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
+from .configuration_minicpmv import MiniCPMVError
 from .image_loading_minicpmv import ImageInputError, load_image
 
 
-class FramePackingError(ValueError):
+class FramePackingError(MiniCPMVError):
     """`temporal_ids` that do not describe the pictures they came with."""
 
 
@@ -219,6 +220,39 @@ def _check_groups(temporal_ids: Iterable[Iterable[int]]) -> list[list[int]]:
             )
         groups.append(group)
     return groups
+
+
+def pad_visual_inputs(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """The visual inputs of single samples as tensors with one entry a sample, for trainers that insist on them.
+
+    Args:
+        rows: for each sample `pixel_values` (slices [3, P, P * patches]), `tgt_sizes` [slices, 2] and, unless all are
+            still images, `temporal_ids` (a list of ids for each unit).
+
+    Returns:
+        `pixel_values` [B, slices, 3, P, W] padded with zeros, `tgt_sizes` [B, slices, 2] with (0, 0) where there is no
+        slice and, where frames are packed, `temporal_ids` [B, units, frames] padded with -2. Nothing when no sample has
+        a slice.
+    """
+    slices = [pixels for row in rows for pixels in row["pixel_values"]]
+    if not slices:
+        return {}
+    most, width = max(len(row["pixel_values"]) for row in rows), max(pixels.shape[2] for pixels in slices)
+    # numpy, because torch's threads stall on busy cores and gain nothing here
+    pixel_values = np.zeros((len(rows), most, *slices[0].shape[:2], width), np.float32)
+    tgt_sizes = torch.zeros(len(rows), most, 2, dtype=torch.long)
+    units = [row.get("temporal_ids") or [[-1]] * len(row["pixel_values"]) for row in rows]
+    frames = max(len(unit) for row in units for unit in row)
+    temporal_ids = torch.full((len(rows), max(map(len, units)), frames), -2)
+    for place, row in enumerate(rows):
+        for number, (pixels, size) in enumerate(zip(row["pixel_values"], row["tgt_sizes"], strict=True)):
+            pixel_values[place, number, :, :, : pixels.shape[2]] = pixels.numpy()
+            tgt_sizes[place, number] = torch.as_tensor(size)
+        for number, unit in enumerate(units[place]):
+            temporal_ids[place, number, : len(unit)] = torch.as_tensor(unit)
+    batch = {"pixel_values": torch.from_numpy(pixel_values), "tgt_sizes": tgt_sizes}
+    is_packed = any(unit != [-1] for row in units for unit in row)
+    return batch | {"temporal_ids": temporal_ids} if is_packed else batch
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -439,6 +473,10 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         patches = image.reshape(channels, height // size, size, width // size, size)
         return patches.permute(0, 2, 1, 3, 4).reshape(channels, size, -1)
 
+    def load_image(self, image: Any, input_data_format: str | None = None) -> Image.Image:
+        """`load_image` under this processor's settings."""
+        return load_image(image, input_data_format, self.do_exif_transpose, self.background_color)
+
     def slice_to_patches(
         self, image: Any, max_slice_nums: int | None = None, input_data_format: str | None = None
     ) -> SlicedImage:
@@ -457,10 +495,7 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         """
         images, sliced = iter(images), []
         while chunk := list(islice(images, _PICTURES_PER_BLOCK)):
-            chunk = _map_threaded(
-                lambda image: load_image(image, input_data_format, self.do_exif_transpose, self.background_color),
-                chunk,
-            )
+            chunk = _map_threaded(lambda image: self.load_image(image, input_data_format), chunk)
             layouts = [self.get_slice_layout(image.size, max_slice_nums) for image in chunk]
             sliced += self._slice_chunk(chunk, layouts)
         return sliced

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
+from PIL import Image
 from tokenizers import Tokenizer
 
 from .image_loading_minicpmv import ImageInputError
@@ -27,6 +28,7 @@ TYPED = "\ufdd0"
 ASSISTANT_TOKENS = frozenset(
     f"<{slash}{name}>" for name in ("think", "tool_call", "ref", "box", "quad", "point") for slash in ("", "/")
 )
+THINK_START, THINK_END = "<think>", "</think>"
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".gif"}
 
 
@@ -111,6 +113,29 @@ def _as_mapping(value):
     else:
         return value
     return fields if "role" in fields or "type" in fields else value
+
+
+def kind_of(path: str | PathLike) -> str | None:
+    """ "image" or "video" by the suffix of a file's name, or None for any other."""
+    suffix = Path(path).suffix.lower()
+    if suffix in VIDEO_SUFFIXES:
+        return "video"
+    return "image" if suffix in Image.registered_extensions() else None
+
+
+def split_thought(text: str) -> tuple[str | None, str]:
+    """(thought, answer) of what the model wrote; a thought that was never closed is all thought, and where none was
+    opened it is None."""
+    before, closed, answer = text.partition(THINK_END)
+    if THINK_START not in before and not closed:
+        return None, text
+    thought = before.split(THINK_START, 1)[-1].strip("\n")
+    return thought, answer.lstrip("\n")
+
+
+def write_thought(thought: str) -> str:
+    """A thought as the chat template writes it before the answer; "" is the empty one of answers without thinking."""
+    return f"{THINK_START}\n{thought}\n{THINK_END}\n\n"
 
 
 def control_tokens(tokenizer):

@@ -14,8 +14,10 @@ import re
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any, NoReturn
 
 import torch
+from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData
@@ -24,12 +26,27 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoInput
 
-# transformers 4 copies only the files that are named in this one.
-from .image_loading_minicpmv import ImageInputError  # noqa: F401
-from .image_processing_minicpmv import FramePackingError, MiniCPMVBatchFeature, pack_frames
-from .messages_minicpmv import control_tokens, encode_prompt, mark_typed, read_message
-from .video_decoding_minicpmv import flatten_videos
-from .video_processing_minicpmv import MiniCPMVVideoProcessor
+from .configuration_minicpmv import MiniCPMVError
+from .image_loading_minicpmv import ImageInputError
+from .image_processing_minicpmv import (
+    FramePackingError,
+    MiniCPMVBatchFeature,
+    MiniCPMVImageProcessor,
+    SlicedImage,
+    pack_frames,
+    pad_visual_inputs,
+)
+from .messages_minicpmv import (
+    control_tokens,
+    encode_prompt,
+    kind_of,
+    mark_typed,
+    read_message,
+    split_thought,
+    write_thought,
+)
+from .video_decoding_minicpmv import VideoInputError, flatten_videos
+from .video_processing_minicpmv import FrameSamplingError, MiniCPMVVideoProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -49,14 +66,14 @@ TEXT_OPTIONS = {
     "return_mm_token_type_ids",
 }
 # Those that are neither.
-CALL_OPTIONS = {"images", "videos", "temporal_ids", "return_metadata", "pad_pixel_values"} | {
+CALL_OPTIONS = {"images", "videos", "temporal_ids", "return_metadata", "pad_pixel_values", "media_cache"} | {
     f"{part}_kwargs" for part in ("images", "videos", "text", "common")
 }
 # Other software passes these along; they change nothing here.
 TOLERATED_OPTIONS = {"add_special_tokens", "device", "do_pad", "load_audio_from_video", "sampling_rate"}
 
 
-class PromptTooLongError(ValueError):
+class PromptTooLongError(MiniCPMVError):
     """A prompt has more tokens than allowed: the message says how many, how many of them are pictures, and the limit."""
 
 
@@ -83,6 +100,13 @@ class MiniCPMVProcessor(ProcessorMixin):
             processor when it is not given.
         chat_template (`str`, *optional*): the jinja template; the tokenizer's when it is not given.
     """
+
+    # The errors of its parts, for callers that cannot import this module by name.
+    ImageInputError = ImageInputError
+    VideoInputError = VideoInputError
+    FramePackingError = FramePackingError
+    FrameSamplingError = FrameSamplingError
+    PromptTooLongError = PromptTooLongError
 
     attributes = ["image_processor", "tokenizer", "video_processor"]
     audio_tokenizer = None  # transformers 4.57 reads it when saving
@@ -113,6 +137,23 @@ class MiniCPMVProcessor(ProcessorMixin):
     @property
     def model_input_names(self):
         return ["input_ids", "attention_mask", *self.image_processor.model_input_names, "image_bound"]
+
+    # ---- facts that callers need ----
+
+    visual_input_names = ("pixel_values", "tgt_sizes", "temporal_ids")  # inputs of the model that hold pictures
+
+    split_thought = staticmethod(split_thought)
+    write_thought = staticmethod(write_thought)
+    kind_of = staticmethod(kind_of)
+    pad_visual_inputs = staticmethod(pad_visual_inputs)
+
+    def load_image(self, source: Any) -> Image.Image:
+        """An image, of any kind that messages may hold, as an upright RGB picture.
+
+        Raises:
+            ImageInputError: it cannot be read.
+        """
+        return self.image_processor.load_image(source)
 
     # ---- rendered prompts -> inputs ----
 
@@ -146,9 +187,12 @@ class MiniCPMVProcessor(ProcessorMixin):
             return_tensors: "pt" (default), "np" or None (lists).
             return_mm_token_type_ids: also give 1 for slots and 0 for text.
             return_metadata: also give `video_metadata`, one report a video.
-            pad_pixel_values: give tensors instead of nested lists, for trainers that insist on them: `pixel_values`
-                [B, slices, 3, P, W] padded with zeros, `tgt_sizes` [B, slices, 2] with (0, 0) where there is no slice,
-                `temporal_ids` [B, units, frames] padded with -2.
+            pad_pixel_values: give the tensors of `pad_visual_inputs` instead of nested lists, for trainers that insist
+                on them.
+            media_cache: an object with `get(kind, source, make)`, asked for each image and video before it is read:
+                kind is "image" or "video", source what the caller gave, and `make()` gives what this processor makes
+                of it (a `SlicedImage`; the features of a clip). It returns that, or what it kept of an earlier call.
+                What `make()` raises has to pass through it.
 
         Returns:
             [`BatchFeature`] with `input_ids` and `attention_mask` [B, L]. With pictures or videos, one entry a prompt
@@ -186,6 +230,7 @@ class MiniCPMVProcessor(ProcessorMixin):
         spans=None,
         return_metadata=False,
         pad_pixel_values=False,
+        media_cache=None,
         **kwargs,
     ):
         """`__call__` on one list of pictures and one of videos a prompt (None: no such modality in the batch)."""
@@ -193,7 +238,7 @@ class MiniCPMVProcessor(ProcessorMixin):
         nothing = [[]] * len(prompts)
         groups = _groups_by_prompt(temporal_ids, len(prompts))
         samples = [
-            self._expand(*inputs, options)
+            self._expand(*inputs, options, media_cache)
             for inputs in zip(prompts, images or nothing, videos or nothing, groups, spans or nothing, strict=True)
         ]
         data = self._tokenize(samples, with_masks=spans is not None, **options["text"])
@@ -204,7 +249,7 @@ class MiniCPMVProcessor(ProcessorMixin):
             if any(unit != [-1] for sample in samples for unit in sample.temporal_ids):
                 data["temporal_ids"] = [sample.temporal_ids for sample in samples]
             if pad_pixel_values:
-                data |= _padded(samples, "temporal_ids" in data)
+                data |= self.pad_visual_inputs([vars(sample) for sample in samples])
         else:
             data.pop("image_bound")
         if return_metadata or options["videos"].get("return_metadata"):
@@ -240,7 +285,7 @@ class MiniCPMVProcessor(ProcessorMixin):
                 logger.warning_once(f"{type(self).__name__} does not know the keyword {name!r} and ignores it.{hint}")
         return options
 
-    def _expand(self, prompt, images, videos, groups, spans, options):
+    def _expand(self, prompt, images, videos, groups, spans, options, media_cache):
         """Put slots in the places of pictures and videos, and make the slices that fill them."""
         kinds, texts = PLACEHOLDERS.findall(prompt), PLACEHOLDERS.split(prompt)
         for name, placeholder, given in (("images", IMAGE_PLACEHOLDER, images), ("videos", VIDEO_PLACEHOLDER, videos)):
@@ -255,8 +300,7 @@ class MiniCPMVProcessor(ProcessorMixin):
                 f"temporal_ids name {sum(map(len, groups))} frames, but the prompt has {len(images)} pictures. Give an "
                 "id for each; a still picture is a group [-1] of its own."
             )
-        limit, data_format = options["images"].get("max_slice_nums"), options["images"].get("input_data_format")
-        frames = iter(self.image_processor.slice_all_to_patches(images, limit, data_format))
+        frames = iter(self._slice(images, options["images"], media_cache))
         videos, groups = iter(videos), iter(groups)
         sample = ExpandedPrompt("")
         lengths = [len(text) + len(kind) for text, kind in zip(texts, [*kinds, ""], strict=True)]
@@ -265,7 +309,7 @@ class MiniCPMVProcessor(ProcessorMixin):
         moved = [(0, 0)]  # (start in the prompt, start in the result) of the pieces of text
         while place < len(kinds):
             if kinds[place] == VIDEO_PLACEHOLDER:
-                units = self._add_video(sample, next(videos), options["videos"])
+                units = self._add_video(sample, next(videos), options["videos"], media_cache)
                 following = place + 1
             else:
                 group = next(groups)
@@ -300,13 +344,34 @@ class MiniCPMVProcessor(ProcessorMixin):
             frames[0].image_size, number, options.get("max_slice_nums"), options.get("use_image_id")
         )
 
-    def _add_video(self, sample, video, options):
+    def _slice(self, images: list, options: dict, media_cache: Any) -> list[SlicedImage]:
+        def make(images):
+            limit, data_format = options.get("max_slice_nums"), options.get("input_data_format")
+            return self.image_processor.slice_all_to_patches(images, limit, data_format)
+
+        if media_cache is None:
+            return make(images)
+        # The cache is asked twice, so that all images that it lacks are sliced in one go, on all threads.
+        missing = []
+        for image in images:
+            try:
+                media_cache.get("image", image, _not_made)
+            except _NotMadeError:
+                missing.append(image)
+        made = {id(image): sliced for image, sliced in zip(missing, make(missing), strict=True)}
+        return [media_cache.get("image", image, lambda image=image: made[id(image)]) for image in images]
+
+    def _add_video(self, sample, video, options, media_cache):
         """Add the sampled frames of one video; returns the text with its slots, a line for each group."""
         options = dict(options)
         use_image_id = options.pop("use_image_id", None)
         options.pop("return_metadata", None)
         processor = self.video_processor
-        clip = processor.preprocess(video, return_metadata=True, **options)
+
+        def make():
+            return processor.preprocess(video, return_metadata=True, **options)
+
+        clip = make() if media_cache is None else media_cache.get("video", video, make)
         (report,) = clip["video_metadata"]
         sample.pixel_values.extend(clip["pixel_values"][0])
         sample.tgt_sizes.extend(clip["tgt_sizes"][0].tolist())
@@ -493,13 +558,15 @@ class MiniCPMVProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        # transformers 4 wants the class of each part named here, transformers 5 warns when it is. At the top level the
-        # loaders of pictures and videos may be dummies that ask for torchvision.
-        from transformers.models.auto.image_processing_auto import AutoImageProcessor
-        from transformers.models.auto.video_processing_auto import AutoVideoProcessor
-
-        loaders = (AutoImageProcessor, AutoTokenizer, AutoVideoProcessor)
-        return [loader.from_pretrained(pretrained_model_name_or_path, **kwargs) for loader in loaders]
+        # The classes imported above, not those that the Auto classes would load once more as twins: what the parts
+        # raise is what `processor.ImageInputError` and its kin name.
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("trust_remote_code", "code_revision")}
+        parts = [MiniCPMVImageProcessor, MiniCPMVVideoProcessor]
+        for part in parts:
+            part.register_for_auto_class()  # so that saving writes where the classes are found
+        images, videos = (part.from_pretrained(pretrained_model_name_or_path, **kwargs) for part in parts)
+        return [images, tokenizer, videos]
 
     def check_argument_for_proper_class(self, argument_name, argument):
         # transformers looks up video processors in a mapping that is empty without torchvision.
@@ -514,26 +581,12 @@ class MiniCPMVProcessor(ProcessorMixin):
         return files
 
 
-def _padded(samples, with_temporal_ids):
-    """The visual inputs of `samples` as tensors, padded to the most slices, units and frames."""
-    slices = [pixels for sample in samples for pixels in sample.pixel_values]
-    width, patch_size = max(pixels.shape[-1] for pixels in slices), slices[0].shape[1]
-    most = max(len(sample.pixel_values) for sample in samples)
-    pixel_values = torch.zeros(len(samples), most, 3, patch_size, width)
-    tgt_sizes = torch.zeros(len(samples), most, 2, dtype=torch.long)
-    for row, sample in enumerate(samples):
-        for place, (pixels, size) in enumerate(zip(sample.pixel_values, sample.tgt_sizes, strict=True)):
-            pixel_values[row, place, :, :, : pixels.shape[-1]] = pixels
-            tgt_sizes[row, place] = torch.tensor(size)
-    data = {"pixel_values": pixel_values, "tgt_sizes": tgt_sizes}
-    if with_temporal_ids:
-        units = max(len(sample.temporal_ids) for sample in samples)
-        frames = max(len(unit) for sample in samples for unit in sample.temporal_ids)
-        data["temporal_ids"] = torch.full((len(samples), units, frames), -2)
-        for row, sample in enumerate(samples):
-            for place, unit in enumerate(sample.temporal_ids):
-                data["temporal_ids"][row, place, : len(unit)] = torch.tensor(unit)
-    return data
+class _NotMadeError(Exception):
+    """A cache of media does not know an image."""
+
+
+def _not_made() -> NoReturn:
+    raise _NotMadeError
 
 
 def _is_text(value):

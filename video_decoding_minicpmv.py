@@ -23,6 +23,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
 
+from .configuration_minicpmv import MiniCPMVError
+
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +38,7 @@ THUMBNAIL = 32  # side of a thumbnail
 DECODE_CHUNK = 16  # full-size frames held at once; with 1080p about 100 MB
 
 
-class VideoInputError(ValueError):
+class VideoInputError(MiniCPMVError):
     """The video cannot be used: missing, broken, empty, without a picture track, or not a video."""
 
 

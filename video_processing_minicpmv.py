@@ -22,7 +22,7 @@ from PIL import Image
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from .image_loading_minicpmv import load_image
+from .configuration_minicpmv import MiniCPMVError
 from .image_processing_minicpmv import MiniCPMVBatchFeature, MiniCPMVImageProcessor, pack_frames
 from .video_decoding_minicpmv import DECODERS, VideoInputError, flatten_videos, open_video
 
@@ -31,7 +31,7 @@ MAX_PACKING = 6  # frames in a group the resampler was trained on
 FRAME_SELECTIONS = ("uniform", "keyframes")
 
 
-class FrameSamplingError(ValueError):
+class FrameSamplingError(MiniCPMVError):
     """A sampling option lies outside its range, or asks for a part of the video that is not there."""
 
 
@@ -376,7 +376,7 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
 
     def _sample(self, video, video_metadata: Mapping | None, settings: dict[str, Any]):
         """The chosen frames (an iterator that decodes them), their groups of ids, and a maker of the report."""
-        source = open_video(video, settings["video_backend"], self._load_upright)
+        source = open_video(video, settings["video_backend"], self.load_image)
         count = source.num_frames
         limit = settings["max_num_frames"] * settings["max_num_packing"]
         num_frames = settings["num_frames"] if settings["do_sample_frames"] else count
@@ -432,9 +432,6 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
             )
 
         return decode(), group_temporal_ids(ids, plan.packing), report_of
-
-    def _load_upright(self, picture: Any) -> Image.Image:
-        return load_image(picture, None, self.do_exif_transpose, self.background_color)
 
     # Saving and loading: a file of its own (video_preprocessor_config.json), or the image processor's settings.
 

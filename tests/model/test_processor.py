@@ -303,3 +303,100 @@ def test_a_broken_picture_is_an_error_that_says_so(processor):
     wave_picture(300, 200, 0).save(buffer, "PNG")
     with pytest.raises(ValueError, match="truncated|broken|complete"):
         encode(processor, buffer.getvalue()[:2000], "?")
+
+
+# ---- facts that callers ask for ----
+
+
+def test_a_thought_is_split_from_its_answer_and_written_as_the_template_does(processor):
+    assert processor.split_thought("Just so.") == (None, "Just so.")
+    assert processor.split_thought("<think>\nhm\n</think>\n\nTwo") == ("hm", "Two")
+    assert processor.split_thought("<think>\nnever closed") == ("never closed", "")
+    assert processor.split_thought("hm\n</think>\n\nTwo") == ("hm", "Two")  # the prompt had opened it
+    question, answer = {"role": "user", "content": "1"}, {"role": "assistant", "content": "Two"}
+    rendered = processor.apply_chat_template([question, answer | {"reasoning_content": "hm"}])
+    assert processor.write_thought("hm") + "Two" in rendered
+    fast = processor.apply_chat_template([question], add_generation_prompt=True, enable_thinking=False)
+    assert fast.endswith(processor.write_thought(""))
+
+
+def test_a_file_is_an_image_or_a_video_by_its_name(processor):
+    names = {"a/cat.JPG": "image", "cat.png": "image", "clip.mp4": "video", "clip.GIF": "video", "thesis.docx": None}
+    assert {name: processor.kind_of(name) for name in [*names, "noname"]} == names | {"noname": None}
+    assert processor.kind_of(CLIP) == "video"
+
+
+def test_an_image_is_loaded_upright_or_refused_by_a_type_that_the_processor_names(processor, tmp_path):
+    path = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (40, 20)).save(path, exif=exif)
+    loaded = processor.load_image(path)
+    assert (loaded.mode, loaded.size) == ("RGB", (20, 40))
+    with pytest.raises(processor.ImageInputError):
+        processor.load_image(b"no image")
+
+
+def test_errors_of_every_part_can_be_caught_by_the_processor_s_names(processor, picture):
+    place, clip = "(<image>./</image>)", {"type": "video", "video": b"no video"}
+    for error, make in (
+        (processor.ImageInputError, lambda: processor(place, [b"no image"])),
+        (processor.ImageInputError, lambda: encode(processor, [b"a list is no part"])),
+        (processor.VideoInputError, lambda: encode(processor, clip)),
+        (processor.ImageInputError, lambda: encode(processor, clip | {"video": [picture, b"no image"]})),
+        (processor.FrameSamplingError, lambda: encode(processor, clip | {"video": CLIP}, fps=-1)),
+        (processor.FramePackingError, lambda: processor(place, [picture], temporal_ids=[[-1, 0]])),
+        (processor.PromptTooLongError, lambda: processor(place, [picture], max_length=3)),
+    ):
+        with pytest.raises(error) as raised:
+            make()
+        assert raised.value.is_minicpmv
+
+
+def test_visual_inputs_of_single_samples_are_padded_to_tensors(processor, picture):
+    options = {"tokenize": True, "return_dict": True, "fps": 2}
+    messages = [[{"role": "user", "content": content}] for content in ([picture, "a"], "b", [CLIP, "c"])]
+    rows = []
+    for inputs in (processor.apply_chat_template(each, force_packing=2, **options) for each in messages):
+        given = {name: inputs[name][0] for name in processor.visual_input_names if name in inputs}
+        rows.append(given or {"pixel_values": [], "tgt_sizes": []})
+    padded = processor.pad_visual_inputs(rows)
+    together = processor.apply_chat_template(
+        messages, force_packing=2, pad_pixel_values=True, return_tensors="pt", **options
+    )
+    assert set(padded) == set(processor.visual_input_names)
+    assert all(torch.equal(padded[name], together[name]) for name in padded)
+    assert padded["tgt_sizes"][1].sum() == 0 and (padded["temporal_ids"][1] == -2).all()
+    assert "temporal_ids" not in processor.pad_visual_inputs(rows[:1])
+    assert processor.pad_visual_inputs(rows[1:2]) == {}
+
+
+class Kept:
+    """A cache of media by identity that counts what was made."""
+
+    def __init__(self):
+        self.known, self.made = {}, []
+
+    def get(self, kind, source, make):
+        if id(source) not in self.known:
+            self.known[id(source)] = make()
+            self.made.append((kind, source))
+        return self.known[id(source)]
+
+
+def test_a_cache_of_media_is_asked_before_anything_is_read(processor, picture):
+    cache, other = Kept(), wave_picture(500, 500, 1)
+    content = [picture, other, CLIP, picture, "?"]
+    first = encode(processor, *content, media_cache=cache)
+    assert cache.made == [("image", picture), ("image", other), ("video", CLIP)]
+    plain = encode(processor, *content)
+    for inputs in (first, encode(processor, *content, media_cache=cache)):
+        assert inputs["input_ids"].tolist() == plain["input_ids"].tolist()
+        assert all(map(torch.equal, inputs["pixel_values"][0], plain["pixel_values"][0]))
+    assert len(cache.made) == 3
+    with pytest.raises(processor.ImageInputError):
+        processor("(<image>./</image>)", [b"no image"], media_cache=cache)
+    assert (
+        processor("(<image>./</image>)", [other], media_cache=cache)["pixel_values"][0][0]
+        is (cache.known[id(other)].pixel_values[0])
+    )
