@@ -54,9 +54,10 @@ newest: ## the README's commands with what pip picks today, without pins; TORCH=
 conformance: $(VENV)/dev.stamp tokenizer.json ## the test classes of transformers itself, run on this model
 	$(PY) -m pytest tests/model/conformance $(PYTEST_ARGS)
 
-lint: $(VENV)/dev.stamp ## ruff check and format check
+lint: $(VENV)/dev.stamp ## ruff (rules and format) and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: $(VENV)/dev.stamp ## let ruff rewrite the files
 	$(PY) -m ruff check --fix .
@@ -66,7 +67,7 @@ bench: $(VENV)/dev.stamp tokenizer.json ## run the measurements in perf/
 	@for file in perf/bench_*.py; do echo "== $$file"; $(PY) "$$file" || exit 1; done
 
 clean: ## remove environments, caches and the built tokenizer
-	rm -rf .venv .venvs build *.egg-info .pytest_cache .ruff_cache .hypothesis tokenizer.json
+	rm -rf .venv .venvs build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis tokenizer.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- environments: a stamp tells that one is complete, and is made anew when the requirements change -------------------
