@@ -192,9 +192,10 @@ class DocumentReader:
         messages = [{"role": "user", "content": [*self._shown(pages), prompt]}]
         for _ in range(attempts):
             answer = write(self.model, self.processor, messages, self.max_page_tokens, **self.options)
-            value, problem = read_data(answer.text, validator)
-            if problem is None:
+            value, misfit = read_data(answer.text, validator)
+            if misfit is None:
                 return value
+            problem = misfit
             if answer.notices:  # then the rest is missing, and asking again would end the same way
                 problem = "; ".join([problem, *answer.notices])
                 break
