@@ -1,184 +1,342 @@
 """`minicpmv evaluate BENCHMARK`, `minicpmv evaluate calibrate` and `minicpmv evaluate report`."""
 
+import json
+import os
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minicpmv.commands import terminal
-from minicpmv.errors import MissingPackageError, one_line_errors, require
+from minicpmv.errors import MiniCPMVError, one_line_errors, require
 from minicpmv.evaluate.suites import BENCHMARKS
 
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from minicpmv.evaluate.endpoint import Endpoint
+
+DEFAULT_MODEL = "nano"
 DEFAULT_FOLDER = Path("runs")
-MODES = {"on": True, "off": False, "auto": "auto"}
+MODES: dict[str, Any] = {"on": True, "off": False, "auto": "auto"}
+OF_ENDPOINTS = "With --endpoint"  # heading of these options in the help
 
-evaluate_app = typer.Typer(help="Measure a model; compare what was measured.", no_args_is_help=True)
+Rows = Annotated[str | None, typer.Option(help="Only these rows, such as count,chart.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Questions the model answers at once.")]
+
+evaluate_app = typer.Typer(help="Measure a model; compare measurements.", no_args_is_help=True)
 
 
-def names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
+class EvaluateError(MiniCPMVError):
+    """Options that do not go together, or a key that is not there."""
+
+
+class Clips(str, Enum):
+    """How a clip is sent to an endpoint."""
+
+    frames = "frames"
+    video_url = "video_url"
+
+
+def names(text: str | None) -> list[str] | None:
+    return [part.strip() for part in text.split(",")] if text else None
 
 
 def whole_numbers(text: str) -> list[int]:
     try:
-        return [int(name) for name in names(text)]
+        return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is not a list of whole numbers such as 0,1,2") from error
 
 
-def add_benchmark(name: str, summary: str) -> None:
-    @evaluate_app.command(name, help=summary)
+def json_object(text: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"{text!r} is not a JSON object")
+    return value
+
+
+def add_benchmark(benchmark_name: str, summary: str) -> None:
+    @evaluate_app.command(benchmark_name, help=summary)
     def run(
-        checkpoint: Annotated[str, typer.Option(help="Model folder or Hub repository.")] = "nano",
+        model: Annotated[
+            str | None,
+            typer.Option(
+                "--model",
+                "-m",
+                help=f"Model folder or Hub repository (default: {DEFAULT_MODEL}); with --endpoint the name that it knows.",
+            ),
+        ] = None,
         revision: terminal.Revision = None,
         trust_remote_code: terminal.TrustRemoteCode = False,
-        samples: Annotated[int, typer.Option(min=1, help="Samples for each row and seed.")] = 100,
-        seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
-        seeds: Annotated[
-            str | None, typer.Option(help="Several seeds, such as 0,1,2: mean and spread. In place of --seed.")
+        samples: Annotated[
+            int | None,
+            typer.Option(
+                min=1, help="Samples for each row and seed (default: the whole data set; 100 of drawn ones)."
+            ),
         ] = None,
-        rows: Annotated[str | None, typer.Option(help="Only these rows, such as count,chart.")] = None,
+        seed: Annotated[int, typer.Option(help="Seed of drawn samples.")] = 0,
+        seeds: Annotated[
+            str | None, typer.Option(help="Several seeds instead of --seed, such as 0,1,2: reports mean and spread.")
+        ] = None,
+        rows: Rows = None,
         thinking: Annotated[
             str,
-            typer.Option(help="on, off, auto, or the rows that think, such as count,chart. Rows that fix it keep it."),
+            typer.Option(
+                help="on, off, auto, or the rows that think, such as count,chart. Some rows always or never think."
+            ),
         ] = "off",
-        batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 50,
+        batch_size: BatchSize = 50,
         output: Annotated[
             Path | None,
-            typer.Option(help=f"Folder of answers and results; by default one a setting in {DEFAULT_FOLDER}/."),
+            typer.Option(
+                help=f"Folder for answers and results (default: a folder for each setting in {DEFAULT_FOLDER}/)."
+            ),
         ] = None,
         json_file: Annotated[
             Path | None, typer.Option("--json", help='Also write {row: {metric: value, "n": samples}} to this file.')
         ] = None,
-    ):
-        import json
-
-        from rich.console import Console
-
-        with one_line_errors(MissingPackageError):
-            require("evaluate", "rapidfuzz", "matplotlib")  # scores, and the drawn questions
-        from minicpmv.checkpoint import CheckpointError, load
-        from minicpmv.evaluate import benchmark as benchmarks
-        from minicpmv.evaluate import harness, sample_log
-        from minicpmv.evaluate.report import as_table
-        from minicpmv.evaluate.suites import load_benchmark
-
+        endpoint: Annotated[
+            str | None,
+            typer.Option(
+                metavar="URL",
+                help="Ask an OpenAI-compatible API instead of loading a model, such as http://127.0.0.1:8000/v1.",
+                rich_help_panel=OF_ENDPOINTS,
+            ),
+        ] = None,
+        api_key_env: Annotated[
+            str | None,
+            typer.Option(metavar="NAME", help="Environment variable with the API key.", rich_help_panel=OF_ENDPOINTS),
+        ] = None,
+        concurrency: Annotated[
+            int, typer.Option(min=1, help="Requests in flight at once.", rich_help_panel=OF_ENDPOINTS)
+        ] = 8,
+        retries: Annotated[
+            int,
+            typer.Option(
+                min=0, help="Further tries after a timeout or an answer 429 or 5xx.", rich_help_panel=OF_ENDPOINTS
+            ),
+        ] = 6,
+        timeout: Annotated[float, typer.Option(min=0.1, help="Seconds per try.", rich_help_panel=OF_ENDPOINTS)] = 600,
+        clips: Annotated[
+            Clips, typer.Option(help="Send a clip as images, or as a file.", rich_help_panel=OF_ENDPOINTS)
+        ] = Clips.frames,
+        frames: Annotated[
+            int, typer.Option(min=1, help="Frames sent for each clip.", rich_help_panel=OF_ENDPOINTS)
+        ] = 32,
+        processor_options: Annotated[
+            bool,
+            typer.Option(
+                "--processor-options",
+                help="Send a question's image options as mm_processor_kwargs (vLLM, minicpmv serve).",
+                rich_help_panel=OF_ENDPOINTS,
+            ),
+        ] = False,
+        thinking_switch: Annotated[
+            bool,
+            typer.Option(
+                help="Send chat_template_kwargs.enable_thinking; turn it off for APIs that refuse it.",
+                rich_help_panel=OF_ENDPOINTS,
+            ),
+        ] = True,
+        extra_body: Annotated[
+            str | None,
+            typer.Option(
+                metavar="JSON",
+                help='More fields for every request, such as \'{"reasoning_effort": "low"}\'.',
+                rich_help_panel=OF_ENDPOINTS,
+            ),
+        ] = None,
+    ) -> None:
         all_seeds = whole_numbers(seeds) if seeds else [seed]
-        with one_line_errors(
-            benchmarks.UnknownRowError, CheckpointError, harness.SampleCountError, sample_log.SampleLogError
-        ):
-            benchmark = load_benchmark(name)
-            chosen = names(rows) if rows else None
+        fields = json_object(extra_body)
+        with one_line_errors(OSError):
+            require("evaluate", "rapidfuzz", "matplotlib")  # scores, and the drawn questions
+            if endpoint:
+                require("endpoint", "openai")
+                if model is None:
+                    raise EvaluateError("--endpoint also needs --model NAME: the name that the endpoint knows")
+            from minicpmv.evaluate import harness
+            from minicpmv.evaluate.answerers import Answerer
+            from minicpmv.evaluate.processes import Processes
+            from minicpmv.evaluate.sample_log import fingerprint
+            from minicpmv.evaluate.suites import load_benchmark
+            from minicpmv.files import check_writable
+
+            benchmark, chosen, processes = load_benchmark(benchmark_name), names(rows), Processes()
             benchmark.choose(chosen)  # before the model is loaded
-            thinks = MODES[thinking] if thinking in MODES else names(thinking)
-            model, processor = load(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+            if json_file is not None and processes.is_main:
+                check_writable(json_file)
+            answerer: Answerer
+            if endpoint and model:
+                shown = model
+                answerer = ask_endpoint(
+                    endpoint,
+                    model,
+                    api_key_env,
+                    concurrency=concurrency,
+                    retries=retries,
+                    timeout=timeout,
+                    clips=clips.value,
+                    frames=frames,
+                    processor_options=processor_options,
+                    thinking_switch=thinking_switch,
+                    extra_body=fields,
+                )
+            else:
+                shown = model or DEFAULT_MODEL
+                answerer = load_model(shown, revision, trust_remote_code, processes.device, batch_size)
+            thinks = MODES[thinking] if thinking in MODES else names(thinking) or []
             if output is None:
-                settings = harness.settings_of(model, processor, benchmark, thinks)
-                folder = f"{name}-{Path(checkpoint).resolve().name}-{sample_log.fingerprint(settings)[:8]}"
-                output = DEFAULT_FOLDER / folder
-            results = harness.run(
-                model,
-                processor,
+                settings = harness.settings_of(answerer, benchmark, thinks)
+                name = f"{benchmark_name}-{terminal.shown_name(shown).replace('/', '-')}-{fingerprint(settings)[:8]}"
+                output = DEFAULT_FOLDER / name
+            results = harness.measure(
+                answerer,
                 benchmark,
                 output,
-                checkpoint=checkpoint,
+                name=shown,
                 rows=chosen,
                 samples=samples,
                 seeds=all_seeds,
                 thinking=thinks,
-                batch_size=batch_size,
             )
+            if not processes.is_main:
+                return
+            if json_file is not None:
+                json_file.write_text(json.dumps(harness.figures(results), indent=1) + "\n", encoding="utf-8")
+        from rich.console import Console
+
         Console().print(as_table(results))
         typer.echo(f"answers and results: {output}")
-        if json_file is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps(harness.figures(results), indent=1) + "\n", encoding="utf-8")
+
+
+def load_model(name: str, revision: str | None, trust_remote_code: bool, device: Any, batch_size: int) -> Any:
+    """The model in this process; where there are several, each has its own accelerator."""
+    from minicpmv.checkpoint import load
+    from minicpmv.evaluate.answerers import LocalModel
+
+    device_map = "auto" if device is None else {"": device}
+    return LocalModel(
+        *load(name, revision=revision, trust_remote_code=trust_remote_code, device_map=device_map), batch_size
+    )
+
+
+def ask_endpoint(url: str, model: str, api_key_env: str | None, **options: Any) -> "Endpoint":
+    """An endpoint that is there and knows the model."""
+    from minicpmv.evaluate.endpoint import Endpoint
+
+    api_key = os.environ.get(api_key_env or "OPENAI_API_KEY")
+    if api_key_env and not api_key:
+        raise EvaluateError(f"--api-key-env: the environment has no variable {api_key_env}, or it is empty")
+    endpoint = Endpoint(url, model, api_key=api_key, **options)
+    endpoint.check()
+    return endpoint
 
 
 for name, (_, summary) in BENCHMARKS.items():
-    add_benchmark(name, f"{summary} Run it again after an interruption: it goes on where it stopped.")
+    add_benchmark(name, f"{summary} To continue after an interruption, run the same command again.")
 
 
 @evaluate_app.command()
 def calibrate(
-    checkpoint: Annotated[str, typer.Option(help="Model folder or Hub repository.")] = "nano",
+    model: terminal.Model = DEFAULT_MODEL,
     revision: terminal.Revision = None,
     trust_remote_code: terminal.TrustRemoteCode = False,
-    benchmark: Annotated[str, typer.Option(help="Whose questions to ask.")] = "nanobench",
-    samples: Annotated[int, typer.Option(min=1, help="Questions of each row, and as many again for the check.")] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the questions; the check takes the next one.")] = 1,
-    rows: Annotated[str | None, typer.Option(help="Only these rows, such as count,chart.")] = None,
-    keep: Annotated[float, typer.Option(help="Share of the best accuracy of any threshold that has to stay.")] = 0.95,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 50,
+    benchmark: Annotated[str, typer.Option(help="Benchmark that provides the questions.")] = "nanobench",
+    samples: Annotated[
+        int, typer.Option(min=1, help="Questions per row to choose on, and as many again to check.")
+    ] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the questions; the check uses the next one.")] = 1,
+    rows: Rows = None,
+    keep: Annotated[
+        float, typer.Option(help="Share of the best accuracy that any threshold reaches, which the choice must keep.")
+    ] = 0.95,
+    batch_size: BatchSize = 50,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of answers, curve and result; by default one a checkpoint in runs/.")
+        Path | None, typer.Option(help="Folder for answers, curve and result (default: a folder per model in runs/).")
     ] = None,
-    save: Annotated[bool, typer.Option("--save", help="Store the threshold in the checkpoint's config.json.")] = False,
-):
-    """Find the threshold of enable_thinking="auto": fewest tokens for (nearly) the accuracy of always thinking."""
-    import json
+    save: Annotated[bool, typer.Option("--save", help="Store the threshold in the model's config.json.")] = False,
+) -> None:
+    """Find the threshold of enable_thinking="auto" that generates the fewest tokens and keeps most of the accuracy.
 
-    with one_line_errors(MissingPackageError):
+    --keep says how much: 0.95 of the best accuracy that any threshold reaches.
+    """
+    config = Path(model).expanduser() / "config.json"
+    with one_line_errors(OSError):
         require("evaluate", "rapidfuzz", "matplotlib")
-    from minicpmv.checkpoint import CheckpointError, load
-    from minicpmv.evaluate import benchmark as benchmarks
-    from minicpmv.evaluate import calibration, harness, sample_log
-    from minicpmv.evaluate.suites import load_benchmark
+        if save and not config.is_file():
+            raise EvaluateError(f"--save writes to {config}, which is not there: name the model's folder")
+        from minicpmv.evaluate import calibration
+        from minicpmv.evaluate.suites import load_benchmark
+        from minicpmv.files import write_whole
 
-    if benchmark not in BENCHMARKS:
-        raise typer.BadParameter(f"{benchmark!r} is none of {', '.join(BENCHMARKS)}")
-    config = Path(checkpoint) / "config.json"
-    if save and not config.is_file():
-        raise typer.BadParameter(f"--save writes to {config}, which is not there: give the folder of the checkpoint")
-    with one_line_errors(
-        benchmarks.UnknownRowError,
-        calibration.CalibrationError,
-        CheckpointError,
-        harness.SampleCountError,
-        sample_log.SampleLogError,
-    ):
-        asked = load_benchmark(benchmark)
-        chosen = names(rows) if rows else None
+        asked, chosen = load_benchmark(benchmark), names(rows)
         calibration.questions_in_both_modes(asked, chosen)  # before the model is loaded
-        model, processor = load(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
         result = calibration.calibrate(
-            model,
-            processor,
+            load_model(model, revision, trust_remote_code, None, batch_size),
             asked,
-            output or DEFAULT_FOLDER / f"calibration-{Path(checkpoint).resolve().name}",
-            checkpoint=checkpoint,
+            output or DEFAULT_FOLDER / f"calibration-{terminal.shown_name(model).replace('/', '-')}",
+            name=model,
             rows=chosen,
             samples=samples,
             seed=seed,
             keep=keep,
-            batch_size=batch_size,
         )
-    for mode, found in result["check"].items():
-        typer.echo(f"{mode:5} {100 * found['accuracy']:5.1f} % right, {found['tokens']:6.1f} tokens a question")
-    typer.echo(f"threshold {result['threshold']:.4f}")
-    if save:
-        settings = json.loads(config.read_text(encoding="utf-8")) | {"thinking_threshold": result["threshold"]}
-        sample_log.write_whole(config, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        typer.echo(f"{config}: stored")
+        for mode, found in result["check"].items():
+            typer.echo(f"{mode:5} {100 * found['accuracy']:5.1f} % right, {found['tokens']:6.1f} tokens a question")
+        typer.echo(f"threshold {result['threshold']:.4f}")
+        if save:
+            settings = json.loads(config.read_text(encoding="utf-8")) | {"thinking_threshold": result["threshold"]}
+            write_whole(config, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+            typer.echo(f"{config}: stored")
 
 
 @evaluate_app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of runs: such as runs/nanobench-*.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs, such as runs/nanobench-*.")],
     output: Annotated[
-        Path, typer.Option(help="An .html file with everything in it, or an .md file with charts beside it.")
+        Path,
+        typer.Option(help="An .html file that contains everything, or an .md file with its charts as .png files."),
     ] = Path("report.html"),
-):
-    """Compare runs side by side: checkpoints, models or settings, with charts."""
-    with one_line_errors(MissingPackageError):
+) -> None:
+    """Compare runs side by side, with charts: models, checkpoints or settings."""
+    with one_line_errors(OSError):
         require("evaluate", "matplotlib")
-    from minicpmv.evaluate import report as reports
+        from minicpmv.evaluate.report import write_report
 
-    with one_line_errors(reports.ReportError):
-        files = reports.write_report(folders, output)
-    for file in files:
-        typer.echo(str(file))
+        for file in write_report(folders, output):
+            typer.echo(str(file))
+
+
+def as_table(results: dict[str, Any]) -> "Table":
+    """A rich table of one run: a line for each metric of each row."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from minicpmv.evaluate.report import percent, sample_counts, title_of
+
+    several = len(results["seeds"]) > 1
+    table = Table(
+        title=f"{title_of(results)}: {escape(results['model'])}",
+        caption=f"{' or '.join(map(str, sample_counts(results)))} samples a row, seed{'s' * several} {', '.join(map(str, results['seeds']))}"
+        + "; mean ± standard deviation over seeds" * several,
+    )
+    for heading in ("row", "metric"):
+        table.add_column(heading)
+    for heading in ("%", "n"):
+        table.add_column(heading, justify="right")
+    for row, summary in results["rows"].items():
+        name, count = row + " ↓" * summary["lower_is_better"], str(summary["n"])
+        for metric, value in summary["mean"].items():
+            table.add_row(name, metric, percent(value, summary["std"][metric]), count)
+            name = count = ""
+    return table
 
 
 if __name__ == "__main__":

@@ -1,5 +1,42 @@
-"""Evaluation: benchmarks, the harness that runs them on a checkpoint, and reports that compare runs.
+"""Evaluation: benchmarks, whoever answers them, figures, and reports that compare runs.
 
-`benchmark` says what a benchmark is, `benchmarks/` holds them (one file each), `harness` asks the model, `sample_log`
-keeps every answer, `scorers` and `report` turn answers into figures, tables and charts.
+    from minicpmv import load
+    from minicpmv.evaluate import LocalModel, load_benchmark, measure
+
+    results = measure(LocalModel(*load("nano")), load_benchmark("nanobench"), Path("runs/nano"), name="nano", samples=20)
+
+`benchmark` says what a benchmark is, `suites/` holds them (one file each), `answerers` and `endpoint` answer, `harness` asks,
+`sample_log` keeps every answer, `scorers` and `report` turn answers into figures, tables and charts.
 """
+
+import importlib
+
+
+# Where the public names live. They are imported when they are asked for: some need torch or another package.
+_PLACES = {
+    "Answer": "answerers",
+    "Answerer": "answerers",
+    "Benchmark": "benchmark",
+    "Endpoint": "endpoint",
+    "LocalModel": "answerers",
+    "Prompt": "benchmark",
+    "Question": "answerers",
+    "Row": "benchmark",
+    "calibrate": "calibration",
+    "figures": "harness",
+    "load_benchmark": "suites",
+    "measure": "harness",
+    "threshold_curve": "calibration",
+    "write_report": "report",
+}
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str):
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])

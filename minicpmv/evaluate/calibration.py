@@ -13,17 +13,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
+from minicpmv.errors import MiniCPMVError
 from minicpmv.evaluate import harness
+from minicpmv.evaluate.answerers import LocalModel, Mode
 from minicpmv.evaluate.benchmark import Benchmark
-from minicpmv.evaluate.sample_log import SAMPLES_FILE, read_entries, write_whole
+from minicpmv.evaluate.sample_log import SAMPLES_FILE, read_entries
+from minicpmv.files import write_whole
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 CALIBRATION_FILE, CURVE_FILE = "calibration.json", "curve.png"
 SCORE = "exact"  # of rows that can take part: whether an answer was right
 
 
-class CalibrationError(ValueError):
+class CalibrationError(MiniCPMVError):
     """The threshold cannot be found with these rows."""
 
 
@@ -36,18 +44,29 @@ def questions_in_both_modes(benchmark: Benchmark, rows: Sequence[str] | None) ->
     if rows is None:
         chosen = [row for row in chosen if not row.lower_is_better and row.questions_per_sample == 1]
     if not chosen:
-        raise CalibrationError(f"{', '.join(rows)}: the rows without thinking cannot be asked with it; name others")
+        raise CalibrationError(
+            f"{', '.join(rows or ())}: the rows without thinking cannot be asked with it; name others"
+        )
     return replace(benchmark, rows=tuple(replace(row, thinking=None) for row in chosen))
 
 
-def answers(model, processor, benchmark, output, thinking, **options) -> list[dict]:
+def answers(
+    answerer: LocalModel,
+    benchmark: Benchmark,
+    output: Path,
+    mode: Mode,
+    *,
+    name: str,
+    samples: int,
+    seed: int,
+) -> list[dict[str, Any]]:
     """The log's entries of one run, in the order of the questions."""
-    harness.run(model, processor, benchmark, output, thinking=thinking, **options)
+    harness.measure(answerer, benchmark, output, name=name, samples=samples, seeds=[seed], thinking=mode)
     places = {row.id: place for place, row in enumerate(benchmark.rows)}
     entries = [
         entry
         for entry in read_entries(output / SAMPLES_FILE)
-        if entry["seed"] in options["seeds"] and entry["row"] in places and entry["index"] < options["samples"]
+        if entry["seed"] == seed and entry["row"] in places and entry["index"] < samples
     ]
     for entry in entries:
         if SCORE not in entry["scores"]:
@@ -55,7 +74,7 @@ def answers(model, processor, benchmark, output, thinking, **options) -> list[di
     return sorted(entries, key=lambda entry: (places[entry["row"]], entry["index"]))
 
 
-def column(entries: list[dict], name: str) -> list[float]:
+def column(entries: list[dict[str, Any]], name: str) -> list[float]:
     return [entry["scores"][SCORE] if name == SCORE else entry[name] for entry in entries]
 
 
@@ -73,8 +92,8 @@ def threshold_curve(
     need: Sequence[float],
     fast_correct: Sequence[float],
     deep_correct: Sequence[float],
-    fast_tokens: Sequence[int],
-    deep_tokens: Sequence[int],
+    fast_tokens: Sequence[float],
+    deep_tokens: Sequence[float],
     *,
     draft_tokens: int,
 ) -> list[ThresholdPoint]:
@@ -111,29 +130,29 @@ def threshold_curve(
     return curve
 
 
-def choose(curve, keep: float):
+def choose(curve: Sequence[ThresholdPoint], keep: float) -> ThresholdPoint:
     """The point with the fewest tokens among those that keep the share `keep` of the best accuracy."""
     best = max(point.accuracy for point in curve)
     return min((point for point in curve if point.accuracy >= keep * best), key=lambda point: point.tokens)
 
 
 def calibrate(
-    model,
-    processor,
+    answerer: LocalModel,
     benchmark: Benchmark,
     output: Path,
     *,
-    checkpoint: str,
+    name: str,
     rows: Sequence[str] | None = None,
     samples: int = 100,
     seed: int = 1,
     keep: float = 0.95,
-    batch_size: int = 50,
-) -> dict:
+) -> dict[str, Any]:
     """Set the model's threshold, and return what `calibration.json` in the folder `output` holds.
 
     Args:
+        answerer: the model to calibrate.
         output: folder of the logs, the curve (`curve.png`) and the result; a run that was stopped goes on from it.
+        name: what the model is called, for the record.
         rows: rows to ask; by default all that can be right or wrong, without controls.
         samples: questions of each row, once to choose (`seed`) and once to check (`seed` + 1).
         keep: share of the best accuracy of any threshold that has to stay.
@@ -143,28 +162,28 @@ def calibrate(
         the mean of generated tokens on the questions of `seed` + 1.
 
     Raises:
-        CalibrationError, and what `harness.run` raises.
+        CalibrationError, and what `measure` raises.
     """
     if not 0 < keep <= 1:
-        raise CalibrationError(f"keep={keep} is no share above 0 and up to 1")
-    benchmark = questions_in_both_modes(benchmark, rows)
-    options = {"checkpoint": checkpoint, "samples": samples, "batch_size": batch_size}
+        raise CalibrationError(f"keep={keep} is not a share above 0 and up to 1")
+    benchmark, model = questions_in_both_modes(benchmark, rows), answerer.model
     model.set_threshold(1.0)  # auto writes how it would decide, and answers fast
-    deep = answers(model, processor, benchmark, output / "deep", True, seeds=[seed], **options)
-    fast = answers(model, processor, benchmark, output / "needs", "auto", seeds=[seed], **options)
+    deep = answers(answerer, benchmark, output / "deep", True, name=name, samples=samples, seed=seed)
+    fast = answers(answerer, benchmark, output / "needs", "auto", name=name, samples=samples, seed=seed)
     by_mode = [column(entries, name) for name in (SCORE, "generated_tokens") for entries in (fast, deep)]
     curve = threshold_curve(column(fast, "need"), *by_mode, draft_tokens=model.draft_tokens)
     chosen = choose(curve, keep)
 
-    check = {}
+    check: dict[str, dict[str, float]] = {}
     model.set_threshold(chosen.threshold)
-    for mode, thinking in (("deep", True), ("fast", False), ("auto", "auto")):
+    modes: dict[str, Mode] = {"deep": True, "fast": False, "auto": "auto"}
+    for mode, thinking in modes.items():
         folder = output / (mode if mode != "auto" else f"auto-{chosen.threshold:.4f}")
-        entries = answers(model, processor, benchmark, folder, thinking, seeds=[seed + 1], **options)
+        entries = answers(answerer, benchmark, folder, thinking, name=name, samples=samples, seed=seed + 1)
         check[mode] = {"accuracy": fmean(column(entries, SCORE)), "tokens": fmean(column(entries, "generated_tokens"))}
         check[mode]["deep_share"] = fmean(entry["mode"] == "deep" for entry in entries)
     result = {
-        "checkpoint": checkpoint,
+        "model": name,
         "threshold": chosen.threshold,
         "keep": keep,
         "rows": [row.id for row in benchmark.rows],
@@ -178,25 +197,25 @@ def calibrate(
     return result
 
 
-def draw(result: dict):
+def draw(result: dict[str, Any]) -> "Figure":
     """A matplotlib figure: accuracy over generated tokens for each threshold, and the three modes as they were checked."""
     from matplotlib.figure import Figure
 
-    from minicpmv.evaluate.charts import STYLE, colour_of
+    from minicpmv.evaluate.charts import STYLE, color_of
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     curve, check = result["curve"], result["check"]
     accuracies = [100 * point["accuracy"] for point in curve]
     label = f"thresholds 0 to 1, seed {result['seeds']['chosen on']}"
-    axes.plot([point["tokens"] for point in curve], accuracies, color=colour_of(0), linewidth=1.5, label=label)
+    axes.plot([point["tokens"] for point in curve], accuracies, color=color_of(0), linewidth=1.5, label=label)
     for place, (mode, marker) in enumerate((("fast", "o"), ("auto", "D"), ("deep", "s")), start=1):
         name = f"auto at {result['threshold']:.2f}" if mode == "auto" else mode
         axes.plot(
             check[mode]["tokens"],
             100 * check[mode]["accuracy"],
             marker,
-            color=colour_of(place),
+            color=color_of(place),
             markersize=8,
             label=f"{name}, seed {result['seeds']['checked on']}",
         )

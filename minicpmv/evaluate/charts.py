@@ -1,20 +1,29 @@
 """Bars and a radar of several runs, drawn by matplotlib without a display."""
 
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 
-# Okabe and Ito: told apart with any kind of colour vision.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
-STYLE = {"color": "#333333", "fontsize": 9}
+# Okabe and Ito: told apart with any kind of color vision.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
+STYLE: dict[str, Any] = {"color": "#333333", "fontsize": 9}
 
 
-def colour_of(place: int) -> str:
-    return COLOURS[place % len(COLOURS)]
+def plain_text() -> AbstractContextManager[None]:
+    """While it lasts, a name with dollar signs is drawn as it is written, not as a formula."""
+    return rc_context({"text.parse_math": False})
 
 
-def bars(labels: list[str], rows: list[tuple[str, list[float | None], list[float | None]]]) -> Figure:
+def color_of(place: int) -> str:
+    return COLORS[place % len(COLORS)]
+
+
+def bars(labels: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None], Sequence[float | None]]]) -> Figure:
     """A group of bars for each row.
 
     Args:
@@ -26,9 +35,9 @@ def bars(labels: list[str], rows: list[tuple[str, list[float | None], list[float
     axes = figure.add_subplot()
     for run, label in enumerate(labels):
         drawn = [
-            (place, values[run], spreads[run])
+            (place, value, spreads[run])
             for place, (_, values, spreads) in enumerate(rows)
-            if values[run] is not None
+            if (value := values[run]) is not None
         ]
         heights = [place + (run - (len(labels) - 1) / 2) * thickness for place, _, _ in drawn]
         shares = [100 * value for _, value, _ in drawn]
@@ -39,7 +48,7 @@ def bars(labels: list[str], rows: list[tuple[str, list[float | None], list[float
             thickness * 0.92,
             xerr=errors if any(errors) else None,
             error_kw={"ecolor": "#333333", "elinewidth": 0.8, "capsize": 2},
-            color=colour_of(run),
+            color=color_of(run),
             label=label,
         )
         for height, share, error in zip(heights, shares, errors, strict=True):
@@ -58,17 +67,17 @@ def bars(labels: list[str], rows: list[tuple[str, list[float | None], list[float
     return figure
 
 
-def radar(labels: list[str], rows: list[tuple[str, list[float]]]) -> Figure:
+def radar(labels: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> Figure:
     """One closed line a run over at least three rows, each a spoke from 0 to 100 %."""
     angles = [2 * math.pi * place / len(rows) for place in range(len(rows))]
     figure = Figure(figsize=(6.4, 6.4), layout="constrained")
-    axes = figure.add_subplot(projection="polar")
+    axes: Any = figure.add_subplot(projection="polar")
     axes.set_theta_offset(math.pi / 2)
     axes.set_theta_direction(-1)
     for run, label in enumerate(labels):
         shares = [100 * values[run] for _, values in rows]
-        axes.plot([*angles, 0], [*shares, shares[0]], color=colour_of(run), linewidth=1.8, label=label)
-        axes.fill(angles, shares, color=colour_of(run), alpha=0.08)
+        axes.plot([*angles, 0], [*shares, shares[0]], color=color_of(run), linewidth=1.8, label=label)
+        axes.fill(angles, shares, color=color_of(run), alpha=0.08)
     axes.set_xticks(angles, [name for name, _ in rows], **STYLE)
     for angle, text in zip(angles, axes.get_xticklabels(), strict=True):
         # Names grow away from the circle.

@@ -1,150 +1,63 @@
-"""Asks a model the questions of a benchmark, and turns the answers into figures.
+"""Asks an answerer the questions of a benchmark, and turns the answers into figures.
 
 What is special:
-- every question goes through the model's own `chat()`, greedily, in batches;
-- a batch depends on the samples alone, never on what a log already holds: a run that was killed and resumed asks in the
-  same batches and ends with the same answers as one that ran through;
-- the settings under which answers are kept include a hash of the weights and of the processor, so that a checkpoint
-  that was trained on, under the same name, is another setting.
+- every answer is logged as it comes, under the settings that it depends on: a run that was stopped goes on where it was;
+- where a launcher started several processes, each asks its share of the questions, and the main one writes the log.
 """
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from importlib.metadata import version
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Literal, NamedTuple
+from typing import Any
 
-import torch
-from accelerate.utils import align_module_device
 from tqdm import tqdm
 
-from minicpmv.evaluate.benchmark import Benchmark, Metrics, Prompt, Row, UnknownRowError
-from minicpmv.evaluate.sample_log import SampleKey, SampleLog, write_whole
+from minicpmv.evaluate.answerers import Answer, Answerer, Mode, Question
+from minicpmv.evaluate.benchmark import Benchmark, Metrics, Row, SampleCountError, UnknownRowError
+from minicpmv.evaluate.processes import Processes
+from minicpmv.evaluate.sample_log import SampleKey, SampleLog
+from minicpmv.files import write_whole
 
 
 RESULTS_FILE = "results.json"
-GREEDY = {"sampling": False, "num_beams": 1, "repetition_penalty": 1.0}
-# Samples held in memory to be shared out to batches by their options, as a number of batches: with more of them, rows
-# of mixed options fill their batches better, but large pictures soon take a gigabyte.
-BATCHES_IN_MEMORY = 2
+
+Thinking = Mode | Sequence[str]  # a sequence: the ids of the rows that think
 
 
-class SampleCountError(ValueError):
-    """More samples were asked for than there are, or fewer than one, or the same ones twice."""
-
-
-Thinking = bool | Literal["auto"] | Sequence[str]  # a sequence: the ids of the rows that think
-
-
-def settings_of(model, processor, benchmark: Benchmark, thinking: Thinking) -> dict:
+def settings_of(answerer: Answerer, benchmark: Benchmark, thinking: Thinking) -> dict[str, Any]:
     """Everything that the answers of a run depend on, apart from which samples are asked about."""
-    weights = hashlib.sha256()
-    for place, module in model.named_modules():
-        with align_module_device(module, "cpu"):  # weights that did not fit on the accelerator lie elsewhere
-            for name, tensor in module.named_parameters(recurse=False):
-                weights.update(f"{place}.{name}".encode())
-                weights.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
-    parts = [
-        processor.chat_template,
-        processor.image_processor.to_dict(),
-        processor.video_processor.to_dict(),
-        processor.tokenizer.get_vocab(),
-    ]
     return {
         "benchmark": benchmark.id,
         "version": benchmark.version,
-        "weights": weights.hexdigest()[:16],
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "processor": hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16],
-        "thinking": thinking if _is_for_all(thinking) else sorted(thinking),
-        **({"threshold": model.thinking_threshold} if thinking == "auto" else {}),
+        "thinking": thinking if isinstance(thinking, (bool, str)) else sorted(thinking),
+        **answerer.settings(thinking),
     }
 
 
-class Question(NamedTuple):
-    key: SampleKey
-    prompt: Prompt
-
-
-@torch.inference_mode()
-def ask(model, processor, row: Row, thinks: bool | str, questions: list[Question]) -> list[dict]:
-    """The log's entries for questions with equal options, asked in one batch."""
-    options = dict(questions[0].prompt.options)
-    if "temporal_ids" in options:
-        options["temporal_ids"] = [question.prompt.options["temporal_ids"] for question in questions]
-    outputs = model.chat(
-        msgs=[[{"role": "user", "content": question.prompt.content}] for question in questions],
-        processor=processor,
-        enable_thinking=thinks,
-        max_new_tokens=row.max_new_tokens + row.max_thought_tokens * bool(thinks),
-        return_dict=True,
-        **GREEDY,
-        **options,
-    )
-    entries = []
-    for question, output in zip(questions, outputs, strict=True):
-        prompt, answer = question.prompt, output.text.strip()
-        entries.append(
-            {
-                **question.key._asdict(),
-                "question": " ".join(part for part in prompt.content if isinstance(part, str)),
-                "expected": prompt.expected,
-                "answer": answer,
-                "thought": output.reasoning,
-                "mode": output.mode,
-                "need": output.need,
-                "finish_reason": output.finish_reason,
-                "prompt_tokens": output.prompt_tokens,
-                "generated_tokens": output.generated_tokens + output.draft_tokens,
-                "scores": row.scorer(answer, prompt.expected),
-            }
-        )
-    return entries
-
-
-def batches(row: Row, keys: Sequence[SampleKey], size: int) -> Iterator[list[Question]]:
-    """Questions in batches of at most `size`, those with equal options together.
-
-    Pictures are not sorted by size: the tower packs slices without padding, and sorting was no faster.
-    """
-    questions = [Question(key, row.prompt(row.sample(key.seed, key.index))) for key in keys]
-    for _, alike in groupby(sorted(questions, key=_shared_options), key=_shared_options):
-        alike = list(alike)
-        yield from (alike[start : start + size] for start in range(0, len(alike), size))
-
-
-def _shared_options(question: Question) -> str:
-    """What has to be the same in a batch; temporal ids differ from clip to clip."""
-    options = question.prompt.options
-    return repr(sorted({**options, "temporal_ids": "temporal_ids" in options}.items()))
-
-
-def run(
-    model,
-    processor,
+def measure(
+    answerer: Answerer,
     benchmark: Benchmark,
     output: Path,
     *,
-    checkpoint: str,
-    rows: list[str] | None = None,
-    samples: int = 100,
+    name: str,
+    rows: Sequence[str] | None = None,
+    samples: int | None = None,
     seeds: Sequence[int] = (0,),
     thinking: Thinking = False,
-    batch_size: int = 50,
-) -> dict:
-    """Evaluate a model; goes on where an earlier run into the same folder stopped.
+) -> dict[str, Any]:
+    """Evaluate whoever answers; goes on where an earlier run into the same folder stopped.
+
+    Started by `accelerate launch` in several processes, each with an answerer of its own, they share the questions.
 
     Args:
         output: folder of the log (`samples.jsonl`) and the results (`results.json`).
-        checkpoint: the model's name, for the record.
+        name: what the model is called, for the record.
         rows: ids of the rows to run; all of them for None.
-        samples: how many, for each row and seed.
+        samples: how many, for each row and seed; None: all of a data set, 100 of a row without end.
         seeds: seeds of the samples.
         thinking: True, False or "auto" for all rows that leave it open, or the ids of those that think.
-        batch_size: questions asked at once.
 
     Returns:
         What `results.json` holds: settings, and for each row `n` answered samples, the metrics of each seed, their
@@ -152,66 +65,111 @@ def run(
 
     Raises:
         UnknownRowError, SampleCountError: before anything is asked.
-        SampleLogError: `output` holds answers of other settings.
+        SampleLogError, DamagedFileError: `output` holds answers of other settings, or a file that cannot be read.
     """
-    if len(set(seeds)) < len(seeds):
-        raise SampleCountError(f"the seeds {', '.join(map(str, seeds))} are not all different: give each once")
-    chosen = benchmark.choose(rows)
-    thinks = {row.id: _thinks(row, thinking) for row in benchmark.rows}
-    if not _is_for_all(thinking):
-        for row in benchmark.choose(list(thinking)):
-            if row.thinking is False:
-                raise UnknownRowError(f"{row.id} is the row without thinking: leave it out of the rows that think")
-    for row in chosen:
-        if not 1 <= samples <= (row.length or samples):
-            raise SampleCountError(f"{samples} samples were asked for; {row.id} has 1 to {row.length or 'any number'}")
-    log = SampleLog(output, settings_of(model, processor, benchmark, thinking))
-    plan = [
-        (row, [SampleKey(row.id, seed, index) for index in range(samples * row.questions_per_sample)])
-        for row in chosen
-        for seed in seeds
-    ]
-    with tqdm(total=sum(len(keys) for _, keys in plan), unit="question", smoothing=0.05) as bar:
+    plan = _plan(benchmark, rows, samples, seeds, thinking)
+    settings = settings_of(answerer, benchmark, thinking)
+    processes = Processes()
+    log = SampleLog(output, settings) if processes.is_main else None
+    known = processes.share(set(log.entries) if log else None)
+    with tqdm(total=sum(len(keys) for _, keys in plan), unit="question", smoothing=0.05, disable=not log) as bar:
         for row, keys in plan:
             bar.set_description(row.id)
-            held = batch_size * BATCHES_IN_MEMORY
-            for window in (keys[start : start + held] for start in range(0, len(keys), held)):
-                if any(key not in log.entries for key in window):
-                    for batch in batches(row, window, batch_size):
-                        if any(question.key not in log.entries for question in batch):
-                            entries = zip(batch, ask(model, processor, row, thinks[row.id], batch), strict=True)
-                            log.append([entry for question, entry in entries if question.key not in log.entries])
-                        bar.update(len(batch))
-                else:
-                    bar.update(len(window))
+            size = answerer.window * processes.count
+            for window in (keys[start : start + size] for start in range(0, len(keys), size)):
+                before = bar.n
+                if not known.issuperset(window):
+                    questions = [Question(key, row, key in known) for key in window]
+                    for entries in _ask(answerer, questions, _mode(row, thinking), processes):
+                        if log:
+                            log.append(entries)
+                        bar.update(len(entries))
+                bar.update(before + len(window) - bar.n)  # those that were known
+    if log is None:
+        return processes.share(None)
     results = {
-        "checkpoint": checkpoint,
-        "settings": log.settings,
+        "model": name,
+        "settings": settings,
         "samples": samples,
         "seeds": list(seeds),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-        "rows": {row.id: _summary(row, log, samples, seeds) for row in chosen},
+        "versions": answerer.versions,
+        "rows": {row.id: _summary(row, log, row.count(samples), seeds) for row in benchmark.choose(rows)},
     }
     write_whole(output / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
-    return results
+    return processes.share(results)
 
 
-def _is_for_all(thinking: Thinking) -> bool:
-    return isinstance(thinking, bool) or thinking == "auto"
+def _plan(
+    benchmark: Benchmark,
+    rows: Sequence[str] | None,
+    samples: int | None,
+    seeds: Sequence[int],
+    thinking: Thinking,
+) -> list[tuple[Row, list[SampleKey]]]:
+    """The questions of each row and seed; refuses what cannot be asked."""
+    if len(set(seeds)) < len(seeds):
+        raise SampleCountError(f"the seeds {', '.join(map(str, seeds))} are not all different: give each once")
+    if isinstance(thinking, str) and thinking != "auto":
+        raise UnknownRowError(f"thinking={thinking!r} is not True, False, 'auto' or a list of rows")
+    if not isinstance(thinking, (bool, str)):
+        for row in benchmark.choose(thinking):
+            if row.thinking is False:
+                raise UnknownRowError(f"{row.id} is the row without thinking: leave it out of the rows that think")
+    return [
+        (row, [SampleKey(row.id, seed, index) for index in range(row.count(samples) * row.questions_per_sample)])
+        for row in benchmark.choose(rows)
+        for seed in seeds
+    ]
 
 
-def _thinks(row: Row, thinking: Thinking) -> bool | str:
+def _ask(
+    answerer: Answerer, questions: Sequence[Question], mode: Mode, processes: Processes
+) -> Iterator[list[dict[str, Any]]]:
+    """New entries of the log: one by one, or those of all processes together."""
+    row = questions[0].row
+    mine = questions[processes.rank :: processes.count]
+    max_new_tokens = row.max_new_tokens + row.max_thought_tokens * bool(mode)
+    answers = answerer.answer(mine, mode, max_new_tokens) if mine else ()
+    entries = (_entry(question, answer) for question, answer in answers if not question.answered)
+    if processes.count == 1:
+        for entry in entries:
+            yield [entry]
+    else:
+        yield processes.gather(list(entries))
+
+
+def _entry(question: Question, answer: Answer) -> dict[str, Any]:
+    """A line of the log."""
+    prompt = question.prompt
+    return {
+        **asdict(question.key),
+        "question": " ".join(part for part in prompt.content if isinstance(part, str)),
+        "expected": prompt.expected,
+        "answer": answer.text,
+        "thought": answer.thought,
+        "mode": answer.mode,
+        "need": answer.need,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "generated_tokens": answer.generated_tokens,
+        "scores": question.row.scorer(answer.text, prompt.expected),
+    }
+
+
+def _mode(row: Row, thinking: Thinking) -> Mode:
     if row.thinking is not None:
         return row.thinking
-    return thinking if _is_for_all(thinking) else row.id in thinking
+    if isinstance(thinking, bool):
+        return thinking
+    return "auto" if thinking == "auto" else row.id in thinking
 
 
-def _summary(row: Row, log: SampleLog, samples: int, seeds: Sequence[int]) -> dict:
+def _summary(row: Row, log: SampleLog, samples: int, seeds: Sequence[int]) -> dict[str, Any]:
     """Metrics of a row, seed by seed, and their mean and spread."""
     by_seed: dict[str, Metrics] = {}
     tokens = []
     for seed in seeds:
-        entries = [log.entries[row.id, seed, index] for index in range(samples * row.questions_per_sample)]
+        entries = [log.entries[SampleKey(row.id, seed, index)] for index in range(samples * row.questions_per_sample)]
         by_seed[str(seed)] = row.aggregate([entry["scores"] for entry in entries])
         tokens += [entry["generated_tokens"] for entry in entries]
     columns = {name: [metrics[name] for metrics in by_seed.values()] for name in by_seed[str(seeds[0])]}
@@ -219,16 +177,20 @@ def _summary(row: Row, log: SampleLog, samples: int, seeds: Sequence[int]) -> di
         "title": row.title,
         "lower_is_better": row.lower_is_better,
         "n": samples * len(seeds),
-        "tokens": fmean(tokens),
-        "mean": {name: None if None in values else fmean(values) for name, values in columns.items()},
-        "std": {
-            name: None if None in values or len(values) < 2 else stdev(values) for name, values in columns.items()
-        },
+        "tokens": _of_all(fmean, tokens),
+        "mean": {name: _of_all(fmean, values) for name, values in columns.items()},
+        "std": {name: _of_all(stdev, values) if len(values) > 1 else None for name, values in columns.items()},
         "seeds": by_seed,
     }
 
 
-def figures(results: dict) -> dict:
+def _of_all(statistic: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
+    """The statistic of the values; None where one of them is missing."""
+    known = [value for value in values if value is not None]
+    return statistic(known) if len(known) == len(values) else None
+
+
+def figures(results: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     """`{row: {metric: value, "n": samples}}`; with several seeds the mean, and `metric_std` beside it."""
     several = len(results["seeds"]) > 1
     return {

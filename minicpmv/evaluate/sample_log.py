@@ -9,25 +9,38 @@ What is special:
 
 import hashlib
 import json
-import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
+
+from minicpmv.errors import MiniCPMVError
+from minicpmv.files import DamagedFileError, drop_torn_line, read_json, read_json_lines, write_whole
 
 
 SETTINGS_FILE, SAMPLES_FILE = "settings.json", "samples.jsonl"
+FIELDS = {
+    "settings": str,
+    "row": str,
+    "seed": int,
+    "index": int,
+    "answer": str,
+    "scores": dict,
+}  # what a line must hold
 
 
-class SampleLogError(ValueError):
-    """A log cannot be continued: it was made with other settings, or it is damaged."""
+class SampleLogError(MiniCPMVError):
+    """A log cannot be continued: it was made with other settings, or a part of it is missing."""
 
 
-class SampleKey(NamedTuple):
+@dataclass(frozen=True)
+class SampleKey:
     row: str
     seed: int
     index: int
 
 
-def fingerprint(settings: dict) -> str:
+def fingerprint(settings: Mapping[str, Any]) -> str:
     """16 hexadecimal digits that stand for the settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -40,13 +53,14 @@ class SampleLog:
         settings: everything that answers depend on, apart from the key; anything that JSON can hold.
 
     Raises:
-        SampleLogError: the folder holds answers of other settings (names what differs), or a broken line.
+        SampleLogError: the folder holds answers of other settings (names what differs).
+        DamagedFileError: one of its files cannot be read (names the file and the line).
     """
 
-    def __init__(self, folder: Path, settings: dict):
+    def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder, self.settings, self.fingerprint = folder, settings, fingerprint(settings)
         self.path = folder / SAMPLES_FILE
-        self.entries: dict[SampleKey, dict] = {}
+        self.entries: dict[SampleKey, dict[str, Any]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / SETTINGS_FILE).exists():
             self._refuse_other_settings()
@@ -55,7 +69,7 @@ class SampleLog:
         else:
             write_whole(folder / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
         if self.path.exists():
-            self._drop_torn_line()
+            drop_torn_line(self.path)
             for entry in read_entries(self.path):
                 if entry["settings"] != self.fingerprint:
                     raise SampleLogError(
@@ -64,7 +78,7 @@ class SampleLog:
                     )
                 self.entries.setdefault(SampleKey(entry["row"], entry["seed"], entry["index"]), entry)
 
-    def append(self, entries: list[dict]) -> None:
+    def append(self, entries: Sequence[dict[str, Any]]) -> None:
         """Add answers, each with its `row`, `seed` and `index`, in one write."""
         lines = b""
         for entry in entries:
@@ -75,12 +89,10 @@ class SampleLog:
             file.write(lines)
 
     def _refuse_other_settings(self) -> None:
-        path = self.folder / SETTINGS_FILE
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        names = sorted(stored.keys() | self.settings.keys())
+        stored = read_json(self.folder / SETTINGS_FILE)
         differences = [
             f"{name} {stored.get(name)!r} (now {self.settings.get(name)!r})"
-            for name in names
+            for name in sorted(stored.keys() | self.settings.keys())
             if stored.get(name) != self.settings.get(name)
         ]
         if differences:
@@ -89,32 +101,19 @@ class SampleLog:
                 "folder or delete this one"
             )
 
-    def _drop_torn_line(self) -> None:
-        content = self.path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            os.truncate(self.path, content.rfind(b"\n") + 1)
 
-
-def read_entries(path: Path) -> list[dict]:
+def read_entries(path: Path) -> list[dict[str, Any]]:
     """The answers in a log file.
 
     Raises:
-        SampleLogError: names the line that is no answer.
+        DamagedFileError: names the line that is not an answer.
     """
-    entries = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise SampleLogError(
-                    f"{path}, line {number} is not JSON ({error}): delete the line, or the file"
-                ) from error
+    entries = read_json_lines(path)
+    for number, entry in enumerate(entries, start=1):
+        for name, kind in FIELDS.items():
+            if not isinstance(entry.get(name), kind):
+                raise DamagedFileError(
+                    f"{path}, line {number} is not an answer: {name!r} is {entry.get(name)!r}, not of type "
+                    f"{kind.__name__}; delete the line, or the file"
+                )
     return entries
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

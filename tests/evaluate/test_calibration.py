@@ -101,7 +101,7 @@ def test_calibrating_stores_a_threshold_that_was_checked_on_other_questions(tmp_
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(REPOSITORY / "nano", checkpoint)
     before = json.loads((checkpoint / "config.json").read_text())
-    command = ["calibrate", "--checkpoint", str(checkpoint), "--rows", "count,multistep_deep", "--samples", "3"]
+    command = ["calibrate", "--model", str(checkpoint), "--rows", "count,multistep_deep", "--samples", "3"]
     command += ["--output", str(tmp_path / "run"), "--save"]
     answer = CliRunner().invoke(evaluate_app, command)
     assert answer.exit_code == 0, answer.output
@@ -132,7 +132,7 @@ def test_calibrating_stores_a_threshold_that_was_checked_on_other_questions(tmp_
         (["--keep", "0"], "keep=0.0"),
         (["--rows", "chair", "--samples", "1"], "no score 'exact'"),
         (["--rows", "nothing"], "no row nothing"),
-        (["--checkpoint", "openbmb/nowhere", "--save"], "--save"),
+        (["--model", "openbmb/nowhere", "--save"], "--save"),
         (["--benchmark", "nowhere"], "nanobench"),
     ],
 )

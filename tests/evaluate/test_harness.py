@@ -12,49 +12,72 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
+from conftest import NANO
 from PIL import Image
 
-from minicpmv.checkpoint import CheckpointError, load
-from minicpmv.evaluate import harness
-from minicpmv.evaluate.benchmark import Benchmark, Prompt, Row, UnknownRowError
+from minicpmv.checkpoint import load
+from minicpmv.evaluate import LocalModel, harness
+from minicpmv.evaluate.answerers import Answer, Question, batches
+from minicpmv.evaluate.benchmark import Benchmark, Prompt, Row, SampleCountError, UnknownRowError
+from minicpmv.evaluate.fingerprint import checksum, weights_fingerprint
 from minicpmv.evaluate.sample_log import SampleKey, SampleLog, SampleLogError, read_entries
 from minicpmv.evaluate.scorers import exact_match
 from minicpmv.evaluate.suites import load_benchmark
+from minicpmv.files import DamagedFileError
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220)}
+COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220)}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def nano():
-    return load(str(REPOSITORY / "nano"))
-
-
 def square(seed, index):
-    name = sorted(COLOURS)[(seed + index) % 3]
+    name = sorted(COLORS)[(seed + index) % 3]
     picture = Image.new("RGB", (112, 112), (235, 235, 235))
-    picture.paste(COLOURS[name], (30, 30, 84, 84))
+    picture.paste(COLORS[name], (30, 30, 84, 84))
     return picture, name
 
 
-def ask_for_the_colour(sample):
+def ask_for_the_color(sample):
     return Prompt([sample[0], "What color is the square?"], sample[1], {"max_slice_nums": 1})
 
 
 def squares(**changes):
-    row = Row("colour", "colour of a square", square, ask_for_the_colour, exact_match, max_new_tokens=8)
+    row = Row("color", "color of a square", square, ask_for_the_color, exact_match, max_new_tokens=8)
     row = replace(row, max_thought_tokens=4, **changes)
     deep, fast = replace(row, id="deep", thinking=True), replace(row, id="fast")
     return Benchmark("squares", "Squares", 1, (row, deep, fast))
 
 
-def run(nano, folder, benchmark=None, **options):
-    options = {"rows": ["colour"], "samples": 5, "batch_size": 2} | options
-    return harness.run(*nano, benchmark or squares(), folder, checkpoint="nano", **options)
+def run(nano, folder, benchmark=None, batch_size=2, **options):
+    options = {"rows": ["color"], "samples": 5} | options
+    return harness.measure(LocalModel(*nano, batch_size), benchmark or squares(), folder, name="nano", **options)
+
+
+class Parrot:
+    """An answerer without a model: says what its function makes of a question, and counts what it was asked."""
+
+    window = 4
+    versions = {"parrot": "1"}
+
+    def __init__(self, says=lambda question: question.prompt.expected):
+        self.says, self.asked = says, []
+
+    def settings(self, mode):
+        return {"model": "parrot"}
+
+    def answer(self, questions, mode, max_new_tokens):
+        for question in questions:
+            if not question.answered:
+                self.asked.append(question.key.index)
+                yield question, Answer(self.says(question), mode="deep" if mode else "fast")
+
+
+def ask_parrot(folder, benchmark=None, parrot=None, **options):
+    options = {"rows": ["color"]} | options
+    return harness.measure(parrot or Parrot(), benchmark or squares(), folder, name="parrot", **options)
 
 
 # --- One run ---
@@ -66,14 +89,14 @@ def test_figures_are_the_shares_of_right_answers_in_the_log(nano, tmp_path):
     assert [entry["expected"] for entry in entries] == ["blue", "green", "red"] * 2
     right = [entry["answer"] == entry["expected"] for entry in entries]
     assert sum(right) > 0 and [entry["scores"]["exact"] for entry in entries] == right
-    assert harness.figures(results) == {"colour": {"exact": sum(right) / 6, "n": 6}}
+    assert harness.figures(results) == {"color": {"exact": sum(right) / 6, "n": 6}}
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
 def test_a_line_of_the_log_tells_what_was_asked_answered_and_spent(nano, tmp_path):
     run(nano, tmp_path, samples=1)
     (entry,) = read_entries(tmp_path / "samples.jsonl")
-    assert (entry["row"], entry["seed"], entry["index"]) == ("colour", 0, 0)
+    assert (entry["row"], entry["seed"], entry["index"]) == ("color", 0, 0)
     assert entry["question"] == "What color is the square?" and entry["finish_reason"] == "stop"
     assert entry["thought"] is None and entry["generated_tokens"] > 0 and entry["prompt_tokens"] > 16
 
@@ -87,36 +110,37 @@ def test_batches_answer_as_single_questions_do(nano, tmp_path):
     assert answers[0] == answers[1]
 
 
-def test_several_seeds_give_their_mean_and_their_spread(nano, tmp_path):
-    row_of = {"sample": lambda seed, index: square(seed, 0)}  # one colour a seed
-    results = run(nano, tmp_path, squares(**row_of), seeds=[0, 1, 2], samples=2)
-    summary = results["rows"]["colour"]
+def test_several_seeds_give_their_mean_and_their_spread(tmp_path):
+    parrot = Parrot(lambda question: "red" if question.key.seed else question.prompt.expected)
+    results = ask_parrot(tmp_path, parrot=parrot, seeds=[0, 1, 2], samples=4)
+    summary = results["rows"]["color"]
     shares = torch.tensor([summary["seeds"][str(seed)]["exact"] for seed in range(3)])
+    assert shares[0] == 1 and 0 < shares[1] < 1
     assert summary["mean"]["exact"] == pytest.approx(shares.mean().item())
     assert summary["std"]["exact"] == pytest.approx(shares.std().item())
-    assert summary["n"] == 6
-    assert set(harness.figures(results)["colour"]) == {"exact", "exact_std", "n"}
+    assert summary["n"] == 12
+    assert set(harness.figures(results)["color"]) == {"exact", "exact_std", "n"}
 
 
-def test_a_metric_without_value_for_a_seed_has_no_mean(nano, tmp_path):
+def test_a_metric_without_value_for_a_seed_has_no_mean(tmp_path):
     row_of = {"aggregate": lambda scores: {"exact": None}}
-    results = run(nano, tmp_path, squares(**row_of), seeds=[0, 1], samples=1)
-    assert harness.figures(results)["colour"] == {"exact": None, "exact_std": None, "n": 2}
+    results = ask_parrot(tmp_path, squares(**row_of), seeds=[0, 1], samples=1)
+    assert harness.figures(results)["color"] == {"exact": None, "exact_std": None, "n": 2}
+    assert results["rows"]["color"]["tokens"] is None  # the parrot does not count
 
 
 @pytest.mark.parametrize(
     ("thinking", "thinks"),
     [
-        (False, {"colour": False, "deep": True, "fast": False}),
-        (True, {"colour": True, "deep": True, "fast": True}),
-        (["fast"], {"colour": False, "deep": True, "fast": True}),
+        (False, {"color": False, "deep": True, "fast": False}),
+        (True, {"color": True, "deep": True, "fast": True}),
+        (["fast"], {"color": False, "deep": True, "fast": True}),
     ],
 )
-def test_rows_think_as_the_run_says_unless_they_fix_it(nano, tmp_path, thinking, thinks):
-    rows = ["colour", "deep", "fast"]
-    run(nano, tmp_path, rows=rows, samples=1, thinking=thinking)
+def test_rows_think_as_the_run_says_unless_they_fix_it(tmp_path, thinking, thinks):
+    ask_parrot(tmp_path, rows=["color", "deep", "fast"], samples=1, thinking=thinking)
     entries = read_entries(tmp_path / "samples.jsonl")
-    assert {entry["row"]: entry["thought"] is not None for entry in entries} == thinks
+    assert {entry["row"]: entry["mode"] == "deep" for entry in entries} == thinks
 
 
 def writes(text, tokenizer):
@@ -143,7 +167,7 @@ def writes(text, tokenizer):
 )
 def test_only_what_follows_the_thought_is_the_answer(nano, tmp_path, row, text, answer, exact):
     def prompt(sample):
-        asked = ask_for_the_colour(sample)
+        asked = ask_for_the_color(sample)
         return replace(asked, options=asked.options | writes(text, nano[1].tokenizer))
 
     run(nano, tmp_path, squares(prompt=prompt, max_new_tokens=40), rows=[row], samples=1)
@@ -158,16 +182,17 @@ def test_an_answer_that_is_cut_off_says_so(nano, tmp_path):
     assert entry["finish_reason"] == "length" and entry["generated_tokens"] == 1
 
 
-def test_a_row_that_never_thinks_cannot_be_told_to(nano, tmp_path):
-    benchmark = squares(thinking=False)
-    with pytest.raises(UnknownRowError, match="colour is the row without thinking"):
-        run(nano, tmp_path, benchmark, thinking=["colour"])
+def test_a_row_that_never_thinks_cannot_be_told_to(tmp_path):
+    with pytest.raises(UnknownRowError, match="color is the row without thinking"):
+        ask_parrot(tmp_path, squares(thinking=False), thinking=["color"])
+    with pytest.raises(UnknownRowError, match="'color' is not True, False, 'auto' or a list of rows"):
+        ask_parrot(tmp_path, thinking="color")
     assert not list(tmp_path.iterdir())
 
 
 def test_batches_hold_questions_with_equal_options_only(nano, tmp_path):
     def prompt(sample):
-        asked = ask_for_the_colour(sample)
+        asked = ask_for_the_color(sample)
         if sample[1] == "red":
             return Prompt(asked.content, "red", asked.options | {"max_slice_nums": 2})
         if sample[1] == "blue":
@@ -175,17 +200,33 @@ def test_batches_hold_questions_with_equal_options_only(nano, tmp_path):
         return asked
 
     row = squares(prompt=prompt).rows[0]
-    found = list(harness.batches(row, [SampleKey("colour", 0, index) for index in range(9)], 2))
+    found = list(batches([Question(SampleKey("color", 0, index), row) for index in range(9)], 2))
     names = [[question.prompt.expected for question in batch] for batch in found]
     assert sorted(names) == [["blue"], ["blue"] * 2, ["green"], ["green"] * 2, ["red"], ["red"] * 2]
-    assert run(nano, tmp_path, squares(prompt=prompt), samples=9)["rows"]["colour"]["n"] == 9
+    assert run(nano, tmp_path, squares(prompt=prompt), samples=9)["rows"]["color"]["n"] == 9
 
 
-def test_more_samples_than_a_data_set_has_are_refused(nano, tmp_path):
-    with pytest.raises(harness.SampleCountError, match="5 samples were asked for; colour has 1 to 4"):
-        run(nano, tmp_path, squares(length=4))
-    with pytest.raises(harness.SampleCountError, match="0, 1, 0 are not all different"):
-        run(nano, tmp_path, seeds=[0, 1, 0])
+def test_a_data_set_is_asked_whole_unless_fewer_samples_are_wanted(tmp_path):
+    """A public benchmark in small: rows of a fixed length, each its own."""
+    rows = tuple(replace(squares().rows[0], id=name, length=length) for name, length in (("short", 3), ("long", 7)))
+    fixed = Benchmark("fixed", "Fixed", 1, rows)
+    results = ask_parrot(tmp_path, fixed, rows=None)
+    assert {row: summary["n"] for row, summary in results["rows"].items()} == {"short": 3, "long": 7}
+    assert len(read_entries(tmp_path / "samples.jsonl")) == 10
+    assert ask_parrot(tmp_path, fixed, rows=None, samples=2)["rows"]["long"]["n"] == 2
+    with pytest.raises(SampleCountError, match="5 samples were asked for; short has 1 to 3"):
+        ask_parrot(tmp_path, fixed, rows=None, samples=5)
+
+
+def test_a_row_without_end_is_asked_a_hundred_samples_unless_told(tmp_path):
+    assert ask_parrot(tmp_path)["rows"]["color"]["n"] == 100
+    with pytest.raises(SampleCountError, match="0 samples were asked for; color has 1 to any number"):
+        ask_parrot(tmp_path, samples=0)
+
+
+def test_a_seed_given_twice_is_refused(tmp_path):
+    with pytest.raises(SampleCountError, match="0, 1, 0 are not all different"):
+        ask_parrot(tmp_path, seeds=[0, 1, 0])
 
 
 # --- Going on ---
@@ -194,43 +235,49 @@ def test_more_samples_than_a_data_set_has_are_refused(nano, tmp_path):
 def test_what_the_log_holds_is_not_asked_again(nano, tmp_path, monkeypatch):
     first = run(nano, tmp_path)
     lines = (tmp_path / "samples.jsonl").read_text()
-    monkeypatch.setattr(harness, "ask", None)
+    monkeypatch.setattr(nano[0], "chat", None)
     assert run(nano, tmp_path) == first
     assert (tmp_path / "samples.jsonl").read_text() == lines
 
 
-def test_a_longer_run_asks_only_for_the_rest(nano, tmp_path):
-    run(nano, tmp_path, samples=3)
-    results = run(nano, tmp_path, samples=7, rows=["colour", "fast"])
-    keys = [(entry["row"], entry["index"]) for entry in read_entries(tmp_path / "samples.jsonl")]
-    assert len(keys) == len(set(keys)) == 14
-    assert results["rows"] == run(nano, tmp_path / "whole", samples=7, rows=["colour", "fast"])["rows"]
+def test_a_longer_run_asks_only_for_the_rest(tmp_path):
+    parrot = Parrot()
+    ask_parrot(tmp_path, parrot=parrot, samples=3)
+    results = ask_parrot(tmp_path, parrot=parrot, samples=7, rows=["color", "fast"])
+    assert parrot.asked == [0, 1, 2, 3, 4, 5, 6, *range(7)]
+    assert results["rows"] == ask_parrot(tmp_path / "whole", samples=7, rows=["color", "fast"])["rows"]
+
+
+def test_answers_are_on_disk_before_the_next_one_is_there(tmp_path):
+    def says(question):
+        log = tmp_path / "samples.jsonl"
+        return str(log.read_text().count("\n") if log.exists() else 0)
+
+    ask_parrot(tmp_path, parrot=Parrot(says), samples=3)
+    assert [entry["answer"] for entry in read_entries(tmp_path / "samples.jsonl")] == ["0", "1", "2"]
 
 
 def test_a_resumed_run_asks_in_the_same_batches(nano, tmp_path, monkeypatch):
-    asked = []
-    ask = harness.ask
+    asked, chat = [], nano[0].chat
 
-    def listen(model, processor, row, thinks, questions):
-        asked.append([question.key.index for question in questions])
-        return ask(model, processor, row, thinks, questions)
+    def listen(msgs, **options):
+        asked.append(len(msgs))
+        return chat(msgs=msgs, **options)
 
-    monkeypatch.setattr(harness, "ask", listen)
+    monkeypatch.setattr(nano[0], "chat", listen)
     run(nano, tmp_path)
-    assert asked == [[0, 1], [2, 3], [4]]
+    assert asked == [2, 2, 1]
     path = tmp_path / "samples.jsonl"
     whole = path.read_bytes()
     path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]) + b'{"settings": "torn')
     asked.clear()
     run(nano, tmp_path)
-    assert asked == [[2, 3], [4]]
+    assert asked == [2, 1]
     assert path.read_bytes() == whole
 
 
 def start_evaluation(folder):
-    command = (
-        "-m minicpmv.commands.evaluate nanobench --rows printed_line,video_order --samples 24 --batch-size 2 --output"
-    )
+    command = "-m minicpmv evaluate nanobench --rows printed_line,video_order --samples 24 --batch-size 2 --output"
     return subprocess.Popen(
         [sys.executable, *command.split(), str(folder)],
         cwd=REPOSITORY,
@@ -265,7 +312,7 @@ def test_a_killed_process_that_is_run_again_ends_as_one_that_ran_through(nano, t
 
 
 def entry(index, **fields):
-    return {"row": "colour", "seed": 0, "index": index, "answer": "naïve\u2028红色\n", **fields}
+    return {"row": "color", "seed": 0, "index": index, "answer": "naïve\u2028红色\n", "scores": {}, **fields}
 
 
 def test_a_log_cut_anywhere_loses_its_last_line_at_most_and_goes_on(tmp_path):
@@ -280,7 +327,7 @@ def test_a_log_cut_anywhere_loses_its_last_line_at_most_and_goes_on(tmp_path):
         assert [key.index for key in again.entries] == [0]
         again.append([entry(1)])
         assert log.path.read_bytes() == whole
-    assert SampleLog(tmp_path, {"weights": "a"}).entries[SampleKey("colour", 0, 1)]["answer"] == "naïve\u2028红色\n"
+    assert SampleLog(tmp_path, {"weights": "a"}).entries[SampleKey("color", 0, 1)]["answer"] == "naïve\u2028红色\n"
 
 
 def test_a_log_of_other_settings_is_refused_and_left_as_it_is(tmp_path):
@@ -302,37 +349,90 @@ def test_lines_that_were_made_with_other_settings_are_refused(tmp_path):
         SampleLog(tmp_path / "b", {"weights": "a"})
 
 
-def test_a_damaged_line_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        (b"not JSON", "line 2 is not JSON"),
+        (b"\xff\xfe", "line 2 is not JSON"),
+        (b"\0\0", "line 2 is not JSON"),
+        (b"[" * 100_000, "line 2 is not JSON"),
+        (b"[1]", "line 2 is not a JSON object"),
+        (b"null", "line 2 is not a JSON object"),
+        (b"{}", "line 2 is not an answer: 'settings' is None"),
+        (b'{"settings": "a", "row": "color", "seed": "0"}', "line 2 is not an answer: 'seed' is '0', not of type int"),
+        (b'{"settings": "a", "row": "r", "seed": 0, "index": 0, "answer": "", "scores": 1}', "'scores' is 1"),
+    ],
+)
+def test_a_damaged_line_is_named_with_its_file_and_the_remedy(tmp_path, line, what):
     log = SampleLog(tmp_path, {})
-    log.append([entry(0)])
-    log.path.write_text("not JSON\n" + log.path.read_text())
-    with pytest.raises(SampleLogError, match="samples.jsonl, line 1 is not JSON"):
+    log.append([entry(0), entry(1)])
+    first, second = log.path.read_bytes().splitlines(keepends=True)
+    log.path.write_bytes(first + line + b"\n" + second)
+    with pytest.raises(DamagedFileError) as caught:
         SampleLog(tmp_path, {})
+    assert str(log.path) in str(caught.value) and what in str(caught.value)
+    assert "delete the line, or the file" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"3", b"\0"])
+def test_damaged_settings_are_named(tmp_path, content):
+    SampleLog(tmp_path, {"a": 1})
+    (tmp_path / "settings.json").write_bytes(content)
+    with pytest.raises(DamagedFileError, match=r"settings\.json is .*JSON.*delete it"):
+        SampleLog(tmp_path, {"a": 1})
+
+
+# --- Settings ---
 
 
 def test_settings_follow_weights_processor_thinking_and_version(nano):
     model, processor = nano
-    first = harness.settings_of(model, processor, squares(), False)
-    assert harness.settings_of(model, processor, squares(), False) == first
+
+    def settings(benchmark, thinking):
+        return harness.settings_of(LocalModel(model, processor), benchmark, thinking)
+
+    first = settings(squares(), False)
     weight = model.get_input_embeddings().weight
     with torch.no_grad():
         kept = weight[3, 5].item()
         weight[3, 5] += 1e-3
-        changed = harness.settings_of(model, processor, squares(), False)
+        changed = settings(squares(), False)
         weight[3, 5] = kept
     assert {name for name in first if first[name] != changed[name]} == {"weights"}
     processor.image_processor.max_slice_nums += 1
-    changed = harness.settings_of(model, processor, replace(squares(), version=2), ["b", "a"])
+    changed = settings(replace(squares(), version=2), ["b", "a"])
     processor.image_processor.max_slice_nums -= 1
     assert {name for name in first if first[name] != changed[name]} == {"processor", "version", "thinking"}
-    assert harness.settings_of(model, processor, squares(), False) == first
+    assert settings(squares(), False) == first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool])
+def test_a_checksum_follows_every_bit_and_its_place(dtype):
+    values = torch.randint(0, 2, (3, 70_001), generator=torch.Generator().manual_seed(0)).to(dtype)
+    whole = checksum(values)
+    assert checksum(values.clone()) == whole
+    for place in ((0, 0), (1, 12_345), (2, 70_000)):
+        changed = values.clone()
+        changed[place] = 1 - values[place].int()
+        assert checksum(changed) != whole
+    assert checksum(values.flip(0)) != whole and checksum(values.flip(1)) != whole
+    assert checksum(values[1:2].clone()) == checksum(values[1:2])  # wherever in memory it begins
 
 
 def test_weights_that_were_put_elsewhere_are_the_same_weights(nano):
-    offloaded, processor = load(str(REPOSITORY / "nano"))
-    offloaded = accelerate.cpu_offload(offloaded, execution_device="cpu")
+    offloaded = accelerate.cpu_offload(load(NANO)[0], execution_device="cpu")
     assert next(offloaded.parameters()).device.type == "meta"
-    assert harness.settings_of(offloaded, processor, squares(), False) == harness.settings_of(*nano, squares(), False)
+    assert weights_fingerprint(offloaded) == weights_fingerprint(nano[0])
+
+
+def test_stored_buffers_count_and_computed_ones_do_not():
+    net = torch.nn.BatchNorm1d(3)
+    net.register_buffer("computed", torch.ones(2), persistent=False)
+    before = weights_fingerprint(net)
+    net.computed += 1
+    assert weights_fingerprint(net) == before
+    net.running_mean += 1
+    assert weights_fingerprint(net) != before
 
 
 def test_a_run_with_other_weights_does_not_touch_the_log(nano, tmp_path):
@@ -341,11 +441,3 @@ def test_a_run_with_other_weights_does_not_touch_the_log(nano, tmp_path):
     with pytest.raises(SampleLogError, match="thinking False"):
         run(nano, tmp_path, samples=2, thinking=True)
     assert (tmp_path / "samples.jsonl").read_bytes() == before
-
-
-# --- Checkpoints ---
-
-
-def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
-    with pytest.raises(CheckpointError, match=str(tmp_path)):
-        load(str(tmp_path))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoProcessor
 from typer.testing import CliRunner
 
 from minicpmv.commands.evaluate import evaluate_app
@@ -24,8 +23,8 @@ QUESTION_ROWS = [row.id for row in BENCHMARK.rows if row.id not in ("chair", "ch
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return AutoProcessor.from_pretrained(REPOSITORY / "nano", trust_remote_code=True)
+def processor(nano):
+    return nano[1]
 
 
 def prompts(name, count, seed=0):
@@ -145,12 +144,12 @@ def test_shuffled_clips_are_the_same_clips_in_which_no_frame_keeps_its_time():
 
 
 def test_times_tell_the_order_of_shuffled_clips_so_they_must_hurt():
-    """Colours in the order of the shuffled times, which a model that trusts them would give, are seldom the answer."""
+    """Colors in the order of the shuffled times, which a model that trusts them would give, are seldom the answer."""
     right = 0
     for index in range(100):
         sample = ROWS["video_order_shuffled"].sample(0, index)
         frames = sorted(zip(sample.temporal_ids[0], (d.things[0].color for d in sample.drawings), strict=True))
-        right += list(dict.fromkeys(colour for _, colour in frames)) == sample.turns[0].answer.split(", ")
+        right += list(dict.fromkeys(color for _, color in frames)) == sample.turns[0].answer.split(", ")
     assert right < 30
 
 
@@ -191,9 +190,7 @@ def in_the_repository(monkeypatch, one_thread):
 @pytest.mark.slow
 def test_the_command_runs_every_row_prints_the_table_and_writes_json(tmp_path, in_the_repository):
     figures, output = tmp_path / "new" / "figures.json", tmp_path / "run"
-    result = run(
-        *("nanobench", "--checkpoint", "nano", "--seed", 3, "--samples", 2, "--json", figures, "--output", output)
-    )
+    result = run(*("nanobench", "--model", "nano", "--seed", 3, "--samples", 2, "--json", figures, "--output", output))
     assert result.exit_code == 0, result.output
     assert all(name in result.stdout for name in ROWS)
     written = json.loads(figures.read_text())
@@ -213,7 +210,7 @@ def test_runs_of_one_setting_share_a_folder_and_others_have_their_own(tmp_path, 
     monkeypatch.chdir(tmp_path)
     nano = REPOSITORY / "nano"
     for arguments in (["--rows", "shape"], ["--rows", "colour"], ["--rows", "shape", "--thinking", "shape"]):
-        result = run("nanobench", "--checkpoint", nano, "--samples", 2, "--seeds", "4,5", *arguments)
+        result = run("nanobench", "--model", nano, "--samples", 2, "--seeds", "4,5", *arguments)
         assert result.exit_code == 0, result.output
     folders = sorted((tmp_path / "runs").iterdir())
     assert len(folders) == 2 and all(folder.name.startswith("nanobench-nano-") for folder in folders)
@@ -224,7 +221,7 @@ def test_runs_of_one_setting_share_a_folder_and_others_have_their_own(tmp_path, 
     ("arguments", "parts"),
     [
         (["--rows", "shape,size"], ["no row size", "printed_line"]),
-        (["--checkpoint", "no/such/model"], ["no/such/model is not a folder here", "--trust-remote-code"]),
+        (["--model", "no/such/model"], ["no/such/model is not a folder here", "--trust-remote-code"]),
         (["--thinking", "multistep_fast"], ["multistep_fast is the row without thinking"]),
         (["--seeds", "1,1"], ["give each once"]),
     ],

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -37,7 +38,7 @@ def store_run(folder, checkpoint, values, lower=("chair",), samples=50, seeds=(0
         score = {"row": row, "seed": 0, "finish_reason": "length", "scores": {"exact": 0.0}}
         log.append([{**score, **answer, "index": 7}])
         log.append([{**score, **answer, "index": 8, "scores": {"exact": 1.0}, "answer": "right one"}])
-    results = {"checkpoint": checkpoint, "settings": log.settings, "samples": samples, "seeds": list(seeds)}
+    results = {"model": checkpoint, "settings": log.settings, "samples": samples, "seeds": list(seeds)}
     results |= {"versions": {"torch": "2", "transformers": "5"}, "rows": rows}
     (folder / "results.json").write_text(json.dumps(results))
     return folder
@@ -153,31 +154,75 @@ def test_a_markdown_report_has_tables_of_even_width_and_charts_beside_it(runs, t
     assert len(tables) == 4
     for table in tables:
         assert len({line.count("|") for line in table}) == 1 and set(table[1]) <= set("|-:")
-    assert "| count | exact | **90.0** | 80.0 ± 14.1 |" in lines
-    assert "| count 0/7 | What \\| is &lt;it>? | red | a \\`blue\\` one (cut off) |" in lines
+    assert "| `count` | `exact` | **90.0** | 80.0 ± 14.1 |" in lines
+    assert "| `count 0/7` | `What \\| is <it>?` | `red` | ``a `blue` one`` (cut off) |" in lines
     for file in files[1:]:
         assert f"]({file.name})" in "\n".join(lines)
         with Image.open(file) as picture:
             assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
 
 
-def colours_in(figure, tmp_path):
+LIVELY = (
+    "[link](http://evil.example) ![image](http://evil.example/i.png) <img src=x onerror=alert(1)> **bold** a\\|b | `code"
+    " <script>alert(1)</script> http://evil.example www.evil.example <http://evil.example> me@evil.example &lt;b&gt; $x^$"
+)
+
+
+@pytest.fixture
+def lively_run(tmp_path):
+    """A run whose every text tries to be more than text."""
+    folder = store_run(tmp_path / "lively", LIVELY, {LIVELY: {LIVELY: [0.5]}}, thinking=[LIVELY], dtype=LIVELY)
+    stored = json.loads((folder / "results.json").read_text())
+    stored["versions"] = {LIVELY: LIVELY}
+    stored["rows"][LIVELY]["title"] = LIVELY
+    (folder / "results.json").write_text(json.dumps(stored))
+    path = folder / "samples.jsonl"
+    texts = {"question": LIVELY, "expected": LIVELY, "answer": LIVELY + "\n\n# h\n", "thought": LIVELY}
+    lines = [json.loads(line) | texts for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_nothing_that_a_run_holds_comes_alive_in_markdown(lively_run, tmp_path):
+    files = report.write_report([lively_run], tmp_path / "report.md")
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(files[0].read_text(encoding="utf-8"))
+    inline = [child for token in tokens for child in token.children or []]
+    assert {token.type for token in inline} == {"text", "code_inline", "image"}
+    assert [token.attrs["src"] for token in inline if token.type == "image"] == ["report-bars.png"]
+    assert not any(token.type.startswith("html") for token in tokens)
+    plain = " ".join(token.content for token in inline if token.type == "text")
+    assert "evil" not in plain and "alert" not in plain
+    assert sum("evil.example" in token.content for token in inline if token.type == "code_inline") >= 10
+    rows = [token.map for token in tokens if token.type == "tr_open"]
+    cells = [token.type for token in tokens].count("td_open") + [token.type for token in tokens].count("th_open")
+    assert (len(rows), cells) == (6, 2 * 8 + 2 * 3 + 2 * 4)
+
+
+def test_nothing_that_a_run_holds_comes_alive_in_html(lively_run, tmp_path):
+    report.write_report([lively_run], tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert not {"a", "script", "b", "strong"} & {tag for tag, _ in page.tags}
+    assert len(page.pictures) == 1 and page.pictures[0].startswith("data:image/svg+xml;base64,")
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+
+
+def colors_in(figure, tmp_path):
     figure.savefig(tmp_path / "chart.png", dpi=100)
     pixels = np.asarray(Image.open(tmp_path / "chart.png").convert("RGB")).reshape(-1, 3)
     found, counts = np.unique(pixels, axis=0, return_counts=True)
-    return {"#{:02X}{:02X}{:02X}".format(*colour): count for colour, count in zip(found, counts, strict=True)}
+    return {"#{:02X}{:02X}{:02X}".format(*color): count for color, count in zip(found, counts, strict=True)}
 
 
 def test_bars_are_as_long_as_the_values(tmp_path):
     rows = [("a", [0.8, 0.4], [None, None]), ("b", [0.8, None], [None, None])]
-    area = colours_in(bars(["one", "two"], rows), tmp_path)
+    area = colors_in(bars(["one", "two"], rows), tmp_path)
     # 160 % of bars against 40 %, and a key of the legend each.
     assert 3.2 < area["#0072B2"] / area["#E69F00"] < 4.2
 
 
 def test_the_radar_has_a_line_for_each_run(tmp_path):
-    colours = colours_in(radar(["one", "two"], [(name, [0.9, 0.5]) for name in "abcd"]), tmp_path)
-    assert colours["#0072B2"] > 300 and colours["#E69F00"] > 200
+    colors = colors_in(radar(["one", "two"], [(name, [0.9, 0.5]) for name in "abcd"]), tmp_path)
+    assert colors["#0072B2"] > 300 and colors["#E69F00"] > 200
 
 
 def test_rows_that_a_run_lacks_stay_out_of_the_radar_and_empty_in_the_table(tmp_path):
@@ -199,7 +244,7 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path):
     places = ("a/base", "a/thinking", "b/base")
     folders = [store_run(tmp_path / place, "nano", {"count": {"exact": [1.0]}}) for place in places]
     loaded = [report.read_run(folder) for folder in folders]
-    assert report.labels_of(folders[:2], [loaded[0], loaded[1] | {"checkpoint": "me/tuned"}]) == ["nano", "tuned"]
+    assert report.labels_of(folders[:2], [loaded[0], loaded[1] | {"model": "me/tuned"}]) == ["nano", "tuned"]
     assert report.labels_of(folders[:2], loaded[:2]) == ["base", "thinking"]
     assert report.labels_of(folders, loaded) == [str(folder) for folder in folders]
 
@@ -210,14 +255,45 @@ def test_the_command_writes_a_report_and_names_its_files(runs, tmp_path):
     assert result.exit_code == 0 and result.stdout.split()[0] == str(output) and output.exists()
 
 
-def test_a_mistake_is_one_line_that_names_the_remedy(runs, tmp_path):
-    def message(*arguments):
-        result = CliRunner().invoke(evaluate_app, ["report", *map(str, arguments)])
-        assert result.exit_code == 1 and result.stderr.count("\n") == 1
-        return result.stderr
+def message(*arguments):
+    result = CliRunner().invoke(evaluate_app, ["report", *map(str, arguments)])
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    return result.stderr
 
+
+def test_a_mistake_is_one_line_that_names_the_remedy(runs, tmp_path):
     (tmp_path / "killed").mkdir()
     assert "run the same command again" in message(tmp_path / "killed", "--output", tmp_path / "r.html")
     assert "an .html or an .md file" in message(*runs, "--output", tmp_path / "r.pdf")
     other = store_run(tmp_path / "other", "nano", FIRST, version=2)
     assert "version 1 and nanobench, version 2" in message(*runs, other, "--output", tmp_path / "r.html")
+
+
+@pytest.mark.parametrize("place", ["folder.html", "file/report.html", "/proc/nowhere/report.html"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(runs, tmp_path, monkeypatch, place):
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(report, "read_run", None)
+    assert f"{tmp_path / place} cannot be written" in message(*runs, "--output", tmp_path / place)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("", "is not JSON"),
+        ("[]", "is JSON, but not an object"),
+        ("{}", "'model' of the run is None, not of type str"),
+        ('{"model": "a", "settings": {}, "seeds": [0], "versions": {}, "rows": {"x": 3}}', "'title' of row x is None"),
+    ],
+)
+def test_a_damaged_result_is_named(runs, tmp_path, content, what):
+    (runs[0] / "results.json").write_text(content)
+    assert what in message(*runs, "--output", tmp_path / "r.html")
+    assert str(runs[0] / "results.json") in message(*runs, "--output", tmp_path / "r.html")
+
+
+def test_a_damaged_answer_is_named(runs, tmp_path):
+    with open(runs[0] / "samples.jsonl", "a") as file:
+        file.write("null\n")
+    line = message(*runs, "--output", tmp_path / "r.html")
+    assert f"{runs[0] / 'samples.jsonl'}, line 9 is not a JSON object" in line

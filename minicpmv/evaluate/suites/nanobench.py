@@ -11,6 +11,7 @@ import random
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
+from typing import Any
 
 from minicpmv.drawn.samples import BENCH_TASKS, Sample, bench_sample, named_objects
 from minicpmv.evaluate.benchmark import Benchmark, Metrics, Prompt, Row, Scores
@@ -27,17 +28,18 @@ def drawn(task: str, seed: int, index: int) -> Sample:
 def with_shuffled_times(seed: int, index: int) -> Sample:
     """A clip of video_order whose frames stay in their places, while none keeps its time."""
     sample = drawn("video_order", seed, index)
-    times = [time for group in sample.temporal_ids for time in group]
+    groups = sample.temporal_ids or []
+    times = [time for group in groups for time in group]
     rng, shuffled = random.Random(f"shuffled times/{seed}/{index}"), list(times)
     while any(new == old for new, old in zip(shuffled, times, strict=True)):
         rng.shuffle(shuffled)
     rest = iter(shuffled)
-    return replace(sample, temporal_ids=[[next(rest) for _ in group] for group in sample.temporal_ids])
+    return replace(sample, temporal_ids=[[next(rest) for _ in group] for group in groups])
 
 
 def question_of(sample: Sample) -> Prompt:
-    """The sample's question, asked as it was taught: a picture with its slices, or frames packed into one unit."""
-    options = {"max_slice_nums": sample.max_slice_nums}
+    """The sample's question, asked as it was taught: an image with its slices, or frames packed into one unit."""
+    options: dict[str, Any] = {"max_slice_nums": sample.max_slice_nums}
     if sample.temporal_ids is not None:
         options |= {"temporal_ids": sample.temporal_ids, "use_image_id": False}
     return Prompt([*sample.images, sample.turns[0].question], sample.turns[0].answer, options)
@@ -76,7 +78,7 @@ def chinese_beside_english(scores: list[Scores]) -> Metrics:
     return {"exact": chinese, "exact_english": english, "difference": chinese - english}
 
 
-def row(id: str, title: str, task: str | None = None, **changes) -> Row:
+def row(id: str, title: str, task: str | None = None, **changes: Any) -> Row:
     return Row(
         id=id,
         title=title,
@@ -91,7 +93,7 @@ def row(id: str, title: str, task: str | None = None, **changes) -> Row:
     )
 
 
-read_print = {"scorer": printed_characters, "aggregate": share_of_characters}
+read_print: dict[str, Any] = {"scorer": printed_characters, "aggregate": share_of_characters}
 
 BENCHMARK = Benchmark(
     id="nanobench",

@@ -12,8 +12,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from minicpmv.errors import MiniCPMVError
-
 
 @dataclass
 class Claim:
@@ -29,7 +27,7 @@ class Reading:
     unread: list[str] = field(default_factory=list)  # parts that gave no claim
 
 
-class MalformedClaimsError(MiniCPMVError):
+class MalformedClaimsError(ValueError):
     """A language model's list of claims cannot be read: the message shows its reply."""
 
 
