@@ -1,16 +1,20 @@
-"""Where things are: boxes out of the model's answers, boxes drawn on the picture, and the question that asks for them.
+"""Where things are: the question that asks for boxes, boxes read from the model's answers, and boxes drawn on the image.
 
 What is special:
-- the model counts from 0 to 1000 along each side of the picture; here boxes are pixels;
-- what looks like a box and is none is handed back beside the boxes, with the reason: nothing is dropped or repaired;
-- the name of the thing to find may hold anything: only the tags around it, which this file writes, are control tokens.
+- the model counts from 0 to 1000 along each side of the image; here boxes are pixels;
+- what looks like a box but cannot be used is returned next to the boxes, with the reason: nothing is dropped or repaired;
+- the name of the thing to find may hold anything: only the tags around it, which the processor writes, are control tokens.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+
+from minicpmv.errors import MiniCPMVError
 
 
 # The words that MiniCPM-V was trained with (model card); the processor writes the name behind them, between ref tags.
@@ -32,7 +36,7 @@ _FOUR_NUMBERS = re.compile(rf"[\s\[(]*({_NUMBER})[\s,]+({_NUMBER})[\s,)(]+({_NUM
 
 @dataclass(frozen=True)
 class Box:
-    """A box in pixels of the upright picture; `label` is what the answer calls it, None where it does not."""
+    """A box in pixels of the upright image; `label` is what the answer calls it, or None."""
 
     label: str | None
     left: float
@@ -53,7 +57,7 @@ class Malformed:
     text: str
     reason: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.text!r}: {self.reason}"
 
 
@@ -72,19 +76,24 @@ def parse_boxes(text: str, width: int, height: int) -> tuple[list[Box], list[Mal
     A name counts for all boxes that follow it without other text between them; a box without one has no label.
 
     Args:
-        text: the answer; numbers are thousandths of the sides.
-        width, height: of the upright picture, in pixels.
+        text: the answer; its numbers are thousandths of the sides.
+        width, height: of the upright image, in pixels.
 
     Returns:
-        The boxes in pixels, and the pieces that are none: not four numbers, numbers outside 0 to 1000, no area, tags
+        The boxes in pixels, and the pieces that cannot be used: not four numbers, numbers outside 0 to 1000, no area, tags
         without their counterpart, names without a box.
+
+    Raises:
+        MiniCPMVError: the image has no pixels.
     """
     if width < 1 or height < 1:
-        raise ValueError(
-            f"a picture of {width} x {height} pixels has no place for boxes; both sides must be at least 1"
+        raise MiniCPMVError(
+            f"an image of {width} x {height} pixels has no room for boxes; both sides must be at least 1"
         )
-    boxes, malformed = [], []
-    label, label_text, label_is_used, end = None, "", True, 0
+    boxes: list[Box] = []
+    malformed: list[Malformed] = []
+    label: str | None = None
+    label_text, label_is_used, end = "", True, 0
     for piece in _PIECES.finditer(text):
         between = text[end : piece.start()].strip(" \t\r\n,;")
         end = piece.end()
@@ -99,46 +108,46 @@ def parse_boxes(text: str, width: int, height: int) -> tuple[list[Box], list[Mal
         if between and label_is_used:
             label = None
         label_is_used = True
-        corners, reason = _read_corners(piece["box"])
-        if reason:
-            malformed.append(Malformed(piece[0], reason))
+        corners = _read_corners(piece["box"])
+        if isinstance(corners, str):
+            malformed.append(Malformed(piece[0], corners))
         else:
             x1, y1, x2, y2 = corners
-            scaled = x1 * width / SCALE, y1 * height / SCALE, x2 * width / SCALE, y2 * height / SCALE
-            boxes.append(Box(label, *scaled))
+            boxes.append(Box(label, x1 * width / SCALE, y1 * height / SCALE, x2 * width / SCALE, y2 * height / SCALE))
     if not label_is_used:
         malformed.append(Malformed(label_text, "no box follows this name"))
     return boxes, malformed
 
 
-def _read_corners(text):
+def _read_corners(text: str) -> tuple[float, float, float, float] | str:
+    """The four numbers of a box, or why it has none."""
     found = _FOUR_NUMBERS.fullmatch(text)
     if not found:
-        return None, "a box is four numbers: left, top, right, bottom"
-    x1, y1, x2, y2 = corners = [float(number) for number in found.groups()]
-    if not all(0 <= number <= SCALE for number in corners):
-        return None, f"its numbers must lie between 0 and {SCALE}"
+        return "a box is four numbers: left, top, right, bottom"
+    x1, y1, x2, y2 = (float(number) for number in found.groups())
+    if not all(0 <= number <= SCALE for number in (x1, y1, x2, y2)):
+        return f"its numbers must lie between 0 and {SCALE}"
     if x1 >= x2 or y1 >= y2:
-        return None, "it has no area: left must be less than right, top less than bottom"
-    return corners, None
+        return "it has no area: left must be less than right, top less than bottom"
+    return x1, y1, x2, y2
 
 
-def locate(model, processor, image, name: str, **options) -> Grounding:
-    """Ask where in a picture something is, in the words that the model was trained with.
+def locate(model: Any, processor: Any, image: Any, name: str, **options: Any) -> Grounding:
+    """Ask where in an image something is, in the words that the model was trained with.
 
     Args:
-        image: a Pillow picture, or the path of one.
+        image: anything that a message may hold: a Pillow image, a path, an address, bytes, an array.
         name: what to find: a word, a phrase or a sentence.
-        options: those of `model.chat` (max_slice_nums, max_new_tokens, ...), over greedy search.
+        options: those of `model.chat` (max_slice_nums, max_new_tokens, ...); greedy decoding where they say nothing else.
 
     Returns:
-        [`Grounding`]; a box that the answer does not name is labelled `name`. No boxes: the model gave none, see `answer`.
+        [`Grounding`]; a box that the answer does not name is labelled `name`. Without boxes, `answer` says what the model
+        wrote in their place.
+
+    Raises:
+        ImageInputError: (of the processor) the image cannot be read.
     """
-    if isinstance(image, (str, PathLike)):
-        with Image.open(image) as file:
-            image = ImageOps.exif_transpose(file)  # loads it
-    else:
-        image = ImageOps.exif_transpose(image)  # the processor turns it as well, and boxes belong to what it sees
+    image = processor.load_image(image)  # upright: boxes belong to what the model sees
     content = [image, {"type": "text", "text": QUESTION, "ref": name}]
     output = model.chat(
         msgs=[{"role": "user", "content": content}], processor=processor, return_dict=True, **GREEDY | options
@@ -151,12 +160,12 @@ def locate(model, processor, image, name: str, **options) -> Grounding:
     return Grounding(boxes, malformed, output.text)
 
 
-def draw_boxes(image: Image.Image, boxes: list[Box], font: str | PathLike | None = None) -> Image.Image:
-    """A copy of the picture with the boxes and their labels on it, one color a label.
+def draw_boxes(image: Image.Image, boxes: Sequence[Box], font: str | PathLike | None = None) -> Image.Image:
+    """A copy of the image with the boxes and their labels on it, one color per label.
 
     Args:
-        image: the picture that the boxes were parsed for; it is turned upright first.
-        font: a TrueType file; Pillow's own typeface, which has no Chinese, where it is not given.
+        image: the one that the boxes were parsed for; it is turned upright first.
+        font: a TrueType file; by default Pillow's own typeface, which has no Chinese.
     """
     image = ImageOps.exif_transpose(image).convert("RGB")
     pen = ImageDraw.Draw(image)

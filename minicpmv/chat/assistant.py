@@ -1,11 +1,11 @@
 """An assistant: a conversation with a personality, bounds on what it remembers, and a transcript of everything.
 
 What is special:
-- it sits on a session, so a turn computes only what is new as long as nothing is forgotten;
-- what the model no longer sees (old turns, old pictures) stays in the transcript, and each answer says how many turns
-  were dropped for it;
-- in place of a forgotten picture the model reads that there was one;
-- a turn happens whole or not at all.
+- it uses a session, so a turn computes only what is new as long as nothing is forgotten;
+- what the model no longer sees (old turns, old images) stays in the transcript, and each answer says how many turns were
+  dropped for it;
+- in place of a forgotten image the model reads that there was one;
+- a turn happens completely or not at all.
 """
 
 import json
@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
+from typing import Any
+
+from minicpmv.errors import MiniCPMVError
 
 
 PERSONALITIES = {
@@ -31,18 +34,13 @@ PERSONALITIES = {
     ),
 }
 MEDIA_POLICIES = ("keep", "latest", "once")
-FORGOTTEN = "(Here was a picture or clip that is no longer shown.)"
-KEPT_SHARE = (
-    0.75  # of the turns, when they become too many: forgetting one each turn would compute all the others anew
-)
+FORGOTTEN = "(Here was an image or video that is no longer shown.)"
+# Of the turns, when they become too many: dropping one at each turn would compute all the others again each time.
+KEPT_SHARE = 0.75
 
 
-class AssistantError(ValueError):
-    """A setting of the assistant that does not exist."""
-
-
-class TranscriptError(ValueError):
-    """A transcript cannot be saved there."""
+class AssistantError(MiniCPMVError):
+    """A setting that the assistant does not have."""
 
 
 @dataclass
@@ -61,28 +59,34 @@ class Assistant:
     """A conversation that goes on.
 
     Args:
-        model, processor: a MiniCPM-V and its processor (that in the model's folder where it is not given).
+        model, processor: a MiniCPM-V and its processor.
         personality: "helpful", "concise" or "friendly".
-        system_prompt: a text of your own in its place.
-        max_turns: most turns that the model sees, the new one included.
-        max_tokens: most tokens of prompt and answer; that of `start_chat` where it is not given.
-        media: which pictures and clips of earlier turns it sees: "keep" all, those of the "latest" turn that brought
-            some, or each only "once", in its own turn.
-        options: those of `model.start_chat`: max_pictures, max_new_tokens, enable_thinking, sampling, ...
+        system_prompt: a text of your own instead.
+        max_turns: most turns that the model sees, including the new one.
+        max_tokens: most tokens of prompt and answer; by default the session's.
+        media: which images and videos of earlier turns it sees: "keep" shows all, "latest" those of the last turn that
+            brought some, "once" each only in its own turn.
+        options: those of a session: max_pictures, max_new_tokens, enable_thinking, decoding, ...
+
+    Attributes:
+        turns: all of them, whether the model still sees them or not.
+
+    Raises:
+        AssistantError: there is no such personality or policy, or `max_turns` is not a positive integer.
     """
 
     def __init__(
         self,
-        model,
-        processor=None,
+        model: Any,
+        processor: Any = None,
         personality: str = "helpful",
         *,
         system_prompt: str | None = None,
         max_turns: int = 50,
         max_tokens: int | None = None,
         media: str = "keep",
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         if system_prompt is None and personality not in PERSONALITIES:
             raise AssistantError(
                 f"personality={personality!r} does not exist; choose one of {', '.join(PERSONALITIES)}, or give a text of "
@@ -91,24 +95,30 @@ class Assistant:
         if media not in MEDIA_POLICIES:
             raise AssistantError(f"media={media!r} does not exist; choose one of {', '.join(MEDIA_POLICIES)}")
         if isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 1:
-            raise AssistantError(f"max_turns={max_turns!r} must be a whole number from 1")
+            raise AssistantError(f"max_turns={max_turns!r} must be a positive integer")
         self.model, self.processor = model, processor
         self.system_prompt = PERSONALITIES[personality] if system_prompt is None else system_prompt
         self.max_turns, self.media = max_turns, media
         self._options = {"max_tokens": max_tokens, **options}
-        self.turns: list[Turn] = []  # all of them, whether the model still sees them or not
-        self._first = 0  # turn from which on the model sees them
-        self._session, self._view = self._start([]), []
+        self.turns: list[Turn] = []
+        self._first = 0  # the first turn that the model sees
+        self._view: list[tuple[int, bool]] = []
+        self._session = self._start([])
 
-    def send(self, content, **options):
+    @property
+    def history(self) -> list[dict]:
+        """The conversation as the model sees it, in messages."""
+        return self._session.history
+
+    def send(self, content: Any, **options: Any) -> Any:
         """Ask; `content` and `options` as for `ChatSession.send`. Returns its `ChatOutput`."""
         session, first, view = self._prepared(content)
         output = session.send(content, **options)
         self._keep(session, first, view, output)
         return output
 
-    def stream(self, content, **options) -> Iterator[str]:
-        """Ask, and give the answer in pieces. Of a stream that is closed early, what was read is the answer."""
+    def stream(self, content: Any, **options: Any) -> Iterator[str]:
+        """Ask, and get the answer in pieces. If the stream is closed early, what was read of it is the answer."""
         session, first, view = self._prepared(content)
         with session.send(content, stream=True, **options) as pieces:
             try:
@@ -118,23 +128,19 @@ class Assistant:
                 if pieces.output is not None:
                     self._keep(session, first, view, pieces.output)
 
-    def reset(self):
-        """Begin anew, with the same settings and an empty transcript."""
+    def reset(self) -> None:
+        """Start over with the same settings and an empty transcript."""
         self._session, self._view, self._first, self.turns = self._start([]), [], 0, []
 
     def save(self, folder: str | PathLike) -> Path:
-        """Save the transcript: `history.json` with pictures and clips, which `model.load_chat` can go on from, and
-        `transcript.md` to read. An older one in `folder` is replaced. Returns the path of the Markdown file.
+        """Save everything: `history.json` with images and videos, which a session can be loaded from, and `transcript.md`
+        to read. An older one in `folder` is replaced. Returns the path of the Markdown file.
 
         Raises:
-            TranscriptError: `folder` holds something else, or a part of the conversation cannot be written.
+            MiniCPMVError: `folder` holds something else, or a part of the conversation cannot be saved.
         """
         folder = Path(folder)
-        everything = [(index, True) for index in range(len(self.turns))]
-        try:
-            self._start(everything).save(folder)
-        except (ValueError, OSError) as error:
-            raise TranscriptError(f"The transcript cannot be saved: {error}") from error
+        self._start([(index, True) for index in range(len(self.turns))]).save(folder)
         messages = json.loads((folder / "history.json").read_text(encoding="utf-8"))["messages"]
         questions = [message["content"] for message in messages if message["role"] == "user"]
         file = folder / "transcript.md"
@@ -144,8 +150,8 @@ class Assistant:
     # ---- what the model sees ----
 
     def _prepared(self, content):
-        """(session, first turn that it sees, view) for a question: the session that there is, or where something is to
-        be forgotten a new one."""
+        """(session, first turn that it sees, view) for a question: the current session, or a new one where something is to
+        be forgotten."""
         first = self._first
         if len(self.turns) - first + 1 > self.max_turns:
             first = len(self.turns) + 1 - max(1, int(self.max_turns * KEPT_SHARE))
@@ -154,7 +160,7 @@ class Assistant:
         return session, first, view
 
     def _view_from(self, first, content):
-        """(turn, whether its pictures and clips are seen) of the turns before the question `content`."""
+        """(turn, whether its images and videos are seen) of the turns before the question `content`."""
         shown = [index for index, turn in enumerate(self.turns) if _has_media(turn.content)]
         if self.media == "once":
             shown = []
@@ -200,12 +206,15 @@ class Assistant:
                 kind = part["type"]
                 names = part[kind] if isinstance(part[kind], list) else [part[kind]]
                 if kind == "image":
-                    names = [f"![picture]({name})" for name in names]
+                    names = [f"![image]({name})" for name in names]
                 elif kind == "video":
-                    names = [f"[clip]({name})" for name in names]
+                    names = [f"[video]({name})" for name in names]
                 lines += [f"**You:** {' '.join(names)}", ""]
             if turn.dropped_turns:
-                lines += [f"*(The oldest {turn.dropped_turns} turns that were still known were forgotten here.)*", ""]
+                lines += [
+                    f"*(From here on the model no longer sees the {turn.dropped_turns} oldest turns that it still saw.)*",
+                    "",
+                ]
             if turn.reasoning:
                 lines += ["Thought:", "", *_quoted(turn.reasoning), ""]
             lines += [f"**Assistant:** {turn.answer}", ""]

@@ -36,8 +36,8 @@ def add_verb(app: typer.Typer, name: str, module: str, help: str) -> None:
 
 
 add_verb(train_app, "sft", "minicpmv.train.sft", "Supervised fine-tuning: full, LoRA, QLoRA, DoRA.")
-add_verb(train_app, "dpo", "minicpmv.train.dpo", "Direct preference optimisation on pairs of answers.")
+add_verb(train_app, "dpo", "minicpmv.train.dpo", "Direct preference optimization on pairs of answers.")
 add_verb(train_app, "reward", "minicpmv.train.reward", "A visual reward model from pairs of answers.")
-add_verb(train_app, "rl", "minicpmv.train.rl", "Reinforcement learning with GRPO, thinking and fast rollouts mixed.")
+add_verb(train_app, "rl", "minicpmv.train.grpo", "Reinforcement learning with GRPO, thinking and fast rollouts mixed.")
 add_verb(train_app, "merge", "minicpmv.train.merge", "Merge an adapter into its model.")
 add_verb(align_app, "feedback", "minicpmv.train.feedback.run", "Sample answers, check their claims, choose pairs.")

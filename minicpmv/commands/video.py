@@ -26,7 +26,7 @@ def video(
     fps: Annotated[float | None, typer.Option(help="Frames to look at in a second; 3 by default.")] = None,
     format: Annotated[VideoFormat, typer.Option("--format", "-f", help="srt: subtitles.")] = VideoFormat.text,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens told about a stretch.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens told about a segment.")] = 256,
     revision: terminal.Revision = None,
     trust_remote_code: terminal.TrustRemoteCode = False,
 ):
@@ -43,7 +43,7 @@ def video(
     from rich.console import Console
     from rich.progress import Progress
 
-    from minicpmv.apps import clips as telling
+    from minicpmv.apps import clips
 
     console = Console(stderr=True)
     # Where both are the terminal, what is told stands above the bar; else it must not end up in stderr.
@@ -57,14 +57,14 @@ def video(
             raise FileNotFoundError(f"{clip} is no file; give a video")
         terminal.check_output(output)
         chat, processor = terminal.load_shown(console, model, revision, trust_remote_code)
-        total = len(telling.stretches(telling.duration_of(processor, clip), seconds))
-        stream = telling.tell(chat, processor, clip, seconds, prompt or telling.PROMPT, **options)
+        total = len(clips.segment_times(clips.duration_of(processor, clip), seconds))
+        stream = clips.describe(chat, processor, clip, seconds, prompt or clips.PROMPT, **options)
         try:
             with progress:
-                for stretch in progress.track(stream, total=total, description="Looking"):
-                    told.append(stretch)
+                for segment in progress.track(stream, total=total, description="Looking"):
+                    told.append(segment)
                     if format is VideoFormat.text and output is None:
-                        typer.echo(line(stretch))
+                        typer.echo(line(segment))
         finally:  # after an error or Ctrl-C too: hours of looking are not thrown away
             write_told(told, format, output, max_new_tokens)
 
@@ -78,11 +78,11 @@ def write_told(told: list, format: VideoFormat, output: Path | None, max_new_tok
 
     if not told:
         return
-    for stretch in told:
-        if not stretch.is_complete:
-            terminal.note(f"the text at {as_time(stretch.start)} ended at --max-new-tokens {max_new_tokens}")
+    for segment in told:
+        if not segment.is_complete:
+            terminal.note(f"the text at {as_time(segment.start)} ended at --max-new-tokens {max_new_tokens}")
     if format is VideoFormat.json:
-        text = json.dumps([asdict(stretch) for stretch in told], ensure_ascii=False, indent=2)
+        text = json.dumps([asdict(segment) for segment in told], ensure_ascii=False, indent=2)
     elif format is VideoFormat.srt:
         text = as_subtitles(told)
     else:
@@ -93,7 +93,7 @@ def write_told(told: list, format: VideoFormat, output: Path | None, max_new_tok
         typer.echo(text)
 
 
-def line(stretch) -> str:
+def line(segment) -> str:
     from minicpmv.apps.clips import as_time
 
-    return f"[{as_time(stretch.start)} - {as_time(stretch.end)}] {' '.join(stretch.text.split())}"
+    return f"[{as_time(segment.start)} - {as_time(segment.end)}] {' '.join(segment.text.split())}"

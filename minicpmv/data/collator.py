@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minicpmv.data.formats import BadRowError, conversation_row
+from minicpmv.data.formats import BadRowError, DataError, conversation_row
 
 
 logger = logging.getLogger(__name__)
@@ -29,16 +29,8 @@ ROW_OPTIONS += ("fps", "num_frames", "max_num_frames", "max_num_packing", "force
 STILL_PICTURE = [-1]  # temporal ids of a slice that is no frame of a clip
 
 
-class ConversationTooLongError(ValueError):
-    """A row has more tokens than allowed: the message says how many, how many of them are pictures, and the limit."""
-
-
-class EmptyBatchError(ValueError):
-    """Every row of a batch was dropped."""
-
-
-class NothingToLearnError(ValueError):
-    """All labels of a batch are -100: training on it would change nothing, and hide a mistake in data or template."""
+class ConversationTooLongError(DataError):
+    """A row has more tokens than allowed: the message says how many, how many of them are images, and the limit."""
 
 
 @dataclass
@@ -109,7 +101,7 @@ class ConversationCollator:
 
         Raises:
             BadRowError, ConversationTooLongError: naming the row.
-            EmptyBatchError, NothingToLearnError: for the whole batch.
+            DataError: every row was dropped, or none has a label, so that training on the batch would change nothing.
         """
         encoded = []
         for place, row in enumerate(rows):
@@ -124,12 +116,12 @@ class ConversationCollator:
                     raise BadRowError(f"{_name(row, place)}: {error}") from error
                 self._drop(row, place, error)
         if not encoded:
-            raise EmptyBatchError(
+            raise DataError(
                 f"All {len(rows)} rows of a batch were dropped, the last ones as logged. Use larger batches, or filter the "
                 "dataset before training: dataset.filter(collator.accepts)."
             )
         if all(label == IGNORED for row in encoded for label in row.labels):
-            raise NothingToLearnError(
+            raise DataError(
                 f"None of the {len(encoded)} rows of a batch has a label. Does the chat template mark the assistant's text "
                 "with {% generation %}? With on_too_long='shorten', is max_length large enough?"
             )

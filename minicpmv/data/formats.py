@@ -20,6 +20,8 @@ from collections.abc import Mapping
 
 from PIL import Image
 
+from minicpmv.errors import MiniCPMVError
+
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 MARKS = {"image": re.compile(r"<image(?:_\d+)?>"), "video": re.compile(r"<video(?:_\d+)?>")}
@@ -34,10 +36,14 @@ UNSUPPORTED_COLUMNS = ("tools", "audio", "audios", "rejected_messages", "rejecte
 LEADING_BREAKS = re.compile(r"\A\s*\n|(?<=think>)\n*[^\S\n]\s*\n")
 
 
-class BadRowError(ValueError):
+class DataError(MiniCPMVError):
+    """Rows, or a source of rows, that cannot be used: the message says why."""
+
+
+class BadRowError(DataError):
     """A row that cannot be used: the message says which row and why. `index` is its number in the source, if known."""
 
-    def __init__(self, message, index=None):
+    def __init__(self, message: str, index: int | None = None):
         super().__init__(message)
         self.index = index
 

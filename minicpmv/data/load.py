@@ -21,7 +21,7 @@ import datasets
 import fsspec
 from PIL import Image
 
-from minicpmv.data.formats import CONVERSATION_COLUMNS, MEDIA_COLUMNS, BadRowError, conversation_row
+from minicpmv.data.formats import CONVERSATION_COLUMNS, MEDIA_COLUMNS, BadRowError, DataError, conversation_row
 from minicpmv.drawn.stream import SyntheticData, is_description, synthetic_dataset
 
 
@@ -45,10 +45,6 @@ MESSAGES = [
 TEXT_COLUMNS = {name: datasets.Value("string") for name in ("id", "origin", "train_on")}
 
 
-class ConversationSourceError(ValueError):
-    """A source of conversations that cannot be read as a whole: no such file or split, no usable row, columns at odds."""
-
-
 def load_conversations(source, *, split=None, image_folder=None, streaming=False, on_bad_row="raise"):
     """Conversation rows (see [`minicpmv.data.formats`]) of any source, for training or evaluation.
 
@@ -68,7 +64,7 @@ def load_conversations(source, *, split=None, image_folder=None, streaming=False
 
     Raises:
         BadRowError: with the index of the row and the reason.
-        ConversationSourceError: see there.
+        DataError: the source cannot be read as a whole: no such file or split, no usable row, columns at odds.
     """
     if on_bad_row not in ("raise", "skip"):
         raise ValueError(f"on_bad_row={on_bad_row!r} is unknown; choose 'raise' or 'skip'")
@@ -76,9 +72,7 @@ def load_conversations(source, *, split=None, image_folder=None, streaming=False
         return synthetic_dataset(SyntheticData.load(source))
     files = _json_files(source)
     if files and split is not None:
-        raise ConversationSourceError(
-            f"split={split!r} was given, but JSON files have no splits; give the file of the split"
-        )
+        raise DataError(f"split={split!r} was given, but JSON files have no splits; give the file of the split")
     if files and streaming:
         options = {"files": files, "image_folder": image_folder, "on_bad_row": on_bad_row}
         return datasets.IterableDataset.from_generator(_read_files, gen_kwargs=options)
@@ -106,7 +100,7 @@ def read_conversations_file(path, *, image_folder=None, on_bad_row="raise"):
         kept, columns = kept + 1, columns or _conversation_columns(row)
         yield row
     if not kept:
-        raise ConversationSourceError(f"{path} has no usable row; {skipped} bad ones were left out")
+        raise DataError(f"{path} has no usable row; {skipped} bad ones were left out")
     if skipped:
         logger.warning("%s: %d of %d rows were left out.", path, skipped, kept + skipped)
 
@@ -174,10 +168,10 @@ def _json_files(source):
     files = [os.fspath(name) for name in names if Path(name).suffix in JSON_SUFFIXES]
     if files and len(files) < len(names):
         others = [str(name) for name in names if os.fspath(name) not in files]
-        raise ConversationSourceError(f"a list of sources has JSON files only, not {others}")
+        raise DataError(f"a list of sources has JSON files only, not {others}")
     for file in files:
         if not os.path.isfile(file):
-            raise ConversationSourceError(f"there is no file {file}")
+            raise DataError(f"there is no file {file}")
     return files
 
 
@@ -197,7 +191,7 @@ def _read_json(path):
         try:
             rows = json.loads(file.read())
         except ValueError as error:
-            raise ConversationSourceError(f"{path} is not valid JSON: {error}") from error
+            raise DataError(f"{path} is not valid JSON: {error}") from error
     yield from enumerate(rows)
 
 
@@ -205,7 +199,7 @@ def as_dataset(rows):
     """Conversation rows as a Dataset. The types of columns that are not ours are inferred."""
     kinds = {_conversation_columns(row) for row in rows}
     if len(kinds) > 1:
-        raise ConversationSourceError(f"the files hold rows with {sorted(kinds)}; load each kind by itself")
+        raise DataError(f"the files hold rows with {sorted(kinds)}; load each kind by itself")
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
     features = {}
     for name, values in columns.items():
@@ -215,7 +209,7 @@ def as_dataset(rows):
         try:
             features[name] = TEXT_COLUMNS.get(name) or datasets.Dataset.from_dict({name: values}).features[name]
         except (ValueError, TypeError) as error:
-            raise ConversationSourceError(
+            raise DataError(
                 f"the column {name!r} holds values of different types: {error}. Make them alike, or remove the column"
             ) from error
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
@@ -233,22 +227,20 @@ def _load_dataset(source, split, streaming):
             try:
                 source = datasets.load_dataset(os.fspath(source), split=split, streaming=streaming)
             except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-                raise ConversationSourceError(f"{source} cannot be loaded: {error}") from error
+                raise DataError(f"{source} cannot be loaded: {error}") from error
             split = None
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         if split is None and len(source) == 1:
             (split,) = source
         if split not in source:
-            raise ConversationSourceError(f"split={split!r} is none of the dataset's: {', '.join(source)}; choose one")
+            raise DataError(f"split={split!r} is none of the dataset's: {', '.join(source)}; choose one")
         source, split = source[split], None
     if not isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
-        raise ConversationSourceError(
+        raise DataError(
             f"a source is a JSON file, a folder or Hub name, or a dataset of the library datasets, not {type(source).__name__}"
         )
     if split is not None:
-        raise ConversationSourceError(
-            f"split={split!r} was given, but the source is one dataset; choose its split before"
-        )
+        raise DataError(f"split={split!r} was given, but the source is one dataset; choose its split before")
     return source.to_iterable_dataset() if streaming and isinstance(source, datasets.Dataset) else source
 
 
@@ -303,7 +295,7 @@ def _first_columns(stream, name, folder, on_bad_row):
         except BadRowError:
             if on_bad_row == "raise":
                 raise
-    raise ConversationSourceError(f"{name} has no usable row")
+    raise DataError(f"{name} has no usable row")
 
 
 def _column_names(stream):

@@ -28,6 +28,7 @@ from minicpmv.drawn.scenes import (
     sum_scene,
 )
 from minicpmv.drawn.wording import WORDINGS, Wording
+from minicpmv.errors import MiniCPMVError
 
 
 SPLITS = ("train", "validation", "test")
@@ -58,12 +59,8 @@ BENCH_TASKS = {
 }
 
 
-class UnknownSplitError(ValueError):
-    """The split is none of SPLITS."""
-
-
-class UnknownTaskError(ValueError):
-    """No scene has questions of this kind, or the language is none of WORDINGS."""
+class SampleError(MiniCPMVError):
+    """There is nothing to draw by this description: the message names what it asks for, and what there is."""
 
 
 @dataclass
@@ -121,7 +118,7 @@ class Mixture:
 def sample_rng(split: str, *key) -> random.Random:
     """The random state of one sample; another split or key is another state (the text is hashed whole)."""
     if split not in SPLITS:
-        raise UnknownSplitError(f"split {split!r} is none of {', '.join(SPLITS)}")
+        raise SampleError(f"split {split!r} is none of {', '.join(SPLITS)}")
     return random.Random("/".join(map(str, (split, *key))))
 
 
@@ -182,7 +179,8 @@ def make_turn(fact: Fact, say: Wording, rng: random.Random, thinking: bool = Fal
 def make_sample(split: str, seed: int, index: int, mixture: Mixture) -> Sample:
     """Sample `index` of a split: deterministic in (split, seed, index) for one mixture.
 
-    Raises UnknownSplitError, and UnknownTaskError if none of the mixture's scenes has a question of its tasks.
+    Raises:
+        SampleError: there is no such split, or none of the mixture's scenes has a question of its tasks.
     """
     rng = sample_rng(split, seed, index)
     language = "zh" if rng.random() < mixture.chinese else "en"
@@ -194,7 +192,7 @@ def make_sample(split: str, seed: int, index: int, mixture: Mixture) -> Sample:
         if facts:
             break
     else:
-        raise UnknownTaskError(f"no question of {mixture.tasks} about {MOST_DRAWN} scenes of {list(mixture.scenes)}")
+        raise SampleError(f"no question of {mixture.tasks} about {MOST_DRAWN} scenes of {list(mixture.scenes)}")
     sample.language = language
     # Tasks first, then facts, so that tasks with many facts are not asked more often than others.
     count = rng.randint(*mixture.turns)
@@ -226,12 +224,12 @@ def bench_sample(task: str, split: str = "test", seed: int = 0, index: int = 0, 
     """Question `index` of a NanoBench task: one turn, with the thought that leads to the answer where it takes steps.
 
     Deterministic in its arguments; the other language gives the same picture and the same question in its own words.
-    Raises UnknownTaskError and UnknownSplitError.
+
+    Raises:
+        SampleError: there is no such task, language or split.
     """
     if task not in BENCH_TASKS or language not in WORDINGS:
-        raise UnknownTaskError(
-            f"{task!r} in {language!r} is none of {', '.join(BENCH_TASKS)} in {', '.join(WORDINGS)}"
-        )
+        raise SampleError(f"{task!r} in {language!r} is none of {', '.join(BENCH_TASKS)} in {', '.join(WORDINGS)}")
     say = WORDINGS[language]
     scenes, kinds = BENCH_TASKS[task]
     scenes = scenes.split("|")

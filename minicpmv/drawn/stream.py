@@ -13,11 +13,7 @@ from pathlib import Path
 import datasets
 import yaml
 
-from minicpmv.drawn.samples import SCENES, Mixture, Sample, UnknownSplitError, UnknownTaskError, make_sample
-
-
-class SyntheticDataError(ValueError):
-    """A description of a synthetic stream has an unknown field or a value out of range."""
+from minicpmv.drawn.samples import SCENES, Mixture, Sample, SampleError, make_sample
 
 
 @dataclass
@@ -33,12 +29,12 @@ class SyntheticData:
 
     @classmethod
     def load(cls, path: Path) -> "SyntheticData":
-        """Read a YAML file. Raises SyntheticDataError for unknown fields, and for a file that is no mapping."""
+        """Read a YAML file. Raises SampleError for unknown fields, and for a file that is no mapping."""
         try:
             fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
             return cls(**{**fields, "mixture": Mixture(**fields.get("mixture", {}))})
         except (TypeError, AttributeError, yaml.YAMLError) as error:
-            raise SyntheticDataError(f"{path}: {error}; fields are those of SyntheticData and Mixture") from error
+            raise SampleError(f"{path}: {error}; fields are those of SyntheticData and Mixture") from error
 
 
 def is_description(source) -> bool:
@@ -62,15 +58,12 @@ def conversation_row(sample: Sample) -> dict:
 
 
 def synthetic_dataset(data: SyntheticData) -> datasets.IterableDataset:
-    """A stream of `data.samples` rows. Raises SyntheticDataError if there is nothing to draw, or nothing of that name."""
+    """A stream of `data.samples` rows. Raises SampleError if there is nothing to draw, or nothing of that name."""
     if data.samples < 1 or data.shards < 1:
-        raise SyntheticDataError(f"samples={data.samples} and shards={data.shards} must be at least 1")
+        raise SampleError(f"samples={data.samples} and shards={data.shards} must be at least 1")
     if unknown := [scene for scene in data.mixture.scenes if scene not in SCENES]:
-        raise SyntheticDataError(f"there are no scenes {', '.join(unknown)}; scenes are {', '.join(SCENES)}")
-    try:
-        make_sample(data.split, data.seed, data.start, data.mixture)
-    except (UnknownSplitError, UnknownTaskError) as error:
-        raise SyntheticDataError(str(error)) from error
+        raise SampleError(f"there are no scenes {', '.join(unknown)}; scenes are {', '.join(SCENES)}")
+    make_sample(data.split, data.seed, data.start, data.mixture)  # raises here rather than in a worker
     shards = list(range(min(data.shards, data.samples)))
     return datasets.IterableDataset.from_generator(_draw, gen_kwargs={"data": asdict(data), "shards": shards})
 

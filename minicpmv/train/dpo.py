@@ -1,4 +1,4 @@
-"""Direct preference optimisation on pairs of answers about pictures and videos.
+"""Direct preference optimization on pairs of answers about pictures and videos.
 
     minicpmv train dpo --config recipes/dpo.yaml
     accelerate launch --config_file recipes/accelerate/ddp.yaml -m minicpmv.train.dpo --config recipes/dpo.yaml
@@ -14,8 +14,10 @@ Sources: https://arxiv.org/abs/2305.18290 for the loss, https://arxiv.org/abs/25
 """
 
 import sys
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -26,58 +28,47 @@ from minicpmv.data.formats import BadRowError, conversation_row
 from minicpmv.errors import one_line_errors
 from minicpmv.train.common.arguments import (
     AdapterArguments,
-    ArgumentsError,
     DataArguments,
     FreezeArguments,
     ModelArguments,
+    option,
     parse,
 )
-from minicpmv.train.common.card import write_card
+from minicpmv.train.common.checkpoints import checkpoint_to_resume
 from minicpmv.train.common.curves import LossCurves
-from minicpmv.train.common.loading import PartLearningRates, load_model_and_processor, trained_parameters
-from minicpmv.train.sft import (
-    EXPECTED_ERRORS,
+from minicpmv.train.common.errors import ArgumentsError
+from minicpmv.train.common.loading import load_model_and_processor, trained_parameters
+from minicpmv.train.common.run import (
+    Rows,
+    RunArguments,
     check,
-    checkpoint_to_resume,
     collator_and_rows,
     load_data,
+    save,
     set_up,
     train_and_evaluate,
 )
+from minicpmv.train.common.trainer import TrainerMixin
 
 
-# What DPOConfig offers for its own reading of data, which is not used here.
-OTHER_DATA_OPTIONS = ("model_init_kwargs", "dataset_num_proc", "truncation_mode", "padding_free", "pad_to_multiple_of")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 @dataclass
-class DPOArguments(DPOConfig):
+class DPOArguments(RunArguments, DPOConfig):
     """TRL's DPOConfig with the defaults of this model."""
 
-    _argument_group_name = "training"
-
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Most tokens of prompt and answer; what the model has positions for without."},
+    other_data_options = (
+        "model_init_kwargs",
+        "dataset_num_proc",
+        "truncation_mode",
+        "padding_free",
+        "pad_to_multiple_of",
     )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "A checkpoint folder, or 'last': the newest whole one in output_dir, or a start without any."
-        },
-    )
-    ddp_find_unused_parameters: bool | None = False  # a batch without pictures gives the tower a gradient of zero
-    remove_unused_columns: bool = False
 
-    def __post_init__(self):
-        defaults = {entry.name: entry.default for entry in fields(DPOConfig) if entry.default is not MISSING}
-        for name in OTHER_DATA_OPTIONS:
-            if getattr(self, name) != defaults[name]:
-                raise ArgumentsError(
-                    f"{name} is an option of DPOTrainer's own data preparation, which is not used here."
-                )
-        super().__post_init__()
+    max_length: int | None = option(
+        None, "Maximum number of tokens of prompt and answer together (default: the model's positions)."
+    )
 
 
 @dataclass
@@ -87,7 +78,7 @@ class EncodedPair:
     reference: dict[str, float]
 
     @property
-    def labels(self):
+    def labels(self) -> list[int]:
         return self.chosen.labels + self.rejected.labels
 
 
@@ -101,7 +92,7 @@ class PreferenceCollator(ConversationCollator):
 
     pad_pixel_values: bool = False  # both answers share their pictures' slices; padded tensors would be copies
 
-    def encode(self, row):
+    def encode(self, row: dict) -> EncodedPair:
         row = conversation_row(row)
         if "chosen" not in row:
             raise BadRowError(
@@ -123,10 +114,10 @@ class PreferenceCollator(ConversationCollator):
         }
 
 
-class PreferenceTrainer(PartLearningRates, DPOTrainer):
-    """DPOTrainer on rows that the collator encodes, with this package's card."""
+class PreferenceTrainer(TrainerMixin, DPOTrainer):
+    """DPOTrainer on rows that the collator encodes."""
 
-    card_dataset: str | None = None
+    method = "direct preference optimization"
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
@@ -137,7 +128,7 @@ class PreferenceTrainer(PartLearningRates, DPOTrainer):
         trained = trained_parameters(self.model)
         return not (trained["tower"] or trained["resampler"] or self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def compute_loss(self, model: torch.nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
         if "pixel_values" in inputs and self._can_share_features:
             inputs = dict(inputs)
             visual = {
@@ -150,11 +141,8 @@ class PreferenceTrainer(PartLearningRates, DPOTrainer):
             inputs["mm_encoder_outputs"] = {"image": torch.cat([features, features])}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def create_model_card(self, *args, **kwargs):
-        write_card(self, "direct preference optimisation", self.card_dataset)
 
-
-def load_pairs(data_args: DataArguments):
+def load_pairs(data_args: DataArguments) -> tuple[Rows, Rows | None]:
     """`(training pairs, evaluation pairs or None)`.
 
     Raises:
@@ -174,7 +162,13 @@ def load_pairs(data_args: DataArguments):
     return found
 
 
-def train(model_args, adapter_args, freeze_args, data_args, args) -> PreferenceTrainer:
+def train(
+    model_args: ModelArguments,
+    adapter_args: AdapterArguments,
+    freeze_args: FreezeArguments,
+    data_args: DataArguments,
+    args: DPOArguments,
+) -> PreferenceTrainer:
     """Train, evaluate, and leave in `args.output_dir` the model or adapter, processor, card and curves."""
     check(data_args, args)
     checkpoint = checkpoint_to_resume(args)
@@ -201,15 +195,16 @@ def train(model_args, adapter_args, freeze_args, data_args, args) -> PreferenceT
     train_and_evaluate(trainer, checkpoint)
     if "ref" in getattr(trainer.model, "peft_config", {}):
         trainer.model.delete_adapter("ref")  # else the reference would be saved beside the result
-    trainer.save_model()
-    trainer.create_model_card()
+    save(trainer)
     return trainer
 
 
-def main(argv=None):
-    with one_line_errors(*EXPECTED_ERRORS):
-        groups = [ModelArguments, AdapterArguments, FreezeArguments, DataArguments, DPOArguments]
-        train(*parse(groups, argv, "Direct preference optimisation on pairs of answers."))
+GROUPS = (ModelArguments, AdapterArguments, FreezeArguments, DataArguments, DPOArguments)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with one_line_errors():
+        train(*parse(GROUPS, argv, "Direct preference optimization on pairs of answers."))
 
 
 if __name__ == "__main__":

@@ -1,49 +1,107 @@
-"""GRPO with pictures and clips, thinking and fast rollouts mixed: TRL's trainer with what this model needs beside it.
+"""Reinforcement learning with GRPO: images and videos, thinking and fast rollouts mixed.
+
+    minicpmv train rl --config recipes/rl.yaml
+    accelerate launch --config_file recipes/accelerate/ddp.yaml -m minicpmv.train.grpo --config recipes/rl.yaml
 
 What is special:
-- the mode is chosen for each group of rollouts of one prompt, so that advantages compare like with like; it alternates over
-  the groups, and is recorded: in the rows that reward functions see, in the completions table and in the metrics;
-- a prompt is encoded once for its group, by the processor, with its row's own options; pictures and clips go on as padded
+- the reward is accuracy + format + repetition + 1/2 of the standardized score of a reward model; a term that has nothing to
+  go by (rows without answers, no `reward_model`) is left out. The score is standardized over all rollouts of a batch, of all
+  processes;
+- the mode is chosen for each group of rollouts of one prompt, so that advantages compare like with like; half of the groups
+  think (`thinking_share`). It is recorded: in the rows that reward functions see, in the completions table and the metrics;
+- a prompt is encoded once for its group, by the processor, with its row's own options; images and videos go on as padded
   tensors, one entry a rollout, to `generate` and to the log-probabilities alike;
-- reward functions get the text as it was written, thought included, whatever the tokenizer would parse out of it;
-- the score of a reward model is standardised over all rollouts of a batch, of all processes.
+- reward functions get the text as it was written, thought included, whatever the tokenizer would parse out of it.
 
-There is no value network and no generalised advantage estimation here, and none is needed: the advantage of a rollout is
-its reward relative to its own group (https://arxiv.org/abs/2402.03300). Both belong to PPO.
+There is no KL term, no value network and no generalized advantage estimation here, and none is needed: the advantage of a
+rollout is its reward relative to its own group (https://arxiv.org/abs/2402.03300). The last two belong to PPO.
+
+TRL has no public hook for visual inputs that are more than a list of images, so the trainer overrides five of its private
+methods; `pyproject.toml` bounds TRL for that reason.
 
 Source: https://arxiv.org/abs/2509.18154 for hybrid modes and rewards.
 """
 
+import sys
 from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from math import floor
+from pathlib import Path
 
 import torch
-from trl import GRPOTrainer
+from transformers import AutoProcessor, set_seed
+from trl import GRPOConfig, GRPOTrainer
+from trl.rewards import get_repetition_penalty_reward
 
+from minicpmv.checkpoint import source_of
 from minicpmv.data.collator import ROW_OPTIONS, EncodedRow, encoded_row, padded_visual_inputs
 from minicpmv.data.formats import CONVERSATION_COLUMNS, MEDIA_COLUMNS, BadRowError, conversation_row, text_of
-from minicpmv.train.common.card import write_card
-from minicpmv.train.common.loading import PartLearningRates
-from minicpmv.train.reward_model import score_answers
-from minicpmv.train.reward_terms import accuracy_reward, final_answer, standardised
+from minicpmv.errors import one_line_errors
+from minicpmv.train.common.arguments import (
+    AdapterArguments,
+    DataArguments,
+    FreezeArguments,
+    ModelArguments,
+    check_model_name,
+    option,
+    parse,
+)
+from minicpmv.train.common.checkpoints import checkpoint_to_resume
+from minicpmv.train.common.curves import LossCurves
+from minicpmv.train.common.errors import ArgumentsError
+from minicpmv.train.common.loading import load_model_and_processor
+from minicpmv.train.common.run import RunArguments, check, load_data, save, set_up, train_and_evaluate
+from minicpmv.train.common.trainer import TrainerMixin
+from minicpmv.train.reward_model import load_reward_model, score_answers
+from minicpmv.train.reward_terms import accuracy_reward, final_answer, format_reward, standardized
 
 
 VISUAL_INPUTS = ("pixel_values", "tgt_sizes", "temporal_ids")
 
 
-class UnsupportedRolloutError(ValueError):
-    """A way to generate rollouts that cannot carry this model's visual inputs."""
+def check_rollouts(args: GRPOConfig) -> None:
+    """Refuse ways to generate that cannot carry this model's visual inputs.
 
-
-def check_rollouts(args) -> None:
-    """Refuse ways to generate that TRL has for other models."""
+    Raises:
+        ArgumentsError: one of them is asked for.
+    """
     if args.use_vllm or args.use_transformers_continuous_batching:
-        raise UnsupportedRolloutError(
+        raise ArgumentsError(
             "use_vllm and use_transformers_continuous_batching cannot take this model's pictures and packed clips from the "
             "trainer: leave both off, so that the model's own generate makes the rollouts."
         )
+
+
+@dataclass
+class RLArguments(RunArguments, GRPOConfig):
+    """TRL's GRPOConfig, whose defaults are without KL and entropy terms, and what this reward needs."""
+
+    thinking_share: float = option(0.5, "Share of the prompts that are answered with a thought, from 0 to 1.")
+    reward_model: str | None = option(
+        None, "A reward model that `minicpmv train reward` made: its folder, or owner/name on the Hub."
+    )
+    repetition_ngram_size: int = option(
+        40, "Length in tokens of the runs that count as repetition when they occur again; repetition costs up to 1."
+    )
+
+    def __post_init__(self):
+        check_rollouts(self)
+        if not 0 <= self.thinking_share <= 1:
+            raise ArgumentsError(f"thinking_share is {self.thinking_share}, but a share is from 0 to 1.")
+        if self.repetition_ngram_size < 1:
+            raise ArgumentsError(f"repetition_ngram_size is {self.repetition_ngram_size}, but has to be at least 1.")
+        if self.reward_model is not None and not is_adapter(self.reward_model):
+            check_model_name(self.reward_model)
+        super().__post_init__()
+        if "enable_thinking" in (self.chat_template_kwargs or {}):
+            raise ArgumentsError("chat_template_kwargs: enable_thinking is chosen by thinking_share. Leave it out.")
+
+
+def is_adapter(name: str) -> bool:
+    return (Path(name).expanduser() / "adapter_config.json").is_file()
 
 
 def question_row(row: dict) -> dict:
@@ -88,7 +146,7 @@ def reward_model_term(model, processor, batch_size: int = 8):
     return reward_model_score
 
 
-class HybridGRPOTrainer(PartLearningRates, GRPOTrainer):
+class HybridGRPOTrainer(TrainerMixin, GRPOTrainer):
     """[`trl.GRPOTrainer`] for this model.
 
     Args:
@@ -98,10 +156,10 @@ class HybridGRPOTrainer(PartLearningRates, GRPOTrainer):
             each completion as one message with all that was written.
 
     Raises:
-        UnsupportedRolloutError: vLLM was asked for, or continuous batching.
+        ArgumentsError: vLLM was asked for, or continuous batching.
     """
 
-    card_dataset: str | None = None
+    method = "reinforcement learning (GRPO)"
 
     def __init__(self, model, reward_funcs, args, thinking_share: float = 0.5, **kwargs):
         check_rollouts(args)
@@ -212,16 +270,92 @@ class HybridGRPOTrainer(PartLearningRates, GRPOTrainer):
         if "reward_model_score" in names:
             column = names.index("reward_model_score")
             self._log_metric("reward_model_score/raw", rewards[:, column].nanmean().item())
-            rewards[:, column] = standardised(rewards[:, column])
+            rewards[:, column] = standardized(rewards[:, column])
         return rewards
 
     def _written(self, ids: list[int]) -> str:
         """The text of a completion, control tokens such as boxes included, without the closing token."""
         return self._tokenizer.decode(ids[:-1] if ids and ids[-1] in self.eos_token_ids else ids)
 
-    def create_model_card(self, *args, **kwargs):
-        write_card(self, "reinforcement learning (GRPO)", self.card_dataset)
-
 
 def _given(options: dict) -> dict:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def reward_functions(
+    args: RLArguments, has_answers: bool, dtype: str | None = None
+) -> tuple[list[Callable], list[float]]:
+    """`(reward functions, weights)`: accuracy, format, repetition, and half the score of a reward model.
+
+    Raises:
+        ArgumentsError: nothing says what a good answer is.
+    """
+    if not (has_answers or args.reward_model):
+        raise ArgumentsError(
+            "Nothing says what a good answer is: the rows have neither an 'answer' nor an assistant's last message, and "
+            "there is no reward_model."
+        )
+    terms = [format_reward, get_repetition_penalty_reward(args.repetition_ngram_size)]
+    if has_answers:
+        terms.insert(0, accuracy_reward)
+    weights = [1.0] * len(terms)
+    if args.reward_model:
+        source = source_of(args.reward_model, trust_remote_code=args.trust_remote_code)
+        trusted = args.trust_remote_code
+        model = load_reward_model(args.reward_model, trust_remote_code=trusted, dtype=dtype or "auto")
+        processor = AutoProcessor.from_pretrained(**source)
+        terms.append(reward_model_term(model.to(args.device).eval(), processor, args.per_device_train_batch_size))
+        weights.append(0.5)
+    return terms, weights
+
+
+def train(
+    model_args: ModelArguments,
+    adapter_args: AdapterArguments,
+    freeze_args: FreezeArguments,
+    data_args: DataArguments,
+    args: RLArguments,
+) -> HybridGRPOTrainer:
+    """Train, evaluate, and leave in `args.output_dir` the model or adapter, processor, card and curves."""
+    check(data_args, args)
+    if data_args.on_too_long != "error":
+        raise ArgumentsError(
+            "on_too_long: a prompt is not cut or dropped on the way. Leave out what is too long before."
+        )
+    checkpoint = checkpoint_to_resume(args)
+    train_dataset, eval_dataset = load_data(data_args)
+    first = next(iter(train_dataset))
+    if "chosen" in first:
+        raise ArgumentsError("The rows are pairs of answers. Train a reward model on them: minicpmv train reward.")
+    terms, weights = reward_functions(args, "messages" in first or "answer" in first, model_args.dtype)
+    args.reward_weights = args.reward_weights or weights
+    # With a KL term TRL loads the reference by itself, from the same folder.
+    args.trust_remote_code = args.trust_remote_code or Path(model_args.model_name_or_path).expanduser().is_dir()
+    set_seed(args.seed)  # an adapter starts from random weights
+    model, processor = load_model_and_processor(model_args, adapter_args, freeze_args, args.trust_remote_code)
+    trainer = HybridGRPOTrainer(
+        model=model,
+        reward_funcs=terms,
+        args=args,
+        thinking_share=args.thinking_share,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        callbacks=[LossCurves()],
+    )
+    set_up(trainer, freeze_args, data_args)
+    train_and_evaluate(trainer, checkpoint)
+    save(trainer)
+    return trainer
+
+
+GROUPS = (ModelArguments, AdapterArguments, FreezeArguments, DataArguments, RLArguments)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with one_line_errors():
+        train(*parse(GROUPS, argv, "Reinforcement learning with GRPO, thinking and fast rollouts mixed."))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

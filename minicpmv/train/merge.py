@@ -7,10 +7,12 @@ What is special:
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+from minicpmv.checkpoint import source_of
 from minicpmv.errors import one_line_errors
-from minicpmv.train.common.arguments import ArgumentsError
+from minicpmv.train.common.errors import ArgumentsError
 
 
 def merge(adapter: Path, output: Path, trust_remote_code: bool = False) -> None:
@@ -24,9 +26,6 @@ def merge(adapter: Path, output: Path, trust_remote_code: bool = False) -> None:
     from peft.utils import ModulesToSaveWrapper
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from minicpmv.train.common.arguments import ModelArguments
-    from minicpmv.train.common.loading import locate
-
     if not (adapter / "adapter_config.json").is_file():
         raise ArgumentsError(f"{adapter} has no adapter_config.json, so it holds no adapter.")
     config = PeftConfig.from_pretrained(adapter)
@@ -35,10 +34,10 @@ def merge(adapter: Path, output: Path, trust_remote_code: bool = False) -> None:
             f"{adapter} is the adapter of a reward model, whose value head a merged model would lose. `minicpmv train rl` takes "
             "it as it is: --reward_model."
         )
-    base, source = locate(ModelArguments(config.base_model_name_or_path), trust_remote_code)
-    if output.resolve() in (adapter.resolve(), Path(base).resolve()):
+    source = source_of(config.base_model_name_or_path, config.revision, trust_remote_code)
+    if output.resolve() in (adapter.resolve(), Path(source["pretrained_model_name_or_path"]).resolve()):
         raise ArgumentsError(f"{output} holds what is to be merged, and would be written over. Name another folder.")
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", **source)
+    model = AutoModelForImageTextToText.from_pretrained(**source, dtype="auto")
     model = PeftModel.from_pretrained(model, adapter)
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
@@ -46,16 +45,16 @@ def merge(adapter: Path, output: Path, trust_remote_code: bool = False) -> None:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, module.modules_to_save[module.active_adapters[0]])
     model.merge_and_unload(safe_merge=True).save_pretrained(output)
-    AutoProcessor.from_pretrained(base, **source).save_pretrained(output)
+    AutoProcessor.from_pretrained(**source).save_pretrained(output)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="minicpmv train merge", description=__doc__.splitlines()[0])
     parser.add_argument("adapter", type=Path, help="Folder that training with an adapter has left.")
     parser.add_argument("output", type=Path, help="New folder for the whole model.")
     parser.add_argument("--trust_remote_code", action="store_true", help="Run the code that the Hub model brings.")
     options = parser.parse_args(argv)
-    with one_line_errors(ArgumentsError):
+    with one_line_errors():
         merge(options.adapter, options.output, options.trust_remote_code)
     print(f"{options.output}: the model with the adapter merged into it")
 

@@ -14,74 +14,55 @@ answers only.
 """
 
 import sys
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from transformers import set_seed
+from transformers import ProcessorMixin, set_seed
 from trl import RewardConfig, RewardTrainer
 
 from minicpmv.data.formats import conversation_row, text_of
 from minicpmv.errors import one_line_errors
 from minicpmv.train.common.arguments import (
     AdapterArguments,
-    ArgumentsError,
     DataArguments,
     FreezeArguments,
     ModelArguments,
+    option,
     parse,
 )
-from minicpmv.train.common.card import write_card
+from minicpmv.train.common.checkpoints import checkpoint_to_resume
 from minicpmv.train.common.curves import LossCurves
-from minicpmv.train.common.loading import PartLearningRates, load_model_and_processor
-from minicpmv.train.dpo import PreferenceCollator, load_pairs
-from minicpmv.train.reward_model import load_reward_model
-from minicpmv.train.reward_terms import final_answer
-from minicpmv.train.sft import (
-    EXPECTED_ERRORS,
+from minicpmv.train.common.loading import load_model_and_processor
+from minicpmv.train.common.run import (
+    RunArguments,
     check,
-    checkpoint_to_resume,
     collator_and_rows,
+    save,
     set_up,
     train_and_evaluate,
 )
-
-
-# What RewardConfig offers for its own reading of data, which is not used here.
-OTHER_DATA_OPTIONS = ("model_init_kwargs", "chat_template_path", "eos_token", "pad_token", "dataset_num_proc")
+from minicpmv.train.common.trainer import TrainerMixin
+from minicpmv.train.dpo import EncodedPair, PreferenceCollator, load_pairs
+from minicpmv.train.reward_model import RewardModel, load_reward_model
+from minicpmv.train.reward_terms import final_answer
 
 
 @dataclass
-class RewardArguments(RewardConfig):
+class RewardArguments(RunArguments, RewardConfig):
     """TRL's RewardConfig with the defaults of this model."""
 
-    _argument_group_name = "training"
+    other_data_options = ("model_init_kwargs", "chat_template_path", "eos_token", "pad_token", "dataset_num_proc")
 
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Most tokens of prompt and answer; what the model has positions for without."},
+    max_length: int | None = option(
+        None, "Maximum number of tokens of prompt and answer together (default: the model's positions)."
     )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "A checkpoint folder, or 'last': the newest whole one in output_dir, or a start without any."
-        },
-    )
-    ddp_find_unused_parameters: bool | None = False  # a batch without pictures gives the tower a gradient of zero
-    remove_unused_columns: bool = False
-
-    def __post_init__(self):
-        defaults = {entry.name: entry.default for entry in fields(RewardConfig) if entry.default is not MISSING}
-        for name in OTHER_DATA_OPTIONS:
-            if getattr(self, name) != defaults[name]:
-                raise ArgumentsError(
-                    f"{name} is an option of RewardTrainer's own data preparation, which is not used here."
-                )
-        super().__post_init__()
 
 
 class FinalAnswerCollator(PreferenceCollator):
     """Rows `{"prompt", "chosen", "rejected"}` -> a batch for RewardTrainer: all chosen final answers, then all rejected."""
 
-    def encode(self, row):
+    def encode(self, row: dict) -> EncodedPair:
         row = conversation_row(row)
         for name in row.keys() & {"chosen", "rejected"}:
             answer = final_answer(text_of(row[name][-1]))
@@ -94,23 +75,26 @@ class FinalAnswerCollator(PreferenceCollator):
         return batch
 
 
-class VisualRewardTrainer(PartLearningRates, RewardTrainer):
-    """RewardTrainer on rows that the collator encodes, with this package's card. `processing_class` is the processor."""
+class VisualRewardTrainer(TrainerMixin, RewardTrainer):
+    """RewardTrainer on rows that the collator encodes. `processing_class` is the processor."""
 
-    card_dataset: str | None = None
+    method = "learning to score answers (Bradley-Terry)"
 
-    def __init__(self, *args, processing_class, **kwargs):
+    def __init__(self, *args: Any, processing_class: ProcessorMixin, **kwargs: Any):
         super().__init__(*args, processing_class=processing_class.tokenizer, **kwargs)
         self.processing_class = processing_class  # checkpoints hold all of it
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
 
-    def create_model_card(self, *args, **kwargs):
-        write_card(self, "learning to score answers (Bradley-Terry)", self.card_dataset)
 
-
-def train(model_args, adapter_args, freeze_args, data_args, args) -> VisualRewardTrainer:
+def train(
+    model_args: ModelArguments,
+    adapter_args: AdapterArguments,
+    freeze_args: FreezeArguments,
+    data_args: DataArguments,
+    args: RewardArguments,
+) -> VisualRewardTrainer:
     """Train, evaluate, and leave in `args.output_dir` the reward model or its adapter, processor, card and curves."""
     check(data_args, args)
     checkpoint = checkpoint_to_resume(args)
@@ -134,20 +118,19 @@ def train(model_args, adapter_args, freeze_args, data_args, args) -> VisualRewar
     )
     set_up(trainer, freeze_args, data_args)
     train_and_evaluate(trainer, checkpoint)
-    trainer.save_model()
-    trainer.create_model_card()
+    save(trainer)
     return trainer
 
 
-def new_reward_model(name, **kwargs):
-    return load_reward_model(name, new_head=True, **kwargs)
+def new_reward_model(pretrained_model_name_or_path: str, **kwargs: Any) -> RewardModel:
+    return load_reward_model(pretrained_model_name_or_path, new_head=True, **kwargs)
 
 
 GROUPS = (ModelArguments, AdapterArguments, FreezeArguments, DataArguments, RewardArguments)
 
 
-def main(argv=None):
-    with one_line_errors(*EXPECTED_ERRORS):
+def main(argv: Sequence[str] | None = None) -> None:
+    with one_line_errors():
         train(*parse(GROUPS, argv, "A visual reward model from pairs of answers."))
 
 

@@ -11,6 +11,7 @@ Source: https://arxiv.org/abs/2509.18154.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -19,12 +20,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from minicpmv.checkpoint import source_of
 from minicpmv.data.collator import ConversationCollator
+from minicpmv.train.common.errors import TrainingError
 from minicpmv.train.reward_terms import final_answer
-
-
-class RewardModelError(ValueError):
-    """The folder holds no value head, or an answer is none that could be scored."""
 
 
 class RewardModel(PreTrainedModel):
@@ -59,30 +58,35 @@ class RewardModel(PreTrainedModel):
             custom_object_save(self.model, save_directory)
 
 
-def load_reward_model(name: str, new_head: bool = False, trust_remote_code: bool = False, **kwargs) -> RewardModel:
+def load_reward_model(
+    name: str, new_head: bool = False, revision: str | None = None, trust_remote_code: bool = False, **kwargs: Any
+) -> RewardModel:
     """The reward model in a folder or on the Hub; of a folder with an adapter the model with the adapter merged into it.
 
     Args:
         new_head: begin with a random head where there is none, as at the start of training.
-        trust_remote_code: run the code that the model brings.
+        revision, trust_remote_code: as in [`minicpmv.checkpoint.source_of`].
         kwargs: those of `from_pretrained`.
 
     Raises:
-        RewardModelError: there is no head, and `new_head` is False.
+        TrainingError: there is no head, and `new_head` is False.
+        CheckpointError: the code of a Hub model is not trusted.
     """
-    if (Path(name) / "adapter_config.json").is_file():
+    if (Path(name).expanduser() / "adapter_config.json").is_file():
         from peft import PeftConfig, PeftModel
 
         adapter = PeftConfig.from_pretrained(name)
         if "score" not in (adapter.modules_to_save or ()):
-            raise RewardModelError(f"{name} is the adapter of another kind of model: it brings no value head (score).")
-        model = load_reward_model(adapter.base_model_name_or_path, True, trust_remote_code, **kwargs)
+            raise TrainingError(f"{name} is the adapter of another kind of model: it brings no value head (score).")
+        base = adapter.base_model_name_or_path
+        model = load_reward_model(base, True, adapter.revision, trust_remote_code, **kwargs)
         return PeftModel.from_pretrained(model, name).merge_and_unload(safe_merge=True)
-    revision = kwargs.get("revision")
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision, num_labels=1)
-    model, report = RewardModel.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
+    source = source_of(name, revision, trust_remote_code)
+    config = AutoConfig.from_pretrained(**source, num_labels=1)
+    del source["trust_remote_code"]  # the class is the one here; the code inside came with the configuration
+    model, report = RewardModel.from_pretrained(**source, config=config, output_loading_info=True, **kwargs)
     if "score.weight" in report["missing_keys"] and not new_head:
-        raise RewardModelError(
+        raise TrainingError(
             f"{name} holds no value head (score.weight), so its scores would be random. Train one first: "
             f"minicpmv train reward --model_name_or_path {name} ..."
         )
@@ -99,14 +103,14 @@ def reward_inputs(processor, prompts: list[list[dict]], answers: list[str], opti
         collator_options: those of [`ConversationCollator`], such as `max_length`.
 
     Raises:
-        RewardModelError: an answer consists of an open thought alone.
+        TrainingError: an answer consists of an open thought alone.
         BadRowError, ConversationTooLongError: what [`ConversationCollator`] finds wrong.
     """
     rows = []
     for prompt, answer, own_options in zip(prompts, answers, options or [{}] * len(prompts), strict=True):
         final = final_answer(answer)
         if final is None:
-            raise RewardModelError(f"There is no answer after the thought in {answer[:60]!r}.")
+            raise TrainingError(f"There is no answer after the thought in {answer[:60]!r}.")
         rows.append({**own_options, "messages": [*prompt, {"role": "assistant", "content": final}]})
     batch = ConversationCollator(processor, **collator_options)(rows)
     del batch["labels"]

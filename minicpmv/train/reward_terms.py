@@ -6,7 +6,7 @@ What is special:
 - the signature is that of TRL's reward functions: one value a completion, None where a term does not apply.
 
 The terms are those of https://arxiv.org/abs/2509.18154: accuracy + format + repetition (TRL's own function) + 1/2 of the
-standardised score of a reward model.
+standardized score of a reward model.
 """
 
 import torch
@@ -54,7 +54,7 @@ def format_reward(completions, enable_thinking, **kwargs) -> list[float]:
     return rewards
 
 
-def standardised(scores: torch.Tensor) -> torch.Tensor:
+def standardized(scores: torch.Tensor) -> torch.Tensor:
     """Scores [N] of one batch with mean 0 and standard deviation 1; NaN (no score) becomes 0, the mean.
 
     Scores that are all the same become 0.

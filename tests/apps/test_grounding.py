@@ -131,13 +131,13 @@ class Scripted:
         return SimpleNamespace(text=text, finish_reason="stop", generated_tokens=len(text))
 
 
-def test_locate_gives_pixels_of_the_upright_picture_and_names_the_box():
+def test_locate_gives_pixels_of_the_upright_picture_and_names_the_box(nano_processor):
     picture = Image.new("RGB", (100, 50))
     exif = picture.getexif()
     exif[0x0112] = 6  # shown turned by 90 degrees: 50 x 100
     picture.info["exif"] = exif.tobytes()
     model = Scripted("<box>0 0 500 500</box><box>9 9</box>")
-    found = locate(model, None, picture, "red book")
+    found = locate(model, nano_processor, picture, "red book")
     assert found.boxes == [Box("red book", 0, 0, 25, 50)]
     assert [piece.text for piece in found.malformed] == ["<box>9 9</box>"]
     (image, question) = model.asked[0][0]["content"]

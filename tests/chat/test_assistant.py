@@ -7,7 +7,7 @@ import pytest
 from conftest import GREEDY, REPOSITORY
 from PIL import Image
 
-from minicpmv.chat.assistant import FORGOTTEN, PERSONALITIES, Assistant, AssistantError, TranscriptError
+from minicpmv.chat.assistant import FORGOTTEN, PERSONALITIES, Assistant, AssistantError
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def picture(color="red"):
 
 def seen(assistant):
     """The texts of the questions in what the model sees, FORGOTTEN and pictures included."""
-    contents = [message["content"] for message in assistant._session.history if message["role"] == "user"]
+    contents = [message["content"] for message in assistant.history if message["role"] == "user"]
     return [
         [part if isinstance(part, str) else "picture" for part in ([content] if isinstance(content, str) else content)]
         for content in contents
@@ -34,11 +34,11 @@ def seen(assistant):
 @pytest.mark.parametrize("name", sorted(PERSONALITIES))
 def test_a_personality_is_the_system_prompt(assistant, name):
     talk = assistant(personality=name)
-    assert talk._session.history == [{"role": "system", "content": PERSONALITIES[name]}]
+    assert talk.history == [{"role": "system", "content": PERSONALITIES[name]}]
 
 
 def test_own_text_takes_the_place_of_a_personality(assistant):
-    assert assistant(system_prompt="Speak like a pirate.")._session.history[0]["content"] == "Speak like a pirate."
+    assert assistant(system_prompt="Speak like a pirate.").history[0]["content"] == "Speak like a pirate."
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ def test_too_many_tokens_forget_the_oldest_and_say_so(assistant):
     outputs = [talk.send(["A question of several words, again and again. " * 2]) for _ in range(6)]
     assert outputs[0].dropped_turns == 0 and any(output.dropped_turns for output in outputs)
     assert all(output.prompt_tokens + output.generated_tokens <= 400 for output in outputs)
-    assert len(talk.turns) == 6 and talk._view[0][0] == sum(output.dropped_turns for output in outputs)
-    assert len(talk._view) == len(seen(talk))
+    assert len(talk.turns) == 6
+    assert len(seen(talk)) == 6 - sum(output.dropped_turns for output in outputs)
 
 
 def test_pictures_are_kept_shown_while_they_are_the_latest_or_shown_once(assistant):
@@ -156,12 +156,12 @@ def test_a_transcript_holds_everything_and_can_be_gone_on_from(assistant, nano_m
     talk.send("The end?", min_new_tokens=4)
     folder = tmp_path / "talk"
     text = talk.save(folder).read_text(encoding="utf-8")
-    assert PERSONALITIES["concise"] in text and f"![picture]({next(folder.glob('*.png')).name})" in text
-    assert f"[clip]({next(folder.glob('*.mp4')).name})" in text
+    assert PERSONALITIES["concise"] in text and f"![image]({next(folder.glob('*.png')).name})" in text
+    assert f"[video]({next(folder.glob('*.mp4')).name})" in text
     assert seen(talk) == [["The end?"]]
     for turn in talk.turns:
         assert turn.time in text and turn.answer in text
-    assert "were forgotten here" in text and "unfinished: length" in text
+    assert "no longer sees the 2 oldest turns" in text and "unfinished: length" in text
     messages = json.loads((folder / "history.json").read_text(encoding="utf-8"))["messages"]
     assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 3]
     again = nano_model.load_chat(folder, nano_processor)
@@ -173,6 +173,6 @@ def test_a_transcript_holds_everything_and_can_be_gone_on_from(assistant, nano_m
 
 def test_a_transcript_replaces_nothing_else(assistant, tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
-    with pytest.raises(TranscriptError, match="no saved history"):
+    with pytest.raises(ValueError, match="no saved history"):
         assistant().save(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["letter.txt"]

@@ -13,8 +13,8 @@ from PIL import Image
 
 
 datasets = pytest.importorskip("datasets")
-from minicpmv.data.formats import BadRowError, conversation_row  # noqa: E402
-from minicpmv.data.load import ConversationSourceError, load_conversations, read_conversations_file  # noqa: E402
+from minicpmv.data.formats import BadRowError, DataError, conversation_row  # noqa: E402
+from minicpmv.data.load import load_conversations, read_conversations_file  # noqa: E402
 
 
 ASSETS = REPOSITORY / "assets"
@@ -318,26 +318,26 @@ def test_bad_rows_are_left_out_logged_and_counted_when_asked(tmp_path, caplog, s
 
 def test_sources_that_cannot_be_read_say_so(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "A"}] * 2)
-    with pytest.raises(ConversationSourceError, match="no usable row; 2 bad ones were left out"):
+    with pytest.raises(DataError, match="no usable row; 2 bad ones were left out"):
         load_conversations(path, on_bad_row="skip")
-    with pytest.raises(ConversationSourceError, match="there is no file"):
+    with pytest.raises(DataError, match="there is no file"):
         load_conversations(tmp_path / "none.json")
-    with pytest.raises(ConversationSourceError, match="have no splits"):
+    with pytest.raises(DataError, match="have no splits"):
         load_conversations(path, split="train")
-    with pytest.raises(ConversationSourceError, match="JSON files only"):
+    with pytest.raises(DataError, match="JSON files only"):
         load_conversations([path, "someone/dataset"])
-    with pytest.raises(ConversationSourceError, match="a source is"):
+    with pytest.raises(DataError, match="a source is"):
         load_conversations(5)
     with pytest.raises(ValueError, match="on_bad_row='ignore'"):
         load_conversations(path, on_bad_row="ignore")
     (tmp_path / "list.json").write_text('[{"messages": ')
-    with pytest.raises(ConversationSourceError, match="list.json is not valid JSON"):
+    with pytest.raises(DataError, match="list.json is not valid JSON"):
         load_conversations(tmp_path / "list.json")
     write_jsonl(path, [{"messages": turns("A", "B"), "note": 1}, {"messages": turns("A", "B"), "note": "x"}])
-    with pytest.raises(ConversationSourceError, match="'note' holds values of different types"):
+    with pytest.raises(DataError, match="'note' holds values of different types"):
         load_conversations(path)
     files = [write_jsonl(tmp_path / f"{n}.jsonl", [row]) for n, row in enumerate((PICTURE_FIRST, PREFERENCE))]
-    with pytest.raises(ConversationSourceError, match="load each kind by itself"):
+    with pytest.raises(DataError, match="load each kind by itself"):
         load_conversations(files)
     write_jsonl(path, [{"messages": turns("A", "B")}, PREFERENCE])
     with pytest.raises(BadRowError, match="row 1: .*use a file for each"):
@@ -428,9 +428,9 @@ def test_splits_are_chosen_by_name_and_only_where_there_are_several(tmp_path):
     two = datasets.DatasetDict({"train": one, "test": embedded(3)})
     assert len(load_conversations(two, split="test")) == 3
     assert len(load_conversations(datasets.DatasetDict({"train": one}))) == 2
-    with pytest.raises(ConversationSourceError, match="split=None is none of the dataset's: train, test"):
+    with pytest.raises(DataError, match="split=None is none of the dataset's: train, test"):
         load_conversations(two)
-    with pytest.raises(ConversationSourceError, match="the source is one dataset"):
+    with pytest.raises(DataError, match="the source is one dataset"):
         load_conversations(one, split="train")
     two.save_to_disk(tmp_path / "saved")
     assert len(load_conversations(tmp_path / "saved", split="test")) == 3

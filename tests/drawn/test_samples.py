@@ -23,8 +23,7 @@ from minicpmv.drawn.samples import (
     BENCH_TASKS,
     SPLITS,
     Mixture,
-    UnknownSplitError,
-    UnknownTaskError,
+    SampleError,
     bench_sample,
     make_sample,
     named_objects,
@@ -66,9 +65,9 @@ def test_other_splits_seeds_and_indices_give_other_random_states():
 
 
 def test_an_unknown_split_or_task_is_refused_by_name():
-    with pytest.raises(UnknownSplitError, match="'holdout' is none of train, validation, test"):
+    with pytest.raises(SampleError, match="'holdout' is none of train, validation, test"):
         sample_rng("holdout", 0, 0)
-    with pytest.raises(UnknownTaskError, match="'color' in 'en' is none of printed_line"):
+    with pytest.raises(SampleError, match="'color' in 'en' is none of printed_line"):
         bench_sample("color")
 
 

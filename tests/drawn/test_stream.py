@@ -8,8 +8,8 @@ from transformers import AutoProcessor
 
 from minicpmv.data.collator import ConversationCollator
 from minicpmv.data.load import load_conversations
-from minicpmv.drawn.samples import Mixture, UnknownTaskError, make_sample
-from minicpmv.drawn.stream import SyntheticData, SyntheticDataError, conversation_row, synthetic_dataset
+from minicpmv.drawn.samples import Mixture, SampleError, make_sample
+from minicpmv.drawn.stream import SyntheticData, conversation_row, synthetic_dataset
 
 
 NANO = Path(__file__).resolve().parents[2] / "nano"
@@ -44,20 +44,20 @@ def test_a_yaml_file_describes_a_stream_for_the_trainers(tmp_path):
 def test_a_misspelt_field_and_an_empty_stream_are_refused(tmp_path):
     file = tmp_path / "mixture.yaml"
     file.write_text("sampels: 6\n")
-    with pytest.raises(SyntheticDataError, match="sampels"):
+    with pytest.raises(SampleError, match="sampels"):
         load_conversations(file)
-    with pytest.raises(SyntheticDataError, match="at least 1"):
+    with pytest.raises(SampleError, match="at least 1"):
         synthetic_dataset(SyntheticData(samples=0))
-    with pytest.raises(SyntheticDataError, match="'trian' is none of train"):
+    with pytest.raises(SampleError, match="'trian' is none of train"):
         synthetic_dataset(SyntheticData(split="trian"))
-    with pytest.raises(SyntheticDataError, match="no scenes shape; scenes are shapes, "):
+    with pytest.raises(SampleError, match="no scenes shape; scenes are shapes, "):
         synthetic_dataset(SyntheticData(mixture=Mixture(scenes={"shape": 1, "line": 1})))
-    with pytest.raises(SyntheticDataError, match="video_order"):
+    with pytest.raises(SampleError, match="video_order"):
         synthetic_dataset(SyntheticData(mixture=Mixture(scenes={"line": 1}, tasks=["video_order"])))
 
 
 def test_only_questions_of_the_named_kinds_are_asked():
     mixture = Mixture(scenes={"shapes": 1, "line": 1}, tasks=["caption"])
     assert {turn.task for i in range(20) for turn in make_sample("train", 0, i, mixture).turns} == {"caption"}
-    with pytest.raises(UnknownTaskError, match="video_order"):
+    with pytest.raises(SampleError, match="video_order"):
         make_sample("train", 0, 0, Mixture(scenes={"line": 1}, tasks=["video_order"]))

@@ -18,20 +18,13 @@ from minicpmv.data.collator import IGNORED, ConversationCollator, ConversationTo
 from minicpmv.data.formats import BadRowError  # noqa: E402
 from minicpmv.data.load import load_conversations  # noqa: E402
 from minicpmv.train import dpo, merge  # noqa: E402
-from minicpmv.train.common.arguments import (  # noqa: E402
-    AdapterArguments,
-    ArgumentsError,
-    DataArguments,
-    FreezeArguments,
-    ModelArguments,
-    parse,
-)
+from minicpmv.train.common.arguments import parse  # noqa: E402
+from minicpmv.train.common.errors import ArgumentsError  # noqa: E402
 from minicpmv.train.feedback import run as feedback  # noqa: E402
 from minicpmv.train.feedback.respondent import Respondent  # noqa: E402
 
 
 NANO = str(REPOSITORY / "nano")
-GROUPS = [ModelArguments, AdapterArguments, FreezeArguments, DataArguments, dpo.DPOArguments]
 LN_2 = math.log(2)
 
 
@@ -85,7 +78,7 @@ def train(pairs, folder, **options):
     flags = []
     for name, value in options.items():
         flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return dpo.train(*parse(GROUPS, flags))
+    return dpo.train(*parse(dpo.GROUPS, flags))
 
 
 def logged(trainer, name="loss"):
@@ -236,7 +229,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_has_the_losses_of_one_that_did_not
 def test_the_adapter_is_saved_without_the_reference_and_can_be_merged(pairs, tmp_path):
     trainer = train(pairs, tmp_path / "adapter", adapter="lora", max_steps=2)
     assert not (tmp_path / "adapter" / "ref").exists()
-    assert "direct preference optimisation" in (tmp_path / "adapter" / "README.md").read_text()
+    assert "direct preference optimization" in (tmp_path / "adapter" / "README.md").read_text()
     merge.merge(tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", trust_remote_code=True)
     batch = trainer.data_collator(list(load_conversations(str(pairs)))[:1])
@@ -253,7 +246,7 @@ def test_the_adapter_is_saved_without_the_reference_and_can_be_merged(pairs, tmp
 def test_wrong_options_are_named(pairs, tmp_path):
     with pytest.raises(ArgumentsError, match="shorten would give the two answers different prompts"):
         train(pairs, tmp_path, on_too_long="shorten")
-    with pytest.raises(ArgumentsError, match="truncation_mode is an option of DPOTrainer's own data preparation"):
+    with pytest.raises(ArgumentsError, match="truncation_mode belongs to TRL's own preparation of data"):
         train(pairs, tmp_path, truncation_mode="keep_end")
 
 
@@ -269,13 +262,13 @@ def test_a_file_of_conversations_is_refused_in_one_line(tmp_path, capsys):
 
 def test_recipe_and_flags_have_the_same_names():
     _model, _adapter, _, data, args = parse(
-        GROUPS, ["--config", str(REPOSITORY / "recipes/dpo.yaml"), "--dataset_name", NANO, "--beta", "0.2"]
+        dpo.GROUPS, ["--config", str(REPOSITORY / "recipes/dpo.yaml"), "--dataset_name", NANO, "--beta", "0.2"]
     )
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     assert (batch, args.learning_rate, args.max_steps, args.beta) == (256, 1e-6, 400, 0.2)
     assert data.dataset_name == NANO
     (_, options) = parse(
-        [ModelArguments, feedback.FeedbackArguments],
+        feedback.GROUPS,
         ["--config", str(REPOSITORY / "recipes/feedback.yaml"), "--dataset_name", "x", "--num_answers", "3"],
     )
     assert options.num_answers == 3 and options.claims == "model"
@@ -293,7 +286,7 @@ def test_two_rounds_of_feedback_and_optimisation_run_one_after_the_other(tmp_pat
         return [(0.1, 0.9) if zlib.crc32(text.encode()) % 2 else (0.9, 0.1) for text in texts]
 
     monkeypatch.setattr(Respondent, "yes_and_no", yes_and_no)
-    monkeypatch.setattr("minicpmv.train.feedback.run.claims_by_rule", claims_of_any_words)
+    monkeypatch.setattr("minicpmv.train.feedback.judged.claims_by_rule", claims_of_any_words)
     for k in range(8):
         wave_picture(120, 100, k).save(tmp_path / f"{k}.png")
     rows = [{"images": [f"{k}.png"], "prompt": "Describe the picture."} for k in range(8)]

@@ -20,10 +20,14 @@ from hypothesis import strategies as st
 pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
+from minicpmv.data.formats import BadRowError  # noqa: E402
 from minicpmv.data.load import load_conversations  # noqa: E402
 from minicpmv.drawn.wording import CHINESE, ENGLISH  # noqa: E402
-from minicpmv.train.common.arguments import ArgumentsError, ModelArguments  # noqa: E402
+from minicpmv.train.common.arguments import ModelArguments  # noqa: E402
+from minicpmv.train.common.errors import ArgumentsError, TrainingError  # noqa: E402
+from minicpmv.train.feedback import judged  # noqa: E402
 from minicpmv.train.feedback import run as feedback  # noqa: E402
+from minicpmv.train.feedback.arguments import FeedbackArguments  # noqa: E402
 from minicpmv.train.feedback.claims import (  # noqa: E402
     Claim,
     MalformedClaimsError,
@@ -31,11 +35,10 @@ from minicpmv.train.feedback.claims import (  # noqa: E402
     claims_prompt,
     parse_claims,
 )
-from minicpmv.train.feedback.log import FeedbackLogError  # noqa: E402
+from minicpmv.train.feedback.judged import Feedback  # noqa: E402
 from minicpmv.train.feedback.pairs import Pair, ScoredAnswer, balance_lengths, choose_pairs  # noqa: E402
 from minicpmv.train.feedback.respondent import (  # noqa: E402
     Respondent,
-    UnsuitableModelError,
     load_respondent,
     with_features,
     yes_and_no_tokens,
@@ -230,7 +233,7 @@ def test_a_tokenizer_that_begins_yes_and_no_alike_is_refused():
         def __call__(self, text, add_special_tokens):
             return {"input_ids": [1]}
 
-    with pytest.raises(UnsuitableModelError, match="Choose another feedback_model"):
+    with pytest.raises(TrainingError, match="Choose another feedback_model"):
         yes_and_no_tokens(Bytes())
 
 
@@ -355,13 +358,13 @@ def scripted(monkeypatch):
         calls.asked += texts
         return [(0.1, 0.9) if verdict_of(text) else (0.9, 0.1) for text in texts]
 
-    monkeypatch.setattr(feedback, "sample_answers", sample)
+    monkeypatch.setattr(judged, "sample_answers", sample)
     monkeypatch.setattr(Respondent, "yes_and_no", yes_and_no)
     return calls
 
 
 def run(prompts, folder, **options):
-    args = feedback.FeedbackArguments(dataset_name=str(prompts), output_dir=str(folder), batch_size=2, **options)
+    args = FeedbackArguments(dataset_name=str(prompts), output_dir=str(folder), batch_size=2, **options)
     return feedback.run(ModelArguments(NANO), args)
 
 
@@ -417,7 +420,7 @@ def test_pairs_are_saved_as_a_preference_dataset_and_everything_is_counted(promp
 
 def test_a_run_that_was_killed_goes_on_and_ends_like_one_that_was_not(prompts, scripted, tmp_path, monkeypatch):
     whole = run(prompts, tmp_path / "whole")
-    records, batches = feedback.Feedback.records, []
+    records, batches = Feedback.records, []
 
     def killed(self, batch):
         if len(batches) == 2:
@@ -426,7 +429,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_like_one_that_was_not(prompts, s
         return records(self, batch)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(feedback.Feedback, "records", killed)
+        patch.setattr(Feedback, "records", killed)
         run(prompts, tmp_path / "killed")
     log = tmp_path / "killed" / "answers-000.jsonl"
     assert len(log_of(tmp_path / "killed")) == 4
@@ -442,18 +445,18 @@ def test_a_run_that_was_killed_goes_on_and_ends_like_one_that_was_not(prompts, s
 
 def test_a_log_of_other_options_or_prompts_is_refused(prompts, scripted, tmp_path):
     run(prompts, tmp_path / "out")
-    with pytest.raises(FeedbackLogError, match="made with seed = 0, not 1. Take another output_dir"):
+    with pytest.raises(TrainingError, match="made with seed = 0, not 1. Take another output_dir"):
         run(prompts, tmp_path / "out", seed=1)
     text = prompts.read_text()
     try:
         prompts.write_text(text.replace("What", "Which"))
-        with pytest.raises(FeedbackLogError, match=r"prompts.jsonl\[\d\] has changed"):
+        with pytest.raises(TrainingError, match=r"prompts.jsonl\[\d\] has changed"):
             run(prompts, tmp_path / "out")
     finally:
         prompts.write_text(text)
     log = tmp_path / "out" / "answers-000.jsonl"
     log.write_text(log.read_text().replace('"errors"', "errors", 1))
-    with pytest.raises(FeedbackLogError, match="line 2 is damaged"):
+    with pytest.raises(TrainingError, match="line 2 is damaged"):
         run(prompts, tmp_path / "out")
 
 
@@ -487,7 +490,7 @@ def test_a_picture_that_cannot_be_decoded_ends_the_run_or_is_counted(prompts, sc
     whole = (prompts.parent / "3.png").read_bytes()
     try:
         (prompts.parent / "3.png").write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(feedback.BadRowError, match=r"prompts.jsonl\[3\]: the picture .*3.png cannot be read"):
+        with pytest.raises(BadRowError, match=r"prompts.jsonl\[3\]: the picture .*3.png cannot be read"):
             run(prompts, tmp_path / "raise")
         summary = run(prompts, tmp_path / "skip", on_bad_row="skip")
     finally:
@@ -497,12 +500,12 @@ def test_a_picture_that_cannot_be_decoded_ends_the_run_or_is_counted(prompts, sc
 
 PROGRAM = """
 import sys, zlib
-from minicpmv.train.feedback import run as feedback
+from minicpmv.train.feedback import judged, respondent, run
 from minicpmv.train.feedback.claims import Claim, Reading
-feedback.claims_by_rule = lambda answer: Reading([Claim(word, f"Is there {word}?") for word in answer.split()[:5]])
+judged.claims_by_rule = lambda answer: Reading([Claim(word, f"Is there {word}?") for word in answer.split()[:5]])
 rejects = lambda asked: zlib.crc32(asked[-1]["content"][-1]["text"].encode()) % 2
-feedback.Respondent.yes_and_no = lambda self, asked, *rest: [(0, 1) if rejects(one) else (1, 0) for one in asked]
-feedback.main(sys.argv[1:])
+respondent.Respondent.yes_and_no = lambda self, asked, *rest: [(0, 1) if rejects(one) else (1, 0) for one in asked]
+run.main(sys.argv[1:])
 """
 
 
@@ -568,4 +571,4 @@ def test_without_a_pair_the_command_says_in_one_line_what_became_of_the_prompts(
 )
 def test_wrong_options_are_named_before_anything_loads(changes, message):
     with pytest.raises(ArgumentsError, match=message):
-        feedback.FeedbackArguments(**{"dataset_name": "x", "output_dir": "y"} | changes)
+        FeedbackArguments(**{"dataset_name": "x", "output_dir": "y"} | changes)

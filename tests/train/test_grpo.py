@@ -19,9 +19,10 @@ trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
 
 from minicpmv.data.formats import BadRowError  # noqa: E402
-from minicpmv.train import rl  # noqa: E402
+from minicpmv.train import grpo  # noqa: E402
 from minicpmv.train.common.arguments import parse  # noqa: E402
-from minicpmv.train.grpo import HybridGRPOTrainer, UnsupportedRolloutError, question_row, reward_model_term  # noqa: E402
+from minicpmv.train.common.errors import ArgumentsError  # noqa: E402
+from minicpmv.train.grpo import HybridGRPOTrainer, question_row, reward_model_term  # noqa: E402
 from minicpmv.train.reward_model import load_reward_model, score_answers  # noqa: E402
 from minicpmv.train.reward_terms import accuracy_reward, format_reward  # noqa: E402
 
@@ -230,7 +231,7 @@ def test_a_batch_of_text_alone_trains(processor, tmp_path):
 
 
 def test_vllm_rollouts_are_refused_before_anything_starts(processor, tmp_path):
-    with pytest.raises(UnsupportedRolloutError, match="own generate"):
+    with pytest.raises(ArgumentsError, match="own generate"):
         trainer(nano(), processor, color_rows(4), tmp_path, use_vllm=True)
 
 
@@ -334,7 +335,7 @@ def test_the_command_trains_an_adapter_with_all_terms_and_leaves_card_log_and_cu
     torch.manual_seed(0)
     load_reward_model(NANO, new_head=True, trust_remote_code=True).save_pretrained(tmp_path / "judge")
     processor.save_pretrained(tmp_path / "judge")
-    rl.main(flags(tmp_path, [CONVERSATION] * 2, adapter="lora", reward_model=tmp_path / "judge", max_steps=2))
+    grpo.main(flags(tmp_path, [CONVERSATION] * 2, adapter="lora", reward_model=tmp_path / "judge", max_steps=2))
     output = tmp_path / "output"
     names = {row["name"] for row in csv.DictReader((output / "log.csv").open())}
     terms = ("accuracy_reward", "format_reward", "repetition_penalty_reward", "reward_model_score")
@@ -350,7 +351,7 @@ def test_a_picture_that_breaks_off_ends_the_command_by_the_name_of_its_row(tmp_p
     whole = (REPOSITORY / "assets/number.jpg").read_bytes()
     (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SystemExit):
-        rl.main(flags(tmp_path, [QUESTION | {"images": [str(tmp_path / "half.jpg")]}] * 2))
+        grpo.main(flags(tmp_path, [QUESTION | {"images": [str(tmp_path / "half.jpg")]}] * 2))
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("minicpmv: Row rows.jsonl[")
 
 
@@ -368,7 +369,7 @@ def test_a_picture_that_breaks_off_ends_the_command_by_the_name_of_its_row(tmp_p
 )
 def test_what_cannot_work_ends_the_command_in_one_line(rows, options, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        rl.main(flags(tmp_path, rows, **options))
+        grpo.main(flags(tmp_path, rows, **options))
     assert end.value.code == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("minicpmv: ") and message in last
@@ -378,7 +379,7 @@ def test_the_recipe_is_that_of_the_paper(tmp_path):
     (tmp_path / "questions.jsonl").write_text("")
     recipe = ["--config", str(REPOSITORY / "recipes/rl.yaml"), "--model_name_or_path", NANO]
     *_, args = parse(
-        rl.GROUPS, [*recipe, "--dataset_name", str(tmp_path / "questions.jsonl"), "--use_cpu", "--bf16=False"]
+        grpo.GROUPS, [*recipe, "--dataset_name", str(tmp_path / "questions.jsonl"), "--use_cpu", "--bf16=False"]
     )
     rollouts = args.per_device_train_batch_size * args.gradient_accumulation_steps
     assert (rollouts // args.num_generations, args.num_generations) == (128, 8)
@@ -438,7 +439,7 @@ def test_grpo_learns_what_the_reward_wants_about_pictures_in_both_modes(processo
 TWO_RANKS = """
 import json, sys
 sys.path.insert(0, {tests!r})
-from test_train_rl import *
+from test_grpo import *
 
 torch.set_num_threads(1)
 output = sys.argv[1]
@@ -467,7 +468,7 @@ with open(f"{{output}}/rank{{run.accelerator.process_index}}.json", "w") as file
 @pytest.mark.slow
 def test_two_processes_train_the_same_model_though_one_has_no_pictures(tmp_path):
     script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS.format(tests=str(REPOSITORY / "tests")))
+    script.write_text(TWO_RANKS.format(tests=str(REPOSITORY / "tests/train")))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"]
     launch += ["--num_processes=2", "--mixed_precision=no", "--main_process_port=0", str(script), str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}

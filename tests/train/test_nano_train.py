@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from minicpmv.drawn.drawing import COLOR_CLASSES, KIND_CLASSES
 from minicpmv.drawn.samples import Mixture, Sample, Turn, bench_sample, make_sample
 from minicpmv.train import dpo, sft
+from minicpmv.train.common.errors import ArgumentsError
 from minicpmv.train.feedback import run as feedback
 from minicpmv.train.nano.batches import IGNORED, ConversationEncoder, collate, training_batch
-from minicpmv.train.nano.pretrain import Recipe, RecipeError, Stage, Trainee, optimizers_of, spread_queries, train
+from minicpmv.train.nano.pretrain import Recipe, Stage, Trainee, optimizers_of, spread_queries, train
 from minicpmv.train.nano.tokenizer import train_merges
 
 
@@ -189,7 +190,7 @@ def test_the_recipe_of_nano_is_valid_and_a_misspelt_field_is_named(tmp_path):
     assert Recipe.load(REPOSITORY / "recipes" / "nano" / "pretraining.yaml").stages
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("stages: [{name: a, steps: 1, batch_size: 1, learning_rat: 0.1}]")
-    with pytest.raises(RecipeError, match="learning_rat"):
+    with pytest.raises(ArgumentsError, match="learning_rat"):
         Recipe.load(wrong)
 
 

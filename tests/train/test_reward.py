@@ -10,7 +10,7 @@ from conftest import REPOSITORY, name_seeded_model, tiny_config
 from PIL import Image, ImageDraw
 from transformers import AutoModel, AutoProcessor
 
-from minicpmv.train.reward_terms import accuracy_reward, final_answer, format_reward, standardised
+from minicpmv.train.reward_terms import accuracy_reward, final_answer, format_reward, standardized
 
 
 pytest.importorskip("trl")
@@ -20,8 +20,9 @@ from minicpmv.data.formats import conversation_row, text_of
 from minicpmv.data.load import load_conversations
 from minicpmv.train import reward
 from minicpmv.train.common.arguments import parse
+from minicpmv.train.common.errors import TrainingError
 from minicpmv.train.common.loading import trained_parameters
-from minicpmv.train.reward_model import RewardModelError, load_reward_model, reward_inputs, score_answers
+from minicpmv.train.reward_model import load_reward_model, reward_inputs, score_answers
 
 
 NANO = str(REPOSITORY / "nano")
@@ -76,13 +77,13 @@ def test_format_is_one_closed_thought_and_an_answer_in_deep_mode_and_an_answer_a
     assert format_reward(told(*fast), [False] * len(fast)) == list(fast.values())
 
 
-def test_standardised_scores_have_mean_0_and_deviation_1_and_a_missing_score_is_the_mean():
-    scores = standardised(torch.tensor([3.0, 5.0, torch.nan, 10.0]))
+def test_standardized_scores_have_mean_0_and_deviation_1_and_a_missing_score_is_the_mean():
+    scores = standardized(torch.tensor([3.0, 5.0, torch.nan, 10.0]))
     assert scores[2] == 0
     known = scores[[0, 1, 3]]
     assert known.mean().abs() < 1e-6 and (known.std() - 1).abs() < 1e-6
-    assert standardised(torch.tensor([4.0, 4.0])).tolist() == [0, 0]
-    assert standardised(torch.tensor([torch.nan, 4.0])).tolist() == [0, 0]
+    assert standardized(torch.tensor([4.0, 4.0])).tolist() == [0, 0]
+    assert standardized(torch.tensor([torch.nan, 4.0])).tolist() == [0, 0]
 
 
 # --- The model ---
@@ -154,12 +155,12 @@ def test_a_score_depends_on_picture_and_answer_but_not_on_any_thought(reward_mod
 
 
 def test_an_answer_that_is_an_open_thought_cannot_be_scored(reward_model, processor):
-    with pytest.raises(RewardModelError, match="no answer after the thought"):
+    with pytest.raises(TrainingError, match="no answer after the thought"):
         score_answers(reward_model, processor, [[question(text="Hi")]], ["<think>\nhm"])
 
 
 def test_a_folder_without_head_is_refused_unless_a_new_head_is_asked_for():
-    with pytest.raises(RewardModelError, match="no value head"):
+    with pytest.raises(TrainingError, match="no value head"):
         load_reward_model(NANO, trust_remote_code=True)
 
 
@@ -285,7 +286,7 @@ def test_an_adapter_with_its_head_is_saved_and_loads_merged(processor, tmp_path)
 def test_an_adapter_of_another_kind_of_model_is_no_reward_model(tmp_path):
     backbone = AutoModel.from_pretrained(NANO, trust_remote_code=True)
     get_peft_model(backbone, LoraConfig(r=2, target_modules=r"llm\..*q_proj")).save_pretrained(tmp_path)
-    with pytest.raises(RewardModelError, match="no value head"):
+    with pytest.raises(TrainingError, match="no value head"):
         load_reward_model(str(tmp_path), trust_remote_code=True)
 
 

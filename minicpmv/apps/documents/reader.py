@@ -1,11 +1,11 @@
 """A reader of documents: text, regions, data, summaries and answers from pages.
 
 What is special:
-- every answer comes from the pages as pictures, so tables, stamps and charts count, and nothing has to be transcribed
-  before something else can be asked;
-- data is checked against its schema; a wrong answer is handed back to the model with what is wrong, and in the end it is
-  an error, never a guess;
-- a document longer than the model's memory is read in parts, whose answers are joined;
+- every answer comes from the pages as images, so tables, stamps and charts count, and nothing has to be transcribed
+  first;
+- data is checked against its schema: the model is told what is wrong with an answer and asked again, and what never fits
+  is an error, not a guess;
+- a document that is longer than the model's context is read in parts, whose answers are joined;
 - page numbers that an answer names are checked against the document.
 """
 
@@ -15,6 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
+from typing import Any
+
+from PIL import Image
 
 from minicpmv.apps.documents.language import Language, detect_language
 from minicpmv.apps.documents.pages import Page
@@ -23,34 +26,32 @@ from minicpmv.apps.documents.repair import raise_contrast, straighten
 from minicpmv.apps.documents.tables import find_tables
 from minicpmv.apps.documents.writing import CALL_TOKENS, GREEDY, LoopStop, write
 from minicpmv.apps.grounding import Box, parse_boxes
+from minicpmv.errors import MiniCPMVError
 
 
 REGION_KINDS = ("title", "text", "list", "table", "figure", "formula", "header", "footer")
 PARTS_AT_ONCE = 16  # answers of parts that are joined in one question
+MOST_NAMED_PAGES = 1000  # of one range: a model may write [pages 1-999999999]
 
 _FENCE = re.compile(r"\s*```[\w+-]*\n(.*?)\n?```\s*", re.DOTALL)
 _PAGE_NAMES = re.compile(r"\[\s*(pp?\.?\s*\d|pages?\b)((?:[\d\s,;&–-]|and|pages?)*)\]", re.IGNORECASE)
 
 
-class SchemaError(ValueError):
-    """A JSON schema that cannot be used."""
+class SchemaError(MiniCPMVError):
+    """A JSON Schema that cannot be used."""
 
 
-class DataError(ValueError):
+class DataError(MiniCPMVError):
     """The model gave no data that fits the schema: `answer` is its last text, `problem` what is wrong with it."""
 
-    def __init__(self, message, answer, problem):
+    def __init__(self, message: str, answer: str, problem: str) -> None:
         super().__init__(message)
         self.answer, self.problem = answer, problem
 
 
-class ReaderOptionError(ValueError):
-    """An option of the reader that does not exist."""
-
-
 @dataclass
 class PageText:
-    """What is written on a page, and what has to be known about the reading: `notices`."""
+    """What is written on a page; `notices` say what to know about the reading."""
 
     number: int
     file: str
@@ -76,14 +77,14 @@ class PageRegions:
     """Regions of a page in pixels of `image`, the page as it was read."""
 
     number: int
-    image: object
+    image: Image.Image
     boxes: list[Box]
     notices: list[str]
 
 
 @dataclass
 class DocumentAnswer:
-    """An answer from a document. `pages` are those that it names, in rising order."""
+    """An answer from a document. `pages` are those that it names, in ascending order."""
 
     text: str
     pages: list[int]
@@ -99,27 +100,30 @@ class DocumentReader:
         max_page_tokens: most tokens written about a page, and of an answer or a summary, in as many calls as it takes.
         pages_at_once: pages that one question shows the model; a longer document is asked in parts.
         prompts: see [`Prompts`].
-        options: those of `model.chat`: max_slice_nums, max_new_tokens (of one call), sampling, ...; greedy search
+        options: those of `model.chat`: max_slice_nums, max_new_tokens (of one call), sampling, ...; greedy decoding
             where they say nothing else.
 
-    `pages` of its methods is an [`OpenDocument`], or any pages; they are gone through once.
+    The argument `pages` of its methods is an [`OpenDocument`] or any pages, which are iterated over once.
+
+    Raises:
+        MiniCPMVError: an option is out of its range.
     """
 
     def __init__(
         self,
-        model,
-        processor,
+        model: Any,
+        processor: Any,
         *,
         deskew: bool = False,
         contrast: bool = False,
         max_page_tokens: int = 8192,
         pages_at_once: int = 8,
         prompts: Prompts | None = None,
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         for name, value in (("max_page_tokens", max_page_tokens), ("pages_at_once", pages_at_once)):
             if value < 1:
-                raise ReaderOptionError(f"{name}={value} must be at least 1")
+                raise MiniCPMVError(f"{name}={value} must be at least 1")
         self.model, self.processor = model, processor
         self.deskew, self.contrast = deskew, contrast
         self.max_page_tokens, self.pages_at_once = max_page_tokens, pages_at_once
@@ -135,7 +139,7 @@ class DocumentReader:
             markup: "markdown" or "text".
         """
         if markup not in ("markdown", "text"):
-            raise ReaderOptionError(f"markup={markup!r} does not exist; choose 'markdown' or 'text'")
+            raise MiniCPMVError(f"markup={markup!r} does not exist; choose 'markdown' or 'text'")
         return (self._read(page, getattr(self.prompts, markup)) for page in pages)
 
     def _read(self, page, prompt):
@@ -166,7 +170,7 @@ class DocumentReader:
 
     # ---- many pages at once ----
 
-    def extract(self, pages: Iterable[Page], schema: Mapping | bool, attempts: int = 3):
+    def extract(self, pages: Iterable[Page], schema: Mapping | bool, attempts: int = 3) -> Any:
         """Data of the pages, taken together, as one JSON value.
 
         Args:
@@ -177,20 +181,21 @@ class DocumentReader:
             The value, which fits the schema.
 
         Raises:
-            SchemaError: the schema is none.
-            DataError: no answer fitted.
-            ValueError: the pages are too many for one question.
+            SchemaError: it is not a JSON Schema.
+            DataError: no answer fits it.
+            MiniCPMVError: the pages are too many for one question.
         """
         if attempts < 1:
-            raise ReaderOptionError(f"attempts={attempts} must be at least 1")
+            raise MiniCPMVError(f"attempts={attempts} must be at least 1")
         validator = schema_validator(schema)
         prompt = self.prompts.data.format(schema=json.dumps(schema, ensure_ascii=False))
         messages = [{"role": "user", "content": [*self._shown(pages), prompt]}]
         for _ in range(attempts):
             answer = write(self.model, self.processor, messages, self.max_page_tokens, **self.options)
-            value, problem = read_data(answer.text, validator)
-            if problem is None:
+            value, misfit = read_data(answer.text, validator)
+            if misfit is None:
                 return value
+            problem = misfit
             if answer.notices:  # then the rest is missing, and asking again would end the same way
                 problem = "; ".join([problem, *answer.notices])
                 break
@@ -206,7 +211,7 @@ class DocumentReader:
         )
 
     def ask(self, pages: Iterable[Page], questions: Iterable[str]) -> list[DocumentAnswer]:
-        """Answer questions about the whole document, each by itself, with the pages that tell."""
+        """Answer questions about the whole document, one by one, with the pages that say so."""
         questions = [questions] if isinstance(questions, str) else list(questions)
         asked = [self.prompts.question.format(question=question) for question in questions]
         joined = [self.prompts.joined_answer.replace("{question}", question) for question in questions]
@@ -215,7 +220,7 @@ class DocumentReader:
     def summarize(self, pages: Iterable[Page], length: str = "medium") -> DocumentAnswer:
         """Summarize the whole document: "short", "medium" or "long"."""
         if length not in SUMMARY_LENGTHS:
-            raise ReaderOptionError(f"length={length!r} does not exist; choose one of {', '.join(SUMMARY_LENGTHS)}")
+            raise MiniCPMVError(f"length={length!r} does not exist; choose one of {', '.join(SUMMARY_LENGTHS)}")
         words = SUMMARY_LENGTHS[length]
         asked, joined = self.prompts.summary.format(length=words), self.prompts.joined_summary
         return self._ask_in_parts(pages, [asked], [joined.replace("{length}", words)], with_pages=False)[0]
@@ -224,9 +229,12 @@ class DocumentReader:
         """[`DocumentAnswer`] to each question; a session reads the pages of a part once for all questions."""
         options = GREEDY | {"max_pictures": self.pages_at_once} | self.options
         options["max_new_tokens"] = min(options.get("max_new_tokens", CALL_TOKENS), self.max_page_tokens)
-        answers = [[] for _ in questions]  # (first page, last page, text) of each part
-        notices = [[] for _ in questions]
-        numbers, pages = set(), iter(pages)
+        answers: list[list[tuple[int, int, str]]] = [
+            [] for _ in questions
+        ]  # (first page, last page, text) of each part
+        notices: list[list[str]] = [[] for _ in questions]
+        numbers: set[int] = set()
+        pages = iter(pages)
         while part := list(islice(pages, self.pages_at_once)):
             shown = self._shown(part)
             numbers |= {page.number for page in part}
@@ -239,7 +247,7 @@ class DocumentReader:
                 answers[place].append((part[0].number, part[-1].number, answer.text))
                 notices[place] += answer.notices
         if not numbers:
-            raise ReaderOptionError("there are no pages to ask about")
+            raise MiniCPMVError("there are no pages to ask about")
         results = []
         for parts, notes, question in zip(answers, notices, joined_questions, strict=True):
             while len(parts) > 1:
@@ -261,7 +269,7 @@ class DocumentReader:
     # ---- pages as the model sees them ----
 
     def _repaired(self, page):
-        """(picture, what was done to it) of a page."""
+        """(image, what was done to it) of a page."""
         image, notices = page.image, []
         if self.contrast:
             image = raise_contrast(image)
@@ -272,7 +280,7 @@ class DocumentReader:
         return image, notices
 
     def _encoded(self, image):
-        """The picture, read once for as many calls as follow."""
+        """The image, encoded once for as many calls as follow."""
         return self.model.encode_images(image, self.processor, max_slice_nums=self.options.get("max_slice_nums"))
 
     def _shown(self, pages):
@@ -293,26 +301,26 @@ class DocumentReader:
 
 
 def unfenced(text: str) -> str:
-    """The text without the code fence that models like to put around a whole answer."""
+    """The text without the code fence that models like to put around an entire answer."""
     fenced = _FENCE.fullmatch(text)
     return fenced[1] if fenced and "\n```" not in fenced[1] else text.strip()
 
 
 def named_pages(text: str) -> list[int]:
     """Numbers of the pages that an answer names as [page 3] or [pages 2-4, 7]."""
-    numbers = []
+    numbers: list[int] = []
     for names in _PAGE_NAMES.findall(text):
-        for first, last in re.findall(r"(\d+)(?:\s*[–-]\s*(\d+))?", "".join(names)):
-            last = int(last or first)
-            numbers += range(int(first), min(last, int(first) + 999) + 1)
+        for begin, end in re.findall(r"(\d+)(?:\s*[–-]\s*(\d+))?", "".join(names)):
+            first, last = int(begin), int(end or begin)
+            numbers += range(first, min(last, first + MOST_NAMED_PAGES - 1) + 1)
     return numbers
 
 
-def schema_validator(schema):
+def schema_validator(schema: Mapping | bool) -> Any:
     """A validator of jsonschema that follows no references to other files.
 
     Raises:
-        SchemaError: the schema is none.
+        SchemaError: it is not a JSON Schema.
     """
     if not isinstance(schema, (Mapping, bool)):
         raise SchemaError(f"A JSON Schema is an object or a boolean, not {str(schema)[:60]!r}.")
@@ -324,12 +332,16 @@ def schema_validator(schema):
     try:
         kind.check_schema(schema)
     except InvalidSchema as error:
-        raise SchemaError(f"This is no JSON Schema: {error.message} (at {error.json_path}).") from error
+        raise SchemaError(f"This is not a JSON Schema: {error.message} (at {error.json_path}).") from error
     return kind(schema, registry=Registry(), format_checker=kind.FORMAT_CHECKER)
 
 
-def read_data(text: str, validator):
-    """(value, None) of an answer in JSON that fits the schema, else (None, problem)."""
+def read_data(text: str, validator: Any) -> tuple[Any, str | None]:
+    """(value, None) of an answer in JSON that fits the schema, else (None, problem).
+
+    Raises:
+        SchemaError: the schema refers to something that it does not hold.
+    """
     from jsonschema.exceptions import best_match
     from referencing.exceptions import Unresolvable
 
@@ -339,13 +351,13 @@ def read_data(text: str, validator):
     except ValueError as error:
         return None, f"it is not JSON ({error})"
     try:
-        error = best_match(validator.iter_errors(value))
+        misfit = best_match(validator.iter_errors(value))
     except Unresolvable as error:
         raise SchemaError(
             f"The schema refers to {error.ref!r}, which it does not hold: put it under $defs."
         ) from error
-    return (value, None) if error is None else (None, f"{error.message[:300]} (at {error.json_path})")
+    return (value, None) if misfit is None else (None, f"{misfit.message[:300]} (at {misfit.json_path})")
 
 
 def _refuse_constant(name):
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")

@@ -10,6 +10,7 @@ import csv
 import re
 from html.parser import HTMLParser
 from itertools import count
+from os import PathLike
 from pathlib import Path
 
 
@@ -23,12 +24,12 @@ def find_tables(text: str) -> list[list[list[str]]]:
     from markdown_it import MarkdownIt
 
     found = [(match.start(), _read_html(match[0])) for match in _HTML_TABLE.finditer(text)]
-    # Blanked out, with its lines kept: what stands in an HTML table is no Markdown.
+    # Blanked out, with its lines kept: what stands in an HTML table is not Markdown.
     rest = _HTML_TABLE.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
     starts = [0, *(match.end() for match in re.finditer("\n", rest))]
-    rows = []
+    rows: list[list[str]] = []
     for token in MarkdownIt("commonmark").enable("table").parse(rest):
-        if token.type == "table_open":
+        if token.type == "table_open" and token.map:
             rows = []
             found.append((starts[token.map[0]], rows))
         elif token.type == "tr_open":
@@ -40,7 +41,7 @@ def find_tables(text: str) -> list[list[list[str]]]:
     return [_rectangle(table) for _, table in sorted(found, key=lambda pair: pair[0])]
 
 
-def write_csv(table: list[list[str]], path) -> None:
+def write_csv(table: list[list[str]], path: str | PathLike) -> None:
     """Write a table as CSV in UTF-8."""
     with Path(path).open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(table)
@@ -74,8 +75,9 @@ class _TableParser(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.rows, self.cell = [], None
-        self.covered = {}  # column -> following rows that a cell above fills
+        self.rows: list[dict[int, str]] = []
+        self.cell: int | None = None  # column of the open one
+        self.covered: dict[int, int] = {}  # column -> following rows that a cell above fills
 
     def handle_starttag(self, tag, attributes):
         if tag == "tr":

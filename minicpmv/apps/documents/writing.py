@@ -6,7 +6,9 @@ What is special:
 - whatever is cut or left out is said in `notices`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import StoppingCriteria
@@ -74,10 +76,11 @@ def cut_loop(text: str) -> tuple[str, str | None]:
 class LoopStop(StoppingCriteria):
     """Stops the model when the text before this call, and what it writes now, end in a loop."""
 
-    def __init__(self, tokenizer, before=""):
-        self.tokenizer, self.before, self.prompt_length = tokenizer, before, None
+    def __init__(self, tokenizer: Any, before: str = "") -> None:
+        self.tokenizer, self.before = tokenizer, before
+        self.prompt_length: int | None = None
 
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         if self.prompt_length is None:
             self.prompt_length = input_ids.shape[1] - 1  # the first token is there already
         written = input_ids[0, self.prompt_length :]
@@ -88,7 +91,13 @@ class LoopStop(StoppingCriteria):
 
 
 def write(
-    model, processor, messages, max_page_tokens=8192, max_new_tokens=CALL_TOKENS, first_output=None, **options
+    model: Any,
+    processor: Any,
+    messages: Sequence[dict],
+    max_page_tokens: int = 8192,
+    max_new_tokens: int = CALL_TOKENS,
+    first_output: Any = None,
+    **options: Any,
 ) -> Written:
     """Let the model answer to the end.
 
@@ -96,8 +105,8 @@ def write(
         messages: a conversation for `model.chat`, which ends with the question.
         max_page_tokens: most tokens of the whole answer.
         max_new_tokens: most tokens of one call.
-        first_output: the `ChatOutput` of the first call, where it was made elsewhere, such as in a session.
-        options: others of `model.chat`, over greedy search.
+        first_output: the `ChatOutput` of the first call, where that was made elsewhere, such as in a session.
+        options: others of `model.chat`; greedy decoding where they say nothing else.
     """
     answer, question = Written(""), messages
     while True:

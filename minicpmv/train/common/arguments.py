@@ -22,16 +22,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
+from minicpmv.train.common.errors import ArgumentsError
+
 
 # The linear layers of the language model: engines serve adapters on these only. (`all-linear` would take the tower too.)
 LLM_LINEAR_LAYERS = r"(model\.)?llm\..*\.(q|k|v|o|gate|up|down)_proj"  # model.: under a value head
 LORA_METHODS = ("lora", "qlora", "dora")
 # What they are called here, and in the model. The first that trains is the one whose learning rate trainers log.
 PARTS = {"llm": "llm", "resampler": "resampler", "tower": "vpm"}
-
-
-class ArgumentsError(ValueError):
-    """An option is unknown, wrong, or contradicts another one."""
 
 
 def option(default, help, **settings):

@@ -7,13 +7,22 @@ What is special:
 - only the language model is quantized, never the tower, the resampler or the head.
 """
 
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from accelerate import DistributedType, PartialState
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, Trainer
+from torch import nn
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
-from minicpmv.train.common.arguments import PARTS, AdapterArguments, ArgumentsError, FreezeArguments, ModelArguments
+from minicpmv.checkpoint import source_of
+from minicpmv.train.common.arguments import PARTS, AdapterArguments, FreezeArguments, ModelArguments
+from minicpmv.train.common.errors import ArgumentsError
 
 
 def load_model_and_processor(
@@ -21,20 +30,16 @@ def load_model_and_processor(
     adapter_args: AdapterArguments | None = None,
     freeze_args: FreezeArguments | None = None,
     trust_remote_code: bool = False,
-    load=AutoModelForImageTextToText.from_pretrained,
-):
-    """A model ready to train, and its processor.
+    load: Callable[..., PreTrainedModel] = AutoModelForImageTextToText.from_pretrained,
+) -> tuple[nn.Module, ProcessorMixin]:
+    """A model ready to train (a `PeftModel` with an adapter), and its processor.
 
-    The code in a folder is trusted, since the user named the folder; that of a Hub name needs `trust_remote_code`.
-    `load` makes the model; what it has beside the three parts, such as a value head, always trains, and is saved with an
+    `load` makes the model; what it has beyond the three parts, such as a value head, always trains, and is saved with an
     adapter.
 
-    Returns:
-        The model (a `PeftModel` with an adapter) and the processor.
-
     Raises:
-        ArgumentsError: the model cannot be loaded, the code of a Hub model is not trusted, or a part with a learning rate
-            of its own is frozen.
+        ArgumentsError: the model cannot be loaded, or a part with a learning rate of its own is frozen.
+        CheckpointError: the code of a Hub model is not trusted.
     """
     adapter_args, freeze_args = adapter_args or AdapterArguments(), freeze_args or FreezeArguments()
     has_adapter = adapter_args.adapter != "none"
@@ -47,18 +52,18 @@ def load_model_and_processor(
             bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=["vpm", "resampler", "lm_head", "score"],
         )
-    name, source = locate(model_args, trust_remote_code)
+    source = source_of(model_args.model_name_or_path, model_args.model_revision, trust_remote_code)
     try:
         model = load(
-            name,
+            **source,
             dtype=model_args.dtype or "auto",
             attn_implementation=model_args.attn_implementation,
             quantization_config=quantization,
-            **source,
         )
-        processor = AutoProcessor.from_pretrained(name, **source)
+        processor = AutoProcessor.from_pretrained(**source)
     except OSError as error:  # no such name on the Hub, no connection, a file that is missing
-        raise ArgumentsError(f"model_name_or_path: {name} cannot be loaded: {' '.join(str(error).split())}") from error
+        name, reason = model_args.model_name_or_path, " ".join(str(error).split())
+        raise ArgumentsError(f"model_name_or_path: {name} cannot be loaded: {reason}") from error
     trained = freeze_args.trained(has_adapter)
     if has_adapter:
         from peft import get_peft_model
@@ -81,21 +86,7 @@ def load_model_and_processor(
     return model, processor
 
 
-def locate(model_args: ModelArguments, trust_remote_code: bool):
-    """`(name, keyword arguments)` for `from_pretrained` of model and processor."""
-    folder = Path(model_args.model_name_or_path).expanduser()
-    if folder.is_dir():
-        # An adapter saves this path; a relative one would be lost with the working directory.
-        return str(folder.resolve()), {"trust_remote_code": True}
-    if not trust_remote_code:
-        raise ArgumentsError(
-            f"{model_args.model_name_or_path} brings code of its own, which loading it runs. Read it, pin it with "
-            "model_revision, and add trust_remote_code: true."
-        )
-    return model_args.model_name_or_path, {"revision": model_args.model_revision, "trust_remote_code": True}
-
-
-def train_in_float32(model):
+def train_in_float32(model: nn.Module) -> None:
     """Give every parameter that trains the type float32.
 
     Not under DeepSpeed, which takes no two types in one model, and keeps float32 copies of what trains itself.
@@ -108,44 +99,16 @@ def train_in_float32(model):
             parameter.data = parameter.data.float()
 
 
-def part_of(name):
+def part_of(name: str) -> str | None:
     """Which part a parameter belongs to by its name, adapters and wrappers around the model included; None for none."""
     words = name.split(".")
     return next((part for part, module in PARTS.items() if module in words), None)
 
 
-def trained_parameters(model):
+def trained_parameters(model: nn.Module) -> dict[str | None, list[tuple[str, nn.Parameter]]]:
     """`{part: [(name, parameter)]}` of all that trains; under None what belongs to no part, such as a value head."""
     found = {part: [] for part in (*PARTS, None)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             found[part_of(name)].append((name, parameter))
     return found
-
-
-class PartLearningRates(Trainer):
-    """A trainer in which tower, resampler and llm may have learning rates of their own: `class T(PartLearningRates, X)`.
-
-    `part_learning_rates` is `{part: rate}`; the schedule multiplies each. Parts without one take `args.learning_rate`.
-    """
-
-    part_learning_rates: dict[str, float] = {}
-
-    def create_optimizer(self, model=None):
-        if self.optimizer is None and self.part_learning_rates:
-            # transformers takes groups in place of its own under the name "params".
-            model = self.model if model is None else model
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer_cls_and_kwargs = kind, settings | {"params": self._parameter_groups(model)}
-        return super().create_optimizer(model)
-
-    def _parameter_groups(self, model):
-        decaying = set(self.get_decay_parameter_names(model))
-        groups = []
-        for part, parameters in trained_parameters(model).items():
-            rate = self.part_learning_rates.get(part, self.args.learning_rate)
-            for decay, weight_decay in ((True, self.args.weight_decay), (False, 0.0)):
-                members = [parameter for name, parameter in parameters if (name in decaying) is decay]
-                if members:
-                    groups.append({"params": members, "lr": rate, "weight_decay": weight_decay})
-        return groups

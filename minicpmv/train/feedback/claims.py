@@ -12,6 +12,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+from minicpmv.errors import MiniCPMVError
+
 
 @dataclass
 class Claim:
@@ -27,7 +29,7 @@ class Reading:
     unread: list[str] = field(default_factory=list)  # parts that gave no claim
 
 
-class MalformedClaimsError(ValueError):
+class MalformedClaimsError(MiniCPMVError):
     """A language model's list of claims cannot be read: the message shows its reply."""
 
 

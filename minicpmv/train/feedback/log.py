@@ -9,9 +9,7 @@ What is special:
 import json
 from pathlib import Path
 
-
-class FeedbackLogError(RuntimeError):
-    """The log in the output folder belongs to a run with other options or prompts, or is damaged."""
+from minicpmv.train.common.errors import TrainingError
 
 
 class FeedbackLog:
@@ -36,13 +34,13 @@ class FeedbackLog:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise FeedbackLogError(f"{path}, line {number + 1} is damaged ({error}). Delete the line.") from error
+                raise TrainingError(f"{path}, line {number + 1} is damaged ({error}). Delete the line.") from error
             if "settings" not in record:
                 self.records[record["prompt"]] = record
             elif record["settings"] != self.settings:
                 changed = [name for name in self.settings if record["settings"].get(name) != self.settings[name]]
                 name = changed[0] if changed else "the options"
-                raise FeedbackLogError(
+                raise TrainingError(
                     f"{path} was made with {name} = {record['settings'].get(name)!r}, not {self.settings.get(name)!r}. "
                     "Take another output_dir, or the same options to go on."
                 )

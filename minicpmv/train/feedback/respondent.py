@@ -7,25 +7,21 @@ What is special:
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from minicpmv.train.common.arguments import ArgumentsError, ModelArguments
-from minicpmv.train.common.loading import locate
+from minicpmv.checkpoint import source_of
+from minicpmv.train.common.arguments import ModelArguments
+from minicpmv.train.common.errors import ArgumentsError, TrainingError
 
 
 VISUAL_INPUTS = ("pixel_values", "tgt_sizes", "temporal_ids")
 YES = ("yes", "Yes", "YES", "是", "有", "对")
 NO = ("no", "No", "NO", "否", "没有", "不")
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-
-
-class UnsuitableModelError(RuntimeError):
-    """A model cannot be asked in the way that is wanted: the message says why."""
 
 
 @dataclass
@@ -103,7 +99,7 @@ def yes_and_no_tokens(tokenizer) -> tuple[set[int], set[int]]:
     """First tokens of the words for yes and for no, without those that begin both.
 
     Raises:
-        UnsuitableModelError: nothing is left on one side.
+        TrainingError: nothing is left on one side.
     """
     sides = []
     for words in (YES, NO):
@@ -114,7 +110,7 @@ def yes_and_no_tokens(tokenizer) -> tuple[set[int], set[int]]:
         sides.append({token for token in encoded if tokenizer.decode([token]).strip()})
     yes, no = sides[0] - sides[1], sides[1] - sides[0]
     if not yes or not no:
-        raise UnsuitableModelError(
+        raise TrainingError(
             f"The tokenizer {tokenizer.name_or_path} begins yes and no with the same tokens, so its model cannot be asked "
             "for them. Choose another feedback_model."
         )
@@ -129,20 +125,19 @@ def load_respondent(args: ModelArguments, trust_remote_code: bool, language_only
     """
     state = PartialState()
     device_map = "auto" if state.num_processes == 1 and state.device.type == "cuda" else {"": state.device}
-    name, source = locate(args, trust_remote_code=True)
-    if not Path(name).is_dir():  # many models on the Hub bring no code: transformers refuses those that do
-        source["trust_remote_code"] = trust_remote_code
+    source = source_of(args.model_name_or_path, args.model_revision, trust_remote_code, needs_code=False)
     auto_model, auto_processor = (
         (AutoModelForCausalLM, AutoTokenizer) if language_only else (AutoModelForImageTextToText, AutoProcessor)
     )
     try:
         model = auto_model.from_pretrained(
-            name,
+            **source,
             dtype=args.dtype or "auto",
             attn_implementation=args.attn_implementation,
             device_map=device_map,
-            **source,
         )
-        return Respondent(model.eval(), auto_processor.from_pretrained(name, **source))
+        return Respondent(model.eval(), auto_processor.from_pretrained(**source))
     except (OSError, ValueError) as error:
-        raise ArgumentsError(f"{name} cannot be loaded as {auto_model.__name__}: {error}") from error
+        raise ArgumentsError(
+            f"{args.model_name_or_path} cannot be loaded as {auto_model.__name__}: {error}"
+        ) from error

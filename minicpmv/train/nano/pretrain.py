@@ -1,6 +1,6 @@
 """Train nano: a small model of the same architecture, from scratch, on pictures that the repository draws.
 
-    python -m minicpmv.train.nano.pretrain --config recipes/nano/pretraining.yaml --output DIR
+    python -m minicpmv.train.nano --config recipes/nano/pretraining.yaml --output DIR
 
 What is special:
 - stages: first the tower alone learns what lies under each patch (dense labels cost nothing, since we draw), then
@@ -17,9 +17,9 @@ import argparse
 import json
 import math
 import shutil
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,8 +34,10 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 
 from minicpmv.drawn.drawing import COLOR_CLASSES, KIND_CLASSES
 from minicpmv.drawn.samples import Mixture, make_sample
+from minicpmv.errors import one_line_errors
 from minicpmv.files import read_json_lines, write_whole
 from minicpmv.train.common.curves import draw
+from minicpmv.train.common.errors import ArgumentsError, TrainingError
 from minicpmv.train.nano.batches import (
     IGNORED,
     ConversationEncoder,
@@ -44,10 +46,6 @@ from minicpmv.train.nano.batches import (
     single_turns,
     training_batch,
 )
-
-
-class RecipeError(ValueError):
-    """The recipe names a field that does not exist, or lacks one."""
 
 
 @dataclass
@@ -87,12 +85,19 @@ class Recipe:
 
     @classmethod
     def load(cls, path: Path) -> "Recipe":
+        """Read a recipe.
+
+        Raises:
+            ArgumentsError: it cannot be read, names a field that does not exist, or lacks one.
+        """
         try:
             fields = yaml.safe_load(path.read_text(encoding="utf-8"))
             stages = [Stage(**{**stage, "mixture": Mixture(**stage.get("mixture", {}))}) for stage in fields["stages"]]
             return cls(**{**fields, "stages": stages})
-        except (TypeError, KeyError) as error:
-            raise RecipeError(f"{path}: {error}; fields are those of Recipe, Stage and Mixture") from error
+        except OSError as error:
+            raise ArgumentsError(f"--config: {path} cannot be read: {error.strerror}") from error
+        except (TypeError, KeyError, yaml.YAMLError) as error:
+            raise ArgumentsError(f"{path}: {error}; fields are those of Recipe, Stage and Mixture") from error
 
 
 @torch.no_grad()
@@ -319,6 +324,11 @@ def run_stage(run: Run, encoder: ConversationEncoder, recipe: Recipe, stage: Sta
                 dense_loss, answer_loss, _, _ = trainee(batch, stage.answers, views <= stage.tower_views)
                 loss = answer_loss + (stage.dense_weight if stage.answers else 1.0) * dense_loss
                 (loss / stage.batches).backward()
+            if not math.isfinite(value := loss.item()):
+                raise TrainingError(
+                    f"Stage {stage.name}, step {step}: the loss is {value}. The state of an earlier step stays in "
+                    f"{run.output}. Lower the learning_rate ({stage.learning_rate}) or lengthen the warmup ({stage.warmup})."
+                )
             for name, value in (("dense", dense_loss.item()), ("answer", answer_loss.item())):
                 averages[name] = 0.98 * averages.get(name, value) + 0.02 * value
         if store is not None:
@@ -378,21 +388,15 @@ def export(trainee: Trainee, model_folder: Path, output: Path) -> None:
             shutil.copyfile(file, output / file.name)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True, help="recipe (YAML)")
-    parser.add_argument("--output", type=Path, required=True, help="folder for state, log and the trained model")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m minicpmv.train.nano", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="Recipe (YAML).")
+    parser.add_argument("--output", type=Path, required=True, help="Folder for state, log and the trained model.")
     args = parser.parse_args(argv)
-    try:
+    with one_line_errors():
         recipe = Recipe.load(args.config)
-    except (RecipeError, OSError) as error:
-        sys.exit(f"error: {error}")
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = str(Path(folder) / "rendezvous")
         torch.multiprocessing.spawn(train, (recipe, args.output, rendezvous), nprocs=recipe.processes)
     print(f"{args.output / 'model'} holds the trained model")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,16 @@
-"""nano's tokenizer: byte-level BPE with few merges, learnt from the questions and answers of the synthetic tasks.
+"""nano's tokenizer: byte-level BPE with few merges, learned from the questions and answers of the synthetic tasks.
 
     python -m minicpmv.train.nano.tokenizer [FOLDER]
 
 What is special:
-- normaliser, pre-tokenizer and all added tokens are those of the full model, so templates and placeholders work by name;
+- normalizer, pre-tokenizer and all added tokens are those of the full model, so templates and placeholders work by name;
 - ids are its own: 256 bytes ("!" is 0), merges, then the added tokens;
 - no merge joins two capitals or digits, so print is read character by character.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -18,6 +19,8 @@ from tokenizers.trainers import BpeTrainer
 
 from minicpmv.build_tokenizer import REPOSITORY, backend, byte_alphabet
 from minicpmv.drawn.wording import WORDINGS
+from minicpmv.errors import one_line_errors
+from minicpmv.train.common.errors import ArgumentsError
 
 
 VOCABULARY_SIZE = 896  # bytes and merges; the corpus has fewer merges than that to give
@@ -57,7 +60,16 @@ def train_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def build(folder: Path) -> int:
-    """Write tokenizer.json and tokenizer_config.json; returns the number of ids."""
+    """Write tokenizer.json and tokenizer_config.json; returns the number of ids.
+
+    Raises:
+        ArgumentsError: this is an installed package, without the full model's settings beside it.
+    """
+    if not (REPOSITORY / "tokenizer_config.json").is_file():
+        raise ArgumentsError(
+            "The tokenizer of nano is made from the settings of the full model, which a clone of the repository holds and an "
+            "installed package does not: run this in a clone."
+        )
     config = json.loads((REPOSITORY / "tokenizer_config.json").read_text(encoding="utf-8"))
     vocabulary, merges = train_merges()
     added = [fields for _, fields in sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))]
@@ -69,11 +81,12 @@ def build(folder: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=REPOSITORY / "nano")
     folder = parser.parse_args(argv).folder
-    print(f"{folder}: {build(folder)} tokens")
+    with one_line_errors():
+        print(f"{folder}: {build(folder)} tokens")
 
 
 if __name__ == "__main__":
