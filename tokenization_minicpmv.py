@@ -48,7 +48,7 @@ class MiniCPMVTokenizerFast(Qwen2TokenizerFast):
         if self.backend_tokenizer.get_vocab_size(with_added_tokens=False) < 256:  # not even a token for each byte
             raise ValueError(
                 "This tokenizer has no vocabulary: tokenizer.json is missing in its folder. Make it with "
-                "`python -m minicpmv.build_tokenizer FOLDER` (in a clone: `make demo`)."
+                "`minicpmv build-tokenizer FOLDER` (in a clone: `make demo`)."
             )
 
     @classmethod

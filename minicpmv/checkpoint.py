@@ -65,8 +65,8 @@ def load(
     Raises:
         CheckpointError: it cannot be loaded, its code is not trusted, or it is a model of another kind.
     """
+    check_name(name, trust_remote_code)
     source = source_of(name, revision, trust_remote_code)
-    check_folder(name, source["pretrained_model_name_or_path"])
 
     import torch
     from safetensors import SafetensorError
@@ -90,20 +90,20 @@ def load(
     return model, processor
 
 
-def check_folder(name: str | Path, location: str) -> None:
-    """Refuse a folder without a model before the seconds that importing transformers takes.
+def check_name(name: str | Path, trust_remote_code: bool = False) -> None:
+    """Refuse what cannot be loaded before the seconds that importing transformers takes.
 
     Raises:
-        CheckpointError: there are no weights, or no config.json.
+        CheckpointError: the code is not trusted, or the folder holds no config.json or no weights.
     """
-    folder = Path(location)
+    folder = Path(source_of(name, None, trust_remote_code)["pretrained_model_name_or_path"])
     if not folder.is_dir():
         return
-    has_weights = any(True for pattern in WEIGHTS for _ in folder.glob(pattern))
-    if not (folder / "config.json").is_file() or not has_weights:
-        what = "weights" if (folder / "config.json").is_file() else "config.json"
+    has_config = (folder / "config.json").is_file()
+    if not has_config or not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        where = "this folder" if str(name) == "." else name
         raise CheckpointError(
-            f"{name if str(name) != '.' else 'this folder'} holds no model (no {what}). Name one with -m, such as "
-            f"-m nano in a clone of the repository or -m {PUBLISHED} --trust-remote-code, or get the published weights "
-            "with minicpmv fetch."
+            f"{where} holds no model ({'no weights' if has_config else 'no config.json'}). Name one with -m, such as -m nano "
+            f"in a clone of the repository or -m {PUBLISHED} --trust-remote-code, or get the published weights with "
+            "minicpmv fetch."
         )

@@ -51,9 +51,10 @@ def one_line(error: BaseException | str) -> str:
 @contextmanager
 def one_line_errors(*also: type[Exception]) -> Iterator[None]:
     """End the command with exit code 1 and the message of an expected error, or of one of the types in `also`."""
+    caught: tuple[type[Exception], ...] = (ValueError, *also)
     try:
         yield
-    except (ValueError, *also) as error:
+    except caught as error:
         if not (is_expected(error) or isinstance(error, also)):
             raise
         print(f"minicpmv: {one_line(error)}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """`minicpmv chat`: a conversation in the terminal, or line by line from a pipe.
 
 What is special:
-- Pictures and clips wait for the next question, and pictures are encoded while the user types it.
+- Images and videos wait for the next question, and images are encoded while the user types it.
 - Ctrl-C stops an answer, not the conversation: what was read of it stays in the history.
 - Without a terminal every line is a question or a command, stdout gets the answers alone, and errors end in exit code 1.
 """
@@ -14,24 +14,28 @@ from typing import Annotated
 
 import typer
 
-from minicpmv.commands import terminal
-from minicpmv.errors import MiniCPMVError, one_line_errors
+from minicpmv.commands import media, options, terminal
+from minicpmv.errors import MiniCPMVError, one_line, one_line_errors
 
 
 COMMANDS = {
-    "/image FILE...": "show pictures with the next question",
-    "/video FILE...": "show clips with the next question",
+    "/image FILE...": "show images with the next question",
+    "/video FILE...": "show videos with the next question",
     "/think [on|off|auto]": "think before answering; without a word: the other way round",
     "/thought": "show what was thought for the last answer",
+    "/retry": "answer the last question again",
+    "/undo": "take back the last question and its answer",
+    "/set NAME VALUE": "change temperature, seed, max_new_tokens or thinking_budget",
     "/reset": "begin anew",
-    "/save FOLDER": "save the conversation with its pictures and clips",
+    "/save FOLDER": "save the conversation with its images and videos",
     "/load FOLDER": "go on with a saved conversation",
     "/help": "this list",
     "/exit": "end; so does Ctrl-D",
 }
 KEYS = """\
 Enter sends, Alt-Enter begins a new line; a text of several lines may also stand between \"\"\" and \"\"\".
-The arrow keys bring earlier inputs back. The name of a picture or clip alone on a line shows it. Ctrl-C stops an answer."""
+The arrow keys bring earlier inputs back. The name of an image or video alone on a line shows it. Ctrl-C stops an answer."""
+SETTINGS = {"temperature": float, "seed": int, "max_new_tokens": int, "thinking_budget": int}
 QUOTES = '"""'
 
 
@@ -41,33 +45,37 @@ class CommandError(MiniCPMVError):
 
 def chat(
     files: Annotated[
-        list[str] | None, typer.Argument(help="Pictures and clips to show with the first question.")
+        list[str] | None,
+        typer.Argument(metavar="FILE", help="Images and videos to show with the first question."),
     ] = None,
-    model: terminal.Model = ".",
-    think: terminal.Think = False,
-    auto_think: terminal.AutoThink = False,
-    thinking_budget: terminal.ThinkingBudget = None,
-    system: terminal.System = "",
-    max_new_tokens: terminal.MaxNewTokens = 2048,
+    model: options.Model = ".",
+    think: options.Think = False,
+    auto_think: options.AutoThink = False,
+    thinking_budget: options.ThinkingBudget = None,
+    system: options.System = "",
+    max_new_tokens: options.MaxNewTokens = 2048,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Most tokens of the conversation, whose oldest turns are dropped; 16384 by default."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Most tokens of the conversation, whose oldest turns are dropped; 16384 by default.",
+        ),
     ] = None,
-    temperature: terminal.Temperature = None,
-    seed: terminal.Seed = None,
-    fps: terminal.Fps = None,
-    max_slice_nums: terminal.MaxSliceNums = None,
-    revision: terminal.Revision = None,
-    trust_remote_code: terminal.TrustRemoteCode = False,
+    temperature: options.Temperature = None,
+    seed: options.Seed = None,
+    fps: options.Fps = None,
+    max_slice_nums: options.MaxSliceNums = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ):
-    """Talk with a model about pictures, clips and anything else; /help in the conversation lists its commands.
+    """Talk with a model about images, videos and anything else; /help in the conversation lists its commands.
 
     Examples:
 
+    \b
       minicpmv chat
-
       minicpmv chat cat.jpg dog.jpg -m nano --think
-
       printf 'What is this?\\n/reset\\nAnd what are you?\\n' | minicpmv chat cat.jpg
     """
     import sys
@@ -75,19 +83,20 @@ def chat(
     from rich.console import Console
 
     files = files or []
-    options = terminal.answer_options(
+    settings = options.answer_options(
         think, auto_think, thinking_budget, max_new_tokens, temperature, seed, fps, max_slice_nums
     )
     console = Console(stderr=True, highlight=False)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     with one_line_errors(ValueError), terminal.device_memory():
-        terminal.check_media(files)
+        media.check_media(files)
         conversation = Conversation(
             *terminal.load_shown(console, model, revision, trust_remote_code),
             console,
+            terminal.shown_name(model),
             system_prompt=system,
             max_tokens=max_tokens,
-            **options,
+            **settings,
         )
         conversation.show(files)
     if is_terminal:
@@ -102,11 +111,13 @@ def chat(
         except KeyboardInterrupt:
             if not is_terminal:
                 raise
-            typer.echo()
+            terminal.write("")
             terminal.note("stopped")
+        except terminal.OutputError as error:
+            raise SystemExit(f"minicpmv: {error}") from error
         except ValueError as error:
             failed = True
-            typer.echo(f"minicpmv: {error}", err=True)
+            print(f"minicpmv: {one_line(error)}", file=sys.stderr)
     if failed and not is_terminal:
         raise SystemExit(1)
 
@@ -116,14 +127,17 @@ class Conversation:
 
     Args:
         console: where it is seen that something happens.
-        settings: those of `model.start_chat`.
+        name: what the model is called.
+        settings: those of a session.
     """
 
-    def __init__(self, model, processor, console, enable_thinking, **settings):
-        self.model, self.processor, self.console = model, processor, console
+    def __init__(self, model, processor, console, name, enable_thinking, **settings):
+        self.model, self.processor, self.console, self.name = model, processor, console, name
         self.thinking, self.settings = enable_thinking, settings
         self.session = model.start_chat(processor, **settings)
-        self.waiting = []  # pictures and clips for the next question
+        self.changed = {}  # settings of answers since then
+        self.waiting = []  # images and videos for the next question
+        self.is_noted = False  # what the model knows
         self.thought = None  # of the last answer
         self.goes_on = True
 
@@ -170,7 +184,14 @@ class Conversation:
         elif name == "/thought":
             if self.thought is None:
                 raise CommandError("nothing was thought for the last answer; /think switches it on")
-            typer.echo(self.thought)
+            terminal.write(self.thought)
+        elif name == "/undo":
+            self.undo()
+            terminal.note("the last question and its answer are taken back")
+        elif name == "/retry":
+            self.retry()
+        elif name == "/set":
+            self.set(*rest.split(maxsplit=1))
         elif name == "/reset":
             # A new session, not session.reset(): a conversation that was loaded ends here too.
             self.session = self.model.start_chat(self.processor, **self.settings)
@@ -190,7 +211,7 @@ class Conversation:
             terminal.note(f"going on after {turns} question{'s' * (turns != 1)}")
         elif name == "/help":
             width = max(map(len, COMMANDS))
-            typer.echo("\n".join(f"{command:{width}}  {what}" for command, what in COMMANDS.items()) + f"\n{KEYS}")
+            terminal.write("\n".join(f"{command:{width}}  {what}" for command, what in COMMANDS.items()) + f"\n{KEYS}")
         elif name in ("/exit", "/quit", "/bye"):
             self.goes_on = False
         else:
@@ -198,25 +219,62 @@ class Conversation:
                 f"{name} is no command; /help lists them. A question that begins with / goes in {QUOTES}"
             )
 
+    def undo(self) -> list:
+        """Take back the last turn; returns the content of its question."""
+        if not any(message["role"] == "user" for message in self.session.history):
+            raise CommandError("there is no question to take back; ask one first")
+        self.thought = None
+        return self.session.undo()
+
+    def retry(self) -> None:
+        """Ask the last question again; where nothing comes of it, the old answer stays."""
+        before = self.session
+        self.session = before.fork()
+        content = self.undo()
+        try:
+            self.send(content if isinstance(content, list) else [content])
+        finally:
+            if len(self.session.history) < len(before.history):
+                self.session = before
+
+    def set(self, name: str = "", value: str = "") -> None:
+        """Change a setting of the answers that follow."""
+        if name not in SETTINGS:
+            raise CommandError(f"/set needs the name of a setting ({', '.join(SETTINGS)}) and its value")
+        try:
+            number = SETTINGS[name](value)
+            if not 0 <= number < float("inf"):
+                raise ValueError
+        except ValueError as error:
+            raise CommandError(f"/set {name} {value}: give a number, such as /set {name} 1") from error
+        self.changed |= options.decoding_options(number) if name == "temperature" else {name: number}
+        terminal.note(f"{name} is {number}")
+
     def show(self, files: list[str], kind: str | None = None) -> None:
-        """Let pictures and clips wait for the next question: all of them, or in case of an error none."""
+        """Let images and videos wait for the next question: all of them, or in case of an error none."""
         parts = []
         for file in files:
             with self.console.status(f"Looking at {file}"):
                 slices = self.settings.get("images_kwargs", {}).get("max_slice_nums")
-                parts.append(terminal.media_part(self.model, self.processor, file, slices, kind))
+                parts.append(media.media_part(self.model, self.processor, file, slices, kind))
         self.waiting += parts
 
     def ask(self, question: str) -> None:
-        content = [*self.waiting, {"type": "text", "text": question}]
-        pieces = self.session.send(content, stream=True, enable_thinking=self.thinking)
+        self.send([*self.waiting, {"type": "text", "text": question}])
+
+    def send(self, content: list) -> None:
+        has_media = len(content) > 1
+        pieces = self.session.send(content, stream=True, enable_thinking=self.thinking, **self.changed)
         try:
             with pieces:
-                terminal.show_answer(pieces, self.console)
+                terminal.show_answer(pieces, self.processor, self.console)
         finally:
-            if pieces.output is not None:  # else nothing came of it, and the pictures still wait
+            if pieces.output is not None:  # else nothing came of it, and the images still wait
                 self.waiting, self.thought = [], pieces.output.reasoning
-        terminal.note_limit(pieces.output, self.settings["max_new_tokens"])
+        terminal.note_limit(pieces.output, (self.settings | self.changed)["max_new_tokens"])
+        if has_media and not self.is_noted:
+            terminal.note_knowledge(self.model, self.name)
+            self.is_noted = True
 
 
 def file_names(text: str) -> list[str]:
@@ -225,7 +283,7 @@ def file_names(text: str) -> list[str]:
     Raises:
         CommandError: a quote is not closed.
     """
-    if terminal.is_file(text):
+    if media.is_file(text):
         return [text]
     try:
         return shlex.split(text)
@@ -234,13 +292,13 @@ def file_names(text: str) -> list[str]:
 
 
 def media_names(line: str) -> list[str]:
-    """The files of a line that holds nothing but existing pictures and clips, as a terminal writes it when they are
+    """The files of a line that holds nothing but existing images and videos, as a terminal writes it when they are
     dragged onto it; else none."""
     try:
         files = file_names(line)
     except CommandError:
         return []
-    return files if all(terminal.has_media_suffix(file) and terminal.is_file(file) for file in files) else []
+    return files if all(media.looks_like_media(file) and media.is_file(file) for file in files) else []
 
 
 @contextmanager
@@ -265,14 +323,14 @@ def prompt_reader() -> Callable[[str], str | None]:
 
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import NestedCompleter, PathCompleter, WordCompleter, merge_completers
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
 
     file = Path(typer.get_app_dir("minicpmv")) / "history"
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))  # it holds what people wrote
-        history = FileHistory(str(file))
+        history: History = FileHistory(str(file))
     except OSError as error:
         terminal.note(f"inputs are not remembered after this conversation: {error}")
         history = InMemoryHistory()
@@ -280,14 +338,21 @@ def prompt_reader() -> Callable[[str], str | None]:
     names = [command.split()[0] for command in COMMANDS]
     files = PathCompleter(expanduser=True)
     folders = PathCompleter(expanduser=True, only_directories=True)
-    arguments = {"/image": files, "/video": files, "/save": folders, "/load": folders, "/think": {"on", "off", "auto"}}
+    arguments = {
+        "/image": files,
+        "/video": files,
+        "/save": folders,
+        "/load": folders,
+        "/think": {"on", "off", "auto"},
+        "/set": set(SETTINGS),
+    }
     keys = KeyBindings()
 
     @keys.add("escape", "enter")
     def _(event):
         event.current_buffer.insert_text("\n")
 
-    session = PromptSession(
+    session: PromptSession[str] = PromptSession(
         history=history,
         key_bindings=keys,
         completer=merge_completers(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minicpmv.commands import terminal
+from minicpmv.commands import options, terminal
 from minicpmv.errors import MiniCPMVError, one_line_errors, require
 from minicpmv.evaluate.suites import BENCHMARKS
 
@@ -72,8 +72,8 @@ def add_benchmark(benchmark_name: str, summary: str) -> None:
                 help=f"Model folder or Hub repository (default: {DEFAULT_MODEL}); with --endpoint the name that it knows.",
             ),
         ] = None,
-        revision: terminal.Revision = None,
-        trust_remote_code: terminal.TrustRemoteCode = False,
+        revision: options.Revision = None,
+        trust_remote_code: options.TrustRemoteCode = False,
         samples: Annotated[
             int | None,
             typer.Option(
@@ -245,9 +245,9 @@ for name, (_, summary) in BENCHMARKS.items():
 
 @evaluate_app.command()
 def calibrate(
-    model: terminal.Model = DEFAULT_MODEL,
-    revision: terminal.Revision = None,
-    trust_remote_code: terminal.TrustRemoteCode = False,
+    model: options.Model = DEFAULT_MODEL,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     benchmark: Annotated[str, typer.Option(help="Benchmark that provides the questions.")] = "nanobench",
     samples: Annotated[
         int, typer.Option(min=1, help="Questions per row to choose on, and as many again to check.")

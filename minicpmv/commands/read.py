@@ -2,12 +2,12 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from minicpmv.commands import terminal
-from minicpmv.errors import MissingPackageError, one_line_errors, require
+from minicpmv.commands import options, terminal
+from minicpmv.errors import one_line_errors, require
 
 
 class ReadFormat(str, Enum):
@@ -24,7 +24,7 @@ class SummaryLength(str, Enum):
 
 def read(
     files: Annotated[list[Path], typer.Argument(help="PDF, TIFF or pictures; several are read as one document.")],
-    model: terminal.Model = ".",
+    model: options.Model = ".",
     format: Annotated[ReadFormat, typer.Option("--format", "-f", help="Of what is written.")] = ReadFormat.markdown,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
     pages: Annotated[str | None, typer.Option(help="Only these pages, such as 1-3,7.")] = None,
@@ -48,8 +48,8 @@ def read(
     max_page_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens of a page's text, an answer or a summary.")
     ] = 8192,
-    revision: terminal.Revision = None,
-    trust_remote_code: terminal.TrustRemoteCode = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ):
     """Read a document: all of it, or what you ask for.
 
@@ -76,7 +76,7 @@ def read(
         """Items with a progress bar."""
         return track(items, what, total=len(document), console=console, disable=not console.is_terminal)
 
-    with one_line_errors(ValueError, OSError, MissingPackageError), terminal.device_memory():
+    with one_line_errors(ValueError, OSError), terminal.device_memory():
         require(
             "documents",
             "pypdfium2",
@@ -95,7 +95,7 @@ def read(
         structure = None if schema is None else read_schema(schema)
         transcribes = tables is not None or not (question or summary or schema or regions)
         markup = "text" if format is ReadFormat.text and tables is None else "markdown"
-        found = {"files": [str(file) for file in files]}
+        found: dict[str, Any] = {"files": [str(file) for file in files]}
         with OpenDocument(list(files), pages, dpi, password, Limits(max_pages=max_pages)) as document:
             terminal.check_output(output)
             for folder in filter(None, (regions, tables)):
@@ -110,7 +110,7 @@ def read(
                 prompts=prompts,
             )
             try:
-                if schema is not None:
+                if structure is not None:
                     found["data"] = reader.extract(shown(document, "Looking"), structure)
                 if summary is not None:
                     answer = reader.summarize(shown(document, "Summarizing"), summary.value)
@@ -171,7 +171,7 @@ def write_found(found: dict, format: ReadFormat, output: Path | None) -> None:
             terminal.note(f"page {part['page']}: {text}" if "page" in part else text)
     text = json.dumps(found, ensure_ascii=False, indent=2) if format is ReadFormat.json else as_text(found)
     if output is None:
-        typer.echo(text)
+        terminal.write(text)
     else:
         output.write_text(text + "\n", encoding="utf-8")
 

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from minicpmv.commands import terminal
-from minicpmv.errors import MiniCPMVError, one_line_errors
+from minicpmv.commands import options, terminal
+from minicpmv.errors import MiniCPMVError, one_line_errors, require
 
 
 OLDEST_TRANSFORMERS = "5.23"  # its server, on which this one stands, looked different before
@@ -17,38 +17,40 @@ class ServerError(MiniCPMVError):
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="Model folder or Hub repository.")] = ".",
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
-    think: Annotated[bool, typer.Option("--think", help="Think first where a request does not say.")] = False,
+    model: options.Model = ".",
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8000,
+    think: Annotated[bool, typer.Option("--think", help="Think where a request does not say whether to.")] = False,
     media_host: Annotated[
         list[str] | None,
-        typer.Option(help="A host whose pictures are fetched though it is not on the public internet; repeatable."),
+        typer.Option(metavar="NAME", help="Also fetch images from this host, which is not public; repeatable."),
     ] = None,
     max_megabytes: Annotated[
-        float, typer.Option(min=1, help="Most megabytes of a request, and of what is fetched for it.")
+        float, typer.Option(metavar="N", min=1, help="Most megabytes of a request, and of what is fetched for it.")
     ] = 64,
-    revision: terminal.Revision = None,
-    trust_remote_code: terminal.TrustRemoteCode = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ):
     """Answer over HTTP as OpenAI's chat completions do, on the server of transformers.
 
     Examples:
 
-      minicpmv serve nano
-
-      minicpmv serve ~/MiniCPM-V-4_5 --host 0.0.0.0 --port 8080
-
-      minicpmv serve nano --media-host files.example.internal
+    \b
+      minicpmv serve -m nano
+      minicpmv serve -m ~/MiniCPM-V-4_5 --host 0.0.0.0 --port 8080
+      minicpmv serve -m nano --media-host files.example.internal
     """
     import socket
 
     from rich.console import Console
 
-    from minicpmv.checkpoint import CheckpointError
-
-    with one_line_errors(ServerError, CheckpointError):
-        check_requirements()
+    with one_line_errors():
+        require("serve", *PACKAGES)
+        check_transformers()
         listener = open_port(host, port)
         loaded, processor = terminal.load_shown(Console(stderr=True), model, revision, trust_remote_code)
 
@@ -62,28 +64,26 @@ def serve(
         app = build_app(loaded, processor, name, think, MediaLimits(megabytes=max_megabytes, hosts=hosts))
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if listener.family == socket.AF_INET6 else host
-        typer.echo(f"{name} answers at http://{shown}:{port}/v1 (Ctrl+C ends it)")
+        terminal.write(f"{name} answers at http://{shown}:{port}/v1 (Ctrl-C ends it)")
         config = uvicorn.Config(app, limit_concurrency=128, timeout_graceful_shutdown=5)
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def check_requirements():
-    """Raises:
-    ServerError: transformers is too old, or packages are missing.
-    """
-    from importlib.util import find_spec
+def check_transformers():
+    """Refuse a transformers whose server looked different.
 
-    import transformers
+    Raises:
+        ServerError: it is too old.
+    """
+    from importlib.metadata import version
+
     from packaging.version import Version
 
-    if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
+    if Version(version("transformers")) < Version(OLDEST_TRANSFORMERS):
         raise ServerError(
-            f"the server needs transformers {OLDEST_TRANSFORMERS} or newer, and this is {transformers.__version__}: "
+            f"the server needs transformers {OLDEST_TRANSFORMERS} or newer, and this is {version('transformers')}: "
             f"pip install 'transformers[serving]>={OLDEST_TRANSFORMERS}'"
         )
-    missing = [package for package in PACKAGES if find_spec(package) is None]
-    if missing:
-        raise ServerError(f"the server needs {', '.join(missing)}: pip install 'minicpmv[serve]'")
 
 
 def open_port(host: str, port: int):
@@ -101,6 +101,6 @@ def open_port(host: str, port: int):
         listener.bind(address)
     except OSError as error:
         raise ServerError(
-            f"{host}:{port} cannot be listened at ({error}); give --port and --host a free one"
+            f"{host}:{port} cannot be listened on ({error}); give --port and --host a free one"
         ) from error
     return listener

@@ -1,50 +1,27 @@
-"""What the commands that talk with a model share: their options, what they show while they work, and how answers appear.
+"""What the commands show: that something happens, answers as they come, and notes.
 
 What is special:
 - stdout gets answers alone. What else there is to see goes to stderr, and moves only where that is a terminal.
 - A thought runs by in a few dim lines, and is folded when the answer begins.
-- What the model writes cannot steer the terminal: a picture may tell it to.
+- What the model writes cannot steer the terminal: an image may tell it to.
 """
 
 import os
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Any
 
 from minicpmv.errors import MiniCPMVError
 
 
-# What the model's own code takes for a clip where it is given a path.
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".gif"}
 THOUGHT_LINES = 6  # of a thought that runs by
 UNSEEN = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Model folder or Hub repository.")]
-System = Annotated[str, typer.Option("--system", help="Stands in front of the conversation.")]
-Think = Annotated[bool, typer.Option("--think", help="Think before answering.")]
-AutoThink = Annotated[bool, typer.Option("--auto-think", help="Think where the model is not sure.")]
-ThinkingBudget = Annotated[int | None, typer.Option(help="Most tokens of a thought.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of thought and answer together.")]
-Temperature = Annotated[
-    float | None, typer.Option(min=0, help="0 takes the likeliest token each time; 0.7 by default.")
-]
-Seed = Annotated[int | None, typer.Option(help="Makes answers repeatable.")]
-Fps = Annotated[float | None, typer.Option(help="Frames of a clip to look at in a second; 3 by default.")]
-MaxSliceNums = Annotated[int | None, typer.Option(help="Most slices of a picture; 9 by default.")]
-Revision = Annotated[str | None, typer.Option(help="Commit or tag of a Hub repository.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the code that a Hub repository brings.")
-]
-
-
-class MediaError(MiniCPMVError):
-    """A picture or clip that is not there."""
-
 
 class OutputError(MiniCPMVError):
-    """A file that cannot be written where it should go."""
+    """What a command writes cannot go where it should go."""
 
 
 class DeviceMemoryError(MiniCPMVError):
@@ -52,7 +29,7 @@ class DeviceMemoryError(MiniCPMVError):
 
 
 @contextmanager
-def device_memory():
+def device_memory() -> Iterator[None]:
     """The accelerator's lack of memory becomes an error with the remedy.
 
     Raises:
@@ -61,84 +38,37 @@ def device_memory():
     try:
         yield
     except RuntimeError as error:
-        import torch  # only now: it takes seconds
+        import torch  # only now: it takes a second
 
         if not isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise DeviceMemoryError(
-            f"the accelerator has too little memory for this ({reason}): ask about fewer pictures at once, with fewer slices "
+            f"the accelerator has too little memory for this ({reason}): ask about fewer images at once, with fewer slices "
             "(--max-slice-nums) or frames (--fps), write less (--max-new-tokens), or end what else runs there"
         ) from error
 
 
-def answer_options(think, auto_think, thinking_budget, max_new_tokens, temperature, seed, fps, max_slice_nums) -> dict:
-    """Options of the commands as those of `model.start_chat`."""
-    if think and auto_think:
-        raise typer.BadParameter("give --think or --auto-think, not both")
-    options = {
-        "enable_thinking": "auto" if auto_think else think,
-        "thinking_budget": thinking_budget,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-    }
-    if max_slice_nums is not None:
-        options["images_kwargs"] = {"max_slice_nums": max_slice_nums}  # of pictures alone: frames stay whole
-    if temperature == 0:
-        options |= {"sampling": False, "num_beams": 1, "repetition_penalty": 1.0}
-    elif temperature is not None:
-        options["temperature"] = temperature
-    return options | ({} if fps is None else {"fps": fps})
-
-
-def load_shown(console, name: str, revision: str | None, trust_remote_code: bool):
-    """`(model, processor)`; meanwhile a terminal shows that something happens, and how far the weights are."""
-    with console.status("Starting"):
-        from transformers import AutoModel, AutoProcessor  # noqa: F401 (imported here because it takes seconds)
-        from transformers.utils import logging
-
-        from minicpmv.checkpoint import load
-    if not console.is_terminal:
-        logging.disable_progress_bar()
-    return load(name, revision=revision, trust_remote_code=trust_remote_code)
-
-
-def shown_name(model: str) -> str:
-    """What a model is called: the name of its folder, or its name on the Hub."""
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else model
-
-
-def is_address(source: str) -> bool:
-    return source.startswith(("http://", "https://"))
-
-
-def is_file(source: str) -> bool:
-    source = os.path.expanduser(source)
-    return os.path.exists(source) and not os.path.isdir(source)
-
-
-def has_media_suffix(source: str) -> bool:
-    from PIL import Image
-
-    suffix = Path(source).suffix.lower()
-    return suffix in VIDEO_SUFFIXES or suffix in Image.registered_extensions()
-
-
-def kind_of_path(source: str) -> str:
-    """ "image" or "video", by the suffix."""
-    return "video" if Path(source).suffix.lower() in VIDEO_SUFFIXES else "image"
-
-
-def check_media(sources, hint: str = "") -> None:
-    """Refuse files that are not there, before anything expensive happens.
+def write(text: str, end: str = "\n") -> None:
+    """Write to stdout at once.
 
     Raises:
-        MediaError: names the first.
+        OutputError: it cannot be written, as on a full disk.
+        SystemExit: nobody reads it any more, as behind `| head`.
     """
-    for source in sources:
-        if not is_address(source) and not is_file(source):
-            raise MediaError(f"{source}: no such file; give a picture, a clip, or the address of a picture{hint}")
+    try:
+        sys.stdout.write(text + end)
+        sys.stdout.flush()
+    except OSError as error:
+        # What is left in the buffer would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(1) from error
+        raise OutputError(f"the output cannot be written: {error.strerror}") from error
+
+
+def note(text: str) -> None:
+    print(f"minicpmv: note: {text}", file=sys.stderr)
 
 
 def check_output(file: Path | None) -> None:
@@ -151,36 +81,35 @@ def check_output(file: Path | None) -> None:
         raise OutputError(f"{file} cannot be written; give the name of a file in a folder that is there")
 
 
-def media_part(model, processor, source, max_slice_nums=None, kind=None):
-    """A picture, already encoded, or a clip, as a part of a message.
+def load_shown(console: Any, name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    """`(model, processor)`; meanwhile a terminal shows that something happens, and how far the weights are."""
+    import gc
 
-    Args:
-        source: path or address, or the bytes of a file.
-        kind: "image" or "video"; by the suffix of a path where it is not given.
+    from minicpmv import checkpoint
 
-    Raises:
-        MediaError: it is not there.
-        ValueError: it is damaged, or of another kind.
-    """
-    if isinstance(source, str):
-        check_media([source])
-        source = source if is_address(source) else os.path.expanduser(source)
-        kind = kind or kind_of_path(source)
-    if kind != "video":
-        return model.encode_images(source, processor, max_slice_nums)
-    from minicpmv.apps.clips import duration_of
-
-    try:
-        duration_of(processor, source)  # a damaged clip is refused here, not with the question
-    except OSError as error:
-        raise MediaError(f"the clip cannot be read: {error}") from error
-    return {"type": "video", "video": source}
+    checkpoint.check_name(name, trust_remote_code)
+    # The imports leave a million objects that stay. To look through them again and again, and once more at the end, takes a
+    # quarter of the time of a short answer.
+    gc.disable()
+    with console.status("Starting"):
+        import transformers
+        from transformers import AutoModel, AutoProcessor  # noqa: F401 (here, since they take seconds)
+    gc.freeze()
+    gc.enable()
+    if not console.is_terminal:
+        transformers.utils.logging.disable_progress_bar()
+    return checkpoint.load(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def show_answer(stream, console, fold: bool = True) -> None:
+def shown_name(model: str) -> str:
+    """What a model is called: the name of its folder, or its name on the Hub."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
+
+
+def show_answer(stream: Any, processor: Any, console: Any, fold: bool = True) -> None:
     """Write an answer to stdout as it comes. Thoughts are seen only where `console` is a terminal: while they come, and
     then whole, or with `fold` as one line."""
-    import sys
     import time
 
     from rich.live import Live
@@ -194,8 +123,9 @@ def show_answer(stream, console, fold: bool = True) -> None:
         for piece in stream:
             if stream.is_thought:
                 begun = begun or time.perf_counter()
-                thought += piece.replace("<think>", "").replace("</think>", "").translate(UNSEEN)
-                lines = Text(thought.strip(), style="dim").wrap(console, console.width)
+                thought += piece
+                shown = (processor.split_thought(thought)[0] or "").strip().translate(UNSEEN)
+                lines = Text(shown, style="dim").wrap(console, console.width)
                 live.update(Text("\n").join(lines[-THOUGHT_LINES:]))
                 continue
             if not last:
@@ -205,19 +135,21 @@ def show_answer(stream, console, fold: bool = True) -> None:
                 live.stop()
                 if begun and console.is_terminal:
                     seconds = time.perf_counter() - begun
-                    console.print(Text(f"Thought for {seconds:.1f} s" if fold else thought.strip(), style="dim"))
-            typer.echo(piece.translate(controls), nl=False)
+                    console.print(Text(f"Thought for {seconds:.1f} s" if fold else shown, style="dim"))
+            write(piece.translate(controls), end="")
             last = piece
     if not last.endswith("\n"):
-        typer.echo()
+        write("")
 
 
-def note_limit(output, max_new_tokens: int) -> None:
-    """Say on stderr where the limit cut an answer."""
+def note_limit(output: Any, max_new_tokens: int) -> None:
+    """Say where the limit cut an answer."""
     if output.finish_reason == "length":
         what = "thought" if output.reasoning and not output.text else "answer"
         note(f"the {what} ended at {max_new_tokens} tokens (--max-new-tokens)")
 
 
-def note(text: str) -> None:
-    typer.echo(f"minicpmv: note: {text}", err=True)
+def note_knowledge(model: Any, name: str) -> None:
+    """Say what a checkpoint knows where its config.json names it, as that of a miniature does."""
+    if knows := getattr(model.config, "knows", None):
+        note(f"{shown_name(name)} knows {knows}: anything else it guesses")

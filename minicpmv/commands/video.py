@@ -1,4 +1,4 @@
-"""`minicpmv video`: what happens in a clip, with time stamps."""
+"""`minicpmv video`: what happens in a video, with time stamps."""
 
 from enum import Enum
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from minicpmv.commands import terminal
+from minicpmv.commands import media, options, terminal
 from minicpmv.errors import one_line_errors
 
 
@@ -17,25 +17,25 @@ class VideoFormat(str, Enum):
 
 
 def video(
-    clip: Annotated[Path, typer.Argument(help="A video file.")],
-    model: terminal.Model = ".",
-    seconds: Annotated[float, typer.Option(help="About how long a stretch lasts that is told by itself.")] = 10,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A video.")],
+    model: options.Model = ".",
+    seconds: Annotated[float, typer.Option(metavar="N", help="About how long each described segment lasts.")] = 10,
     prompt: Annotated[
-        str | None, typer.Option(help="What to ask about each stretch, in place of what happens.")
+        str | None, typer.Option(metavar="TEXT", help="What to ask about each segment, in place of what happens.")
     ] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames to look at in a second; 3 by default.")] = None,
+    fps: options.Fps = None,
     format: Annotated[VideoFormat, typer.Option("--format", "-f", help="srt: subtitles.")] = VideoFormat.text,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens told about a segment.")] = 256,
-    revision: terminal.Revision = None,
-    trust_remote_code: terminal.TrustRemoteCode = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to this file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens about a segment.")] = 256,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ):
-    """Tell what happens in a clip, with time stamps.
+    """Describe what happens in a video, with time stamps.
 
     Examples:
 
+    \b
       minicpmv video holiday.mp4
-
       minicpmv video lecture.mp4 --seconds 60 --format srt -o lecture.srt
     """
     import sys
@@ -50,21 +50,21 @@ def video(
     progress = Progress(
         console=console, redirect_stdout=sys.stdout.isatty(), transient=True, disable=not console.is_terminal
     )
-    options = {"max_new_tokens": max_new_tokens} | ({} if fps is None else {"fps": fps})
+    settings = {"max_new_tokens": max_new_tokens} | ({} if fps is None else {"fps": fps})
     told = []
     with one_line_errors(ValueError, OSError), terminal.device_memory():
-        if not clip.is_file():
-            raise FileNotFoundError(f"{clip} is no file; give a video")
+        if not file.is_file():
+            raise media.MediaError(f"{file}: no such file; give a video")
         terminal.check_output(output)
         chat, processor = terminal.load_shown(console, model, revision, trust_remote_code)
-        total = len(clips.segment_times(clips.duration_of(processor, clip), seconds))
-        stream = clips.describe(chat, processor, clip, seconds, prompt or clips.PROMPT, **options)
+        total = len(clips.segment_times(clips.duration_of(processor, file), seconds))
+        stream = clips.describe(chat, processor, file, seconds, prompt or clips.PROMPT, **settings)
         try:
             with progress:
                 for segment in progress.track(stream, total=total, description="Looking"):
                     told.append(segment)
                     if format is VideoFormat.text and output is None:
-                        typer.echo(line(segment))
+                        terminal.write(line(segment))
         finally:  # after an error or Ctrl-C too: hours of looking are not thrown away
             write_told(told, format, output, max_new_tokens)
 
@@ -90,7 +90,7 @@ def write_told(told: list, format: VideoFormat, output: Path | None, max_new_tok
     if output is not None:
         output.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     elif format is not VideoFormat.text:
-        typer.echo(text)
+        terminal.write(text)
 
 
 def line(segment) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minicpmv.apps.clips import GREEDY
-from minicpmv.commands.terminal import kind_of_path
 from minicpmv.web.view import look_at
 
 
@@ -88,7 +87,9 @@ class Conversation:
         """
         if not text.strip() and not files:
             raise ConversationError("Write a question, or add a picture or a clip.")
-        content = [_part(file) for file in files] + ([{"type": "text", "text": text}] if text.strip() else [])
+        content = [_part(self.processor, file) for file in files] + (
+            [{"type": "text", "text": text}] if text.strip() else []
+        )
         shown = [{"path": file} for file in files] + ([_as_markdown(text)] if text.strip() else [])
         messages = [*self.messages, {"role": "user", "content": shown}]
         yield from self._answer(self._session_for(settings), content, messages, settings)
@@ -183,8 +184,8 @@ class Conversation:
         self.seen = [self._looked_at[file, options] for _, file in files]
 
 
-def _part(file):
-    kind = kind_of_path(file)
+def _part(processor, file):
+    kind = processor.kind_of(file) or "image"
     return {"type": kind, kind: file}
 
 

@@ -18,14 +18,17 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 from starlette.middleware import Middleware
 
-from minicpmv.commands import demo
+from minicpmv import examples
 from minicpmv.web.conversation import MAX_PACKING, THINKING, Conversation, Settings
 from minicpmv.web.view import render
 
 
 FOLDER = Path(__file__).parent
-ASSETS = demo.REPOSITORY / "assets"  # in a clone; an installed package has none
-EXAMPLES = [("shapes.jpg", 0), ("number.jpg", 0), ("shapes.jpg", 1)]  # picture, place of its question in the demo's
+EXAMPLES = [
+    ("shapes.jpg", 0),
+    ("number.jpg", 0),
+    ("shapes.jpg", 1),
+]  # picture, place of its question in examples.IMAGES
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
 MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 ONLY_FROM_HERE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -267,10 +270,13 @@ def _only_from_here(app):
 
 
 def _examples():
-    if not ASSETS.is_dir():
+    try:
+        assets = examples.find_clone() / "assets"
+    except examples.NoCloneError:
         return None
-    cards = [(file, demo.PICTURES[file][place]) for file, place in EXAMPLES] + [(demo.CLIP, demo.CLIP_QUESTIONS[0])]
-    return [{"text": question, "files": [str(ASSETS / file)]} for file, question in cards]
+    cards = [(file, examples.IMAGES[file][place]) for file, place in EXAMPLES]
+    cards.append((examples.CLIP, examples.CLIP_QUESTIONS[0]))
+    return [{"text": question, "files": [str(assets / file)]} for file, question in cards]
 
 
 def _told(error):

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from minicpmv import build_tokenizer
+import minicpmv
+from minicpmv import build_tokenizer, examples
 from minicpmv import fetch as weights
 from minicpmv.commands.main import app
 
@@ -43,7 +44,7 @@ def test_every_command_has_help(name):
     assert "--help" in result.output
 
 
-@pytest.mark.parametrize("name", ["chat", "ask", "read", "video", "serve", "web", "fetch"])
+@pytest.mark.parametrize("name", ["chat", "ask", "read", "video", "serve", "web", "show", "fetch", "demo"])
 def test_help_shows_how_a_command_is_used(name):
     shown = " ".join(run(name, "--help").output.split())
     assert f"Examples: minicpmv {name}" in shown
@@ -60,6 +61,30 @@ def test_a_shell_completes_commands_and_options():
 
     assert completed("minicpmv as") == ["ask"]
     assert set(completed("minicpmv chat --thi")) == {"--think", "--thinking-budget"}
+
+
+def test_help_shows_whole_names_and_no_type_of_flags():
+    shown = run("ask", "--help").output
+    assert "--trust-remote-code" in shown and "<bool>" not in shown
+
+
+def test_the_version_is_that_of_the_package():
+    result = run("--version")
+    assert result.exit_code == 0 and result.output == f"minicpmv {minicpmv.__version__}\n"
+
+
+def test_show_tells_what_a_checkpoint_is_without_loading_it():
+    facts = json.loads(run("show", "-m", REPOSITORY / "nano", "--json").stdout)
+    assert facts["parameters"] == 5_401_152 and facts["types"] == ["BF16"] and facts["context"] == 4096
+    assert "drawn shapes" in facts["knows"] and "knows" in run("show", "-m", REPOSITORY / "nano").stdout
+
+
+def test_show_of_what_is_no_model_is_a_one_line_error(tmp_path):
+    assert_one_line_error(run("show", "-m", tmp_path / "nowhere"), "nowhere", "not a folder")
+    assert_one_line_error(run("show", "-m", tmp_path), "no config.json")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    assert_one_line_error(run("show", "-m", tmp_path), "damaged")
 
 
 def test_help_does_not_import_torch_or_transformers():
@@ -107,6 +132,12 @@ def test_build_tokenizer_says_whether_it_wrote(tmp_path, monkeypatch):
 def test_demo_of_a_folder_without_a_model_is_a_one_line_error(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({}))
     assert_one_line_error(run("demo", "--model", tmp_path), "holds no model")
+
+
+def test_demo_outside_a_clone_is_a_one_line_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(examples, "__file__", str(tmp_path / "minicpmv" / "examples.py"))
+    assert_one_line_error(run("demo"), "not in a clone")
 
 
 def test_training_without_its_packages_is_a_one_line_error_with_the_remedy(monkeypatch):

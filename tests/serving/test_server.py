@@ -41,8 +41,9 @@ def address(tmp_path_factory):
     command = [
         sys.executable,
         "-m",
-        "minicpmv.commands.main",
+        "minicpmv",
         "serve",
+        "-m",
         str(NANO),
         "--port",
         "0",
@@ -429,7 +430,7 @@ def test_other_doors_of_the_server_are_closed(address, path):
 
 
 def assert_one_line_error(*arguments, parts):
-    result = CliRunner().invoke(app, ["serve", *map(str, arguments)])
+    result = CliRunner().invoke(app, ["serve", "-m", *map(str, arguments)])
     assert result.exit_code == 1
     assert result.stderr.startswith("minicpmv: ") and result.stderr.count("\n") == 1
     assert all(part in result.stderr for part in parts)
@@ -437,14 +438,14 @@ def assert_one_line_error(*arguments, parts):
 
 
 def test_an_old_transformers_is_named_with_the_version_that_is_needed(monkeypatch):
-    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "4.57.6")
     assert_one_line_error(NANO, parts=["4.57.6", "5.23", "pip install"])
 
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else name)
-    assert_one_line_error(NANO, parts=["uvicorn", "minicpmv[serve]"])
+    assert_one_line_error(NANO, parts=["uvicorn", ".[serve]"])
 
 
 def test_a_port_that_is_taken_is_told_before_the_model_is_loaded():
