@@ -9,6 +9,7 @@ import importlib
 import typer
 
 from minicpmv.errors import MissingPackageError, one_line_errors
+from minicpmv.train.common.names import refuse_early
 
 
 train_app = typer.Typer(help="Tune the model: supervised, preferences, rewards.", no_args_is_help=True)
@@ -26,9 +27,11 @@ def load_verb(module: str):
         raise MissingPackageError("train", error.name) from error
 
 
-def add_verb(app: typer.Typer, name: str, module: str, help: str) -> None:
+def add_verb(app: typer.Typer, name: str, module: str, help: str, trains: bool = True) -> None:
     def run(context: typer.Context):
-        with one_line_errors(MissingPackageError):
+        with one_line_errors():
+            if trains:
+                refuse_early(context.args)
             verb = load_verb(module)
         verb.main(context.args)
 
@@ -39,5 +42,5 @@ add_verb(train_app, "sft", "minicpmv.train.sft", "Supervised fine-tuning: full, 
 add_verb(train_app, "dpo", "minicpmv.train.dpo", "Direct preference optimization on pairs of answers.")
 add_verb(train_app, "reward", "minicpmv.train.reward", "A visual reward model from pairs of answers.")
 add_verb(train_app, "rl", "minicpmv.train.grpo", "Reinforcement learning with GRPO, thinking and fast rollouts mixed.")
-add_verb(train_app, "merge", "minicpmv.train.merge", "Merge an adapter into its model.")
+add_verb(train_app, "merge", "minicpmv.train.merge", "Merge an adapter into its model.", trains=False)
 add_verb(align_app, "feedback", "minicpmv.train.feedback.run", "Sample answers, check their claims, choose pairs.")

@@ -45,7 +45,6 @@ from minicpmv.train.common.arguments import (
     DataArguments,
     FreezeArguments,
     ModelArguments,
-    check_model_name,
     option,
     parse,
 )
@@ -53,6 +52,7 @@ from minicpmv.train.common.checkpoints import checkpoint_to_resume
 from minicpmv.train.common.curves import LossCurves
 from minicpmv.train.common.errors import ArgumentsError
 from minicpmv.train.common.loading import load_model_and_processor
+from minicpmv.train.common.names import check_model_name
 from minicpmv.train.common.run import RunArguments, check, load_data, save, set_up, train_and_evaluate
 from minicpmv.train.common.trainer import TrainerMixin
 from minicpmv.train.reward_model import load_reward_model, score_answers

@@ -27,6 +27,7 @@ from minicpmv.data.collator import ConversationCollator, ConversationTooLongErro
 from minicpmv.data.formats import DataError
 from minicpmv.train import merge, sft
 from minicpmv.train.common import arguments, loading
+from minicpmv.train.common.checkpoints import checkpoint_to_resume
 
 
 NANO = REPOSITORY / "nano"
@@ -359,6 +360,29 @@ def test_an_earlier_run_is_not_written_over(tmp_path):
         sft.train(*arguments.parse(sft.GROUPS, run_flags))
 
 
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """The output folder of a run that saved after each of its two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    run(folder, adapter="lora", save_strategy="steps", save_steps=1)
+    return folder / "output"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt"])
+def test_a_run_resumes_from_the_newest_checkpoint_whose_files_are_all_whole(tmp_path, two_checkpoints, name, caplog):
+    output = shutil.copytree(two_checkpoints, tmp_path / "output")
+    (args,) = arguments.parse([sft.SFTArguments], ["--output_dir", str(output), "--resume_from_checkpoint", "last"])
+    assert checkpoint_to_resume(args) == str(output / "checkpoint-2") and not caplog.text
+    cut = output / "checkpoint-2" / name
+    cut.write_bytes(cut.read_bytes()[:-100])
+    assert checkpoint_to_resume(args) == str(output / "checkpoint-1")
+    assert f"Resuming from {output / 'checkpoint-1'}" in caplog.text
+    assert f"checkpoint-2 is not whole ({name} is damaged)" in caplog.text
+    args.resume_from_checkpoint = str(output / "checkpoint-2")
+    with pytest.raises(arguments.ArgumentsError, match=f"not a whole checkpoint: {name} is damaged"):
+        checkpoint_to_resume(args)
+
+
 def test_a_resume_point_that_is_no_whole_checkpoint_is_refused(tmp_path):
     with pytest.raises(arguments.ArgumentsError, match="not a whole checkpoint: trainer_state.json is missing"):
         run(tmp_path, resume_from_checkpoint=tmp_path)
@@ -458,6 +482,38 @@ def test_curves_and_card_tell_what_happened(tmp_path):
 # ---- it refuses ----
 
 
+def test_weights_that_became_nan_are_not_saved_over_good_ones(tmp_path, capsys):
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "model.safetensors").write_bytes(b"an earlier model")
+    with pytest.raises(SystemExit) as stopped:
+        sft.main(flags(tmp_path, learning_rate=1e38, max_steps=3, save_strategy="steps", save_steps=3))
+    assert stopped.value.code == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"minicpmv: Step \d: .* hold NaN or infinite values, .*Lower learning_rate \(1e\+38\)", message)
+    assert (output / "model.safetensors").read_bytes() == b"an earlier model"
+    assert not list(output.glob("checkpoint-*"))
+
+
+def test_a_run_without_a_model_is_refused_before_torch_is_imported(tmp_path):
+    program = (
+        "import sys\n"
+        "from minicpmv.commands.main import app\n"
+        "try: app(sys.argv[1:])\n"
+        "finally: assert 'torch' not in sys.modules\n"
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("dataset_name: rows.jsonl\n")
+    for given, message in (
+        (["--config", str(recipe)], "model_name_or_path is missing"),
+        (["--config", str(recipe), "-m", str(NANO)], "rows.jsonl does not exist"),
+        (["-m", "nowhere"], "nowhere is neither a folder"),
+    ):
+        command = [sys.executable, "-c", program, "train", "sft", *given]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+
+
 def test_a_batch_without_a_label_is_an_error(tmp_path):
     """As where a template does not mark the assistant's text; loss 0 would look like success."""
     model = shutil.copytree(NANO, tmp_path / "model")
@@ -502,6 +558,7 @@ def test_a_bad_row_ends_the_command_with_its_number(tmp_path, capsys):
         ({"model_name_or_path": "nowhere"}, "neither a folder nor"),
         ({"model_name_or_path": ASSETS}, "no config.json"),
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
+        ({"model_name_or_path": None, "model_nam_or_path": NANO}, "Did you mean '--model_name_or_path'"),
         ({"dataset_name": "nothing.jsonl"}, "nothing.jsonl does not exist"),
         ({"eval_dataset_name": "nothing.jsonl"}, "nothing.jsonl does not exist"),
         ({"image_folder": "nowhere"}, "not a folder"),
@@ -606,7 +663,7 @@ def test_a_file_and_flags_say_the_same_and_a_flag_wins(tmp_path):
         ("learning_rate: [1, 2]", "takes one value"),
         ("max_steps: many", "invalid int value"),
         ("a: [", "is not YAML"),
-        ("just text", "no mapping"),
+        ("just text", "not a mapping"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text, message):

@@ -1,7 +1,8 @@
 """Options of the training commands: dataclasses, filled from one YAML file and from flags of the same names.
 
 What is special:
-- a value in the file goes through the same checks as a flag, since it becomes one; a flag wins over the file;
+- a value in the file goes through the same checks as a flag, since it becomes one; a flag wins over the file. (TrlParser
+  makes defaults of them, which argparse checks only where they are strings: `lora_r: 1.5` would pass.)
 - everything is checked before a model loads: names (with a suggestion), types, files, options that contradict each other;
 - names are those of TRL and PEFT where they have one (`model_name_or_path`, `lora_r`, `dataset_name`, ...), and the
   options of the trainer itself (`SFTConfig`, `DPOConfig`, ...) stand beside them.
@@ -9,20 +10,20 @@ What is special:
 
 import argparse
 import dataclasses
-import difflib
 import importlib.util
 import json
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from minicpmv.train.common.errors import ArgumentsError
+from minicpmv.train.common.names import MODEL_FLAGS, check_data_name, check_model_name, did_you_mean
 
 
 # The linear layers of the language model: engines serve adapters on these only. (`all-linear` would take the tower too.)
@@ -32,7 +33,8 @@ LORA_METHODS = ("lora", "qlora", "dora")
 PARTS = {"llm": "llm", "resampler": "resampler", "tower": "vpm"}
 
 
-def option(default, help, **settings):
+def option(default: Any, help: str, **settings: Any) -> Any:
+    """A field with a help text; `settings` are those of argparse's `add_argument`."""
     return field(default=default, metadata={"help": help, **settings})
 
 
@@ -40,21 +42,23 @@ def option(default, help, **settings):
 class ModelArguments:
     _argument_group_name = "model"
 
-    model_name_or_path: str = option(None, "Folder of the model, or owner/name on the Hub (with --trust_remote_code).")
-    model_revision: str | None = option(None, "Commit, tag or branch on the Hub.")
+    model_name_or_path: str = option(
+        None,
+        "Model folder, or owner/name on the Hub (with --trust_remote_code).",
+        aliases=[flag for flag in MODEL_FLAGS if "name" not in flag],
+    )
+    model_revision: str | None = option(None, "Commit, tag or branch of the model on the Hub.")
     dtype: str | None = option(
         None,
-        "Type of the frozen weights, that of the checkpoint without. What trains is float32 (a small step changes nothing "
-        "in bfloat16), and computes in bfloat16 with --bf16.",
+        "dtype of the frozen weights (default: the checkpoint's). Trained weights are float32, since bfloat16 loses small "
+        "steps; with --bf16 they compute in bfloat16.",
         choices=["float32", "bfloat16", "float16"],
     )
     attn_implementation: str | None = option(
-        None, "sdpa, eager, flash_attention_2, ...; transformers' choice without."
+        None, "Attention kernel: sdpa, eager, flash_attention_2, ... (default: chosen by transformers)."
     )
 
     def __post_init__(self):
-        if not self.model_name_or_path:
-            raise ArgumentsError("model_name_or_path is missing: the folder of the model, or its name on the Hub.")
         check_model_name(self.model_name_or_path)
 
 
@@ -64,22 +68,20 @@ class AdapterArguments:
 
     adapter: str = option(
         "none",
-        "none (the weights themselves train), lora, qlora (a 4-bit model under LoRA), dora, or another PEFT method that "
-        "changes modules: adalora, loha, lokr, oft, ia3, ...",
+        "none (train the weights themselves), lora, qlora (LoRA on a 4-bit model), dora, or another PEFT method that adapts "
+        "modules: adalora, loha, lokr, oft, ia3, ...",
     )
     lora_r: int = option(16, "Rank of LoRA, QLoRA and DoRA.")
-    lora_alpha: int = option(32, "Scale of LoRA, QLoRA and DoRA: the change is multiplied by alpha / r.")
+    lora_alpha: int = option(32, "Scale of LoRA, QLoRA and DoRA: the update is multiplied by alpha / r.")
     lora_dropout: float = option(0.05, "Dropout of LoRA, QLoRA and DoRA.")
-    target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of modules, or one regular expression; the llm's linear layers without."},
+    target_modules: list[str] | None = option(
+        None, "Module names, or one regular expression (default: the linear layers of the language model)."
     )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "More modules that train whole and are saved with the adapter, such as embed_tokens."},
+    modules_to_save: list[str] | None = option(
+        None, "Further modules to train in full and save with the adapter, such as embed_tokens."
     )
     adapter_options: dict | str | None = option(
-        None, "More fields of the method's PEFT config, as a mapping or JSON: {use_rslora: true}."
+        None, "Further fields of the method's PEFT config, as a mapping or JSON: {use_rslora: true}."
     )
 
     def __post_init__(self):
@@ -131,8 +133,8 @@ class AdapterArguments:
                         "adapter_options."
                     )
 
-    def peft_config(self, also_train=(), task_type="CAUSAL_LM"):
-        """The method's PEFT config, or None; the modules in `also_train` train whole beside it."""
+    def peft_config(self, also_train: Sequence[str] = (), task_type: str | None = "CAUSAL_LM") -> Any:
+        """The method's PEFT config, or None without an adapter; the modules in `also_train` train in full with it."""
         if self.adapter == "none":
             return None
         targets = self.target_modules or [LLM_LINEAR_LAYERS]
@@ -149,7 +151,7 @@ class AdapterArguments:
         return adapter_methods()[self.adapter](**fields | (self.adapter_options or {}))
 
 
-def adapter_methods():
+def adapter_methods() -> dict[str, type]:
     """Names of adapter methods -> their PEFT configs: those that change modules, not those that add tokens."""
     from peft import LoraConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -166,13 +168,15 @@ def adapter_methods():
 class FreezeArguments:
     _argument_group_name = "what trains"
 
-    train_tower: bool | None = option(None, "Train the vision tower: yes without an adapter, no with one.")
-    train_resampler: bool | None = option(None, "Train the resampler: yes without an adapter, no with one.")
-    train_llm: bool | None = option(None, "Train the language model: yes (with an adapter: the adapter).")
-    tower_learning_rate: float | None = option(None, "Learning rate of the tower; learning_rate without.")
-    resampler_learning_rate: float | None = option(None, "Learning rate of the resampler; learning_rate without.")
+    train_tower: bool | None = option(None, "Train the vision tower (default: only without an adapter).")
+    train_resampler: bool | None = option(None, "Train the resampler (default: only without an adapter).")
+    train_llm: bool | None = option(
+        None, "Train the language model (default: yes; with an adapter, the adapter trains in its place)."
+    )
+    tower_learning_rate: float | None = option(None, "Learning rate of the vision tower (default: learning_rate).")
+    resampler_learning_rate: float | None = option(None, "Learning rate of the resampler (default: learning_rate).")
     llm_learning_rate: float | None = option(
-        None, "Learning rate of the language model or its adapter; learning_rate without."
+        None, "Learning rate of the language model or its adapter (default: learning_rate)."
     )
 
     def __post_init__(self):
@@ -182,12 +186,12 @@ class FreezeArguments:
             if getattr(self, f"train_{part}") is False:
                 raise ArgumentsError(f"{part}_learning_rate is given, but train_{part} is false. Drop one of the two.")
 
-    def learning_rates(self):
+    def learning_rates(self) -> dict[str, float]:
         """`{part: rate}` of the parts that have their own."""
         rates = {part: getattr(self, f"{part}_learning_rate") for part in PARTS}
         return {part: rate for part, rate in rates.items() if rate is not None}
 
-    def trained(self, has_adapter):
+    def trained(self, has_adapter: bool) -> dict[str, bool]:
         """`{part: bool}`: whether the weights of the part itself train."""
         return {
             part: not has_adapter if getattr(self, f"train_{part}") is None else getattr(self, f"train_{part}")
@@ -199,78 +203,53 @@ class FreezeArguments:
 class DataArguments:
     _argument_group_name = "data"
 
-    dataset_name: str = option(None, "File (.json, .jsonl, .parquet, ...), folder, or owner/name on the Hub.")
-    dataset_train_split: str | None = option(None, "Split to train on; a JSON file has none.")
-    eval_dataset_name: str | None = option(None, "Where the evaluation samples are, if not in dataset_name.")
-    dataset_test_split: str | None = option(None, "Split to evaluate on.")
-    dataset_streaming: bool = option(False, "Read samples as they are needed; takes max_steps.")
-    image_folder: str | None = option(
-        None, "Folder that paths of pictures and videos start from; that of the file without."
+    dataset_name: str = option(
+        None, "Training data: a file (.json, .jsonl, .parquet, ...), a folder, or owner/name on the Hub."
     )
-    on_bad_row: typing.Literal["raise", "skip"] = option("raise", "A bad row ends the run, or is skipped and counted.")
+    dataset_train_split: str | None = option(None, "Split to train on; JSON files have none.")
+    eval_dataset_name: str | None = option(None, "Evaluation data (default: dataset_name, with dataset_test_split).")
+    dataset_test_split: str | None = option(None, "Split to evaluate on.")
+    dataset_streaming: bool = option(False, "Read rows while training instead of before; needs max_steps.")
+    image_folder: str | None = option(
+        None, "Folder that relative image and video paths start from (default: the folder of the data file)."
+    )
+    on_bad_row: typing.Literal["raise", "skip"] = option("raise", "Stop at a bad row, or skip and count it.")
     on_too_long: typing.Literal["error", "drop", "shorten"] = option(
-        "error", "A sample over max_length ends the run, is dropped, or loses the text of its oldest turns."
+        "error", "For a sample over max_length: stop, drop it, or cut text from its oldest turns."
     )
 
     def __post_init__(self):
         if not self.dataset_name:
             raise ArgumentsError("dataset_name is missing: a file, a folder, or a name on the Hub.")
         for name in ("dataset_name", "eval_dataset_name"):
-            value = getattr(self, name)
-            is_file_name = value is not None and (Path(value).suffix in DATA_SUFFIXES or not is_hub_name(value))
-            if is_file_name and not Path(value).expanduser().exists():
-                raise ArgumentsError(f"{name}: {value} does not exist.")
+            if (value := getattr(self, name)) is not None:
+                check_data_name(name, value)
         if self.image_folder is not None and not Path(self.image_folder).expanduser().is_dir():
             raise ArgumentsError(f"image_folder: {self.image_folder} is not a folder.")
 
 
-DATA_SUFFIXES = {".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".yaml", ".yml"}
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """States the defaults that a flag could give: None says nothing, and the help text tells what happens then."""
 
-
-def is_hub_name(name):
-    """Whether `name` has the form owner/name."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1 and not name.startswith(".")
-
-
-def check_model_name(name):
-    """A folder with a whole model in it, or a name on the Hub."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        if is_hub_name(name):
-            return
-        raise ArgumentsError(f"model_name_or_path: {name} is neither a folder nor of the form owner/name.")
-    if (folder / "config.json").is_file():
-        return
-    if (folder / "adapter_config.json").is_file():
-        raise ArgumentsError(
-            f"model_name_or_path: {name} holds an adapter alone. Merge it first: minicpmv train merge {name} OUTPUT."
-        )
-    raise ArgumentsError(f"model_name_or_path: {name} has no config.json, so it is no model folder.")
-
-
-def did_you_mean(name, known):
-    """A sentence that names the nearest of `known`, or nothing."""
-    nearest = difflib.get_close_matches(name, known, n=2)
-    return f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class ArgumentsParser(HfArgumentParser):
     """Raises where argparse would print its usage and end the process."""
 
-    def error(self, message):
+    def error(self, message: str) -> typing.NoReturn:
         raise ArgumentsError(message)
 
 
-def parse(dataclass_types, argv=None, description=None):
+def parse(
+    dataclass_types: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
+) -> tuple[Any, ...]:
     """Fill dataclasses from `--config FILE.yaml` and flags.
 
     Args:
         dataclass_types: the dataclasses above that a command needs, and the config of its trainer.
-        argv: the flags; those of the process without.
+        argv: the flags (default: those of the process).
 
     Returns:
         One instance of each dataclass, in order.
@@ -279,7 +258,9 @@ def parse(dataclass_types, argv=None, description=None):
         ArgumentsError: what is wrong, and where it can be told, what to write instead.
     """
     usage = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
-    parser = ArgumentsParser(dataclass_types, usage=usage, description=description, allow_abbrev=False)
+    parser = ArgumentsParser(
+        dataclass_types, usage=usage, description=description, allow_abbrev=False, formatter_class=HelpFormatter
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with options under the names of the flags.")
     if "use_cpu" in {action.dest for action in parser._actions} and not torch.accelerator.is_available():
         parser.set_defaults(use_cpu=True)  # else the default of bf16 would be refused
@@ -288,20 +269,19 @@ def parse(dataclass_types, argv=None, description=None):
     config, flags = before.parse_known_args(argv)
     if config.config is not None:
         flags = [*_flags_of_file(parser, Path(config.config)), *flags]
-    try:
-        *filled, _, unknown = parser.parse_args_into_dataclasses(
-            flags, return_remaining_strings=True, look_for_args_file=False
-        )
-    except (ValueError, TypeError, ImportError) as error:  # what the trainer's config finds wrong
-        raise error if isinstance(error, ArgumentsError) else ArgumentsError(str(error)) from error
+    _, unknown = parser.parse_known_args(flags)
     if unknown:
         names = [name for action in parser._actions for name in action.option_strings]
         raise ArgumentsError(f"There is no option {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], names)}")
+    try:
+        *filled, _ = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)  # the last one is --config
+    except (ValueError, TypeError, ImportError) as error:  # what the trainer's config finds wrong
+        raise error if isinstance(error, ArgumentsError) else ArgumentsError(str(error)) from error
     check_together(filled)
     return tuple(filled)
 
 
-def _flags_of_file(parser, path):
+def _flags_of_file(parser: ArgumentsParser, path: Path) -> list[str]:
     """The options of a YAML file as flags, so that they are read like those. What no flag can say becomes a default."""
     if not path.is_file():
         raise ArgumentsError(f"--config: {path} does not exist.")
@@ -310,7 +290,7 @@ def _flags_of_file(parser, path):
     except yaml.YAMLError as error:
         raise ArgumentsError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
-        raise ArgumentsError(f"{path} holds no mapping of options to values.")
+        raise ArgumentsError(f"{path} is not a mapping of options to values.")
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     hints = {name: hint for kind in parser.dataclass_types for name, hint in typing.get_type_hints(kind).items()}
     flags = []
@@ -330,8 +310,12 @@ def _flags_of_file(parser, path):
     return flags
 
 
-def check_together(groups):
-    """What one group of options cannot see alone."""
+def check_together(groups: Sequence[Any]) -> None:
+    """What one group of options cannot see alone.
+
+    Raises:
+        ArgumentsError: two contradict each other.
+    """
     found = {type(group): group for group in groups}
     adapter, parts = found.get(AdapterArguments), found.get(FreezeArguments)
     if adapter is None or parts is None:
