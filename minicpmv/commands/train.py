@@ -9,7 +9,6 @@ import importlib
 import typer
 
 from minicpmv.errors import MissingPackageError, one_line_errors
-from minicpmv.train.common.names import refuse_early
 
 
 train_app = typer.Typer(help="Tune the model: supervised, preferences, rewards.", no_args_is_help=True)
@@ -31,6 +30,8 @@ def add_verb(app: typer.Typer, name: str, module: str, help: str, trains: bool =
     def run(context: typer.Context):
         with one_line_errors():
             if trains:
+                from minicpmv.train.common.names import refuse_early
+
                 refuse_early(context.args)
             verb = load_verb(module)
         verb.main(context.args)
