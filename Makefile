@@ -74,7 +74,7 @@ clean: ## remove environments, caches and the built tokenizer
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) $(PIP_INSTALL) -c constraints.txt -e ".[tokenizer]"
+	$(PY) $(PIP_INSTALL) -c constraints.txt -e ".[chat,tokenizer]"
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp

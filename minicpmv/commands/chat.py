@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from minicpmv.commands import media, options, terminal
-from minicpmv.errors import MiniCPMVError, one_line, one_line_errors
+from minicpmv.errors import MiniCPMVError, one_line, one_line_errors, require
 
 
 COMMANDS = {
@@ -89,6 +89,8 @@ def chat(
     console = Console(stderr=True, highlight=False)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     with one_line_errors(ValueError), terminal.device_memory():
+        if is_terminal:
+            require("chat", "prompt_toolkit")
         media.check_media(files)
         conversation = Conversation(
             *terminal.load_shown(console, model, revision, trust_remote_code),
