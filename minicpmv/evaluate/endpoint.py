@@ -77,7 +77,10 @@ class Endpoint:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise EndpointError(f"{url!r} is not an address such as http://127.0.0.1:8000/v1")
-        self.url, self.model, self.concurrency = url, model, concurrency
+        self.url = urlunsplit(
+            parts._replace(netloc=parts.netloc.rpartition("@")[2])
+        )  # to be shown: without a password
+        self.model, self.concurrency = model, concurrency
         self.clips, self.frames, self.extra_body = clips, frames, dict(extra_body or {})
         self.processor_options, self.thinking_switch = processor_options, thinking_switch
         self.window = concurrency * QUESTIONS_A_LANE
@@ -94,9 +97,8 @@ class Endpoint:
         """
         if mode == "auto":
             raise EndpointError("an endpoint cannot think on demand: set thinking on, off, or to the rows that think")
-        parts = urlsplit(self.url)
         return {
-            "endpoint": urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])),  # without a password
+            "endpoint": self.url,
             "model": self.model,
             "clips": self.clips if self.clips == "video_url" else f"{self.frames} frames",
             "processor_options": self.processor_options,

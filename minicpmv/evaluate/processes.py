@@ -18,9 +18,12 @@ class Processes:
     def __init__(self):
         self.rank, self.count, self.device = 0, 1, None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            import torch
             from accelerate import PartialState
 
-            state = PartialState(timeout=LONGEST_WAIT)
+            # accelerate joins processes without an accelerator only where it is told that there is none.
+            has_accelerator = getattr(torch, "accelerator", torch.cuda).is_available()
+            state = PartialState(cpu=not has_accelerator, timeout=LONGEST_WAIT)
             self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
 
     @property

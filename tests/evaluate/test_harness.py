@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import accelerate
@@ -306,6 +307,34 @@ def test_a_killed_process_that_is_run_again_ends_as_one_that_ran_through(nano, t
     run(nano, tmp_path / "whole", load_benchmark("nanobench"), rows=rows, samples=24)
     for name in ("samples.jsonl", "settings.json", "results.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_questions_and_one_writes_the_log(nano, tmp_path):
+    """A run that one process began: the other two go on with it."""
+    options = {"rows": ["shape", "multistep_deep"], "seeds": [0]}
+    benchmark = load_benchmark("nanobench")
+    run(nano, tmp_path / "both", benchmark, samples=1, **options)
+    command = "accelerate.commands.launch --config_file recipes/accelerate/ddp.yaml --num_processes 2"
+    command += " -m minicpmv evaluate nanobench --rows shape,multistep_deep --samples 7"
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split(), "--batch-size", "2", "--output", str(tmp_path / "both")],
+        cwd=REPOSITORY,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("answers and results") == 1
+    run(nano, tmp_path / "alone", benchmark, samples=7, **options)
+    both, alone = (read_entries(tmp_path / name / "samples.jsonl") for name in ("both", "alone"))
+    # The first question was answered; then the main process has the even ones, the other the odd ones.
+    assert [entry["index"] for entry in both if entry["row"] == "shape"] == [0, 2, 4, 6, 1, 3, 5]
+    key = itemgetter("row", "index")
+    assert sorted(both, key=key) == sorted(alone, key=key)
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("both", "alone")]
+    assert results[0] == results[1]
 
 
 # --- The log ---
