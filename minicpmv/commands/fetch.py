@@ -33,7 +33,13 @@ def fetch(
     with one_line_errors(OSError):
         from minicpmv import fetch as weights
 
-        parameters = weights.check_checkpoint(folder) if check_only else weights.fetch(folder, repo, revision)
+        found = weights.check_checkpoint(folder) if check_only else weights.fetch(folder, repo, revision)
+        source = found.source
         terminal.write(
-            f"{folder}: all tensors have the published names and shapes, {parameters / 1e9:.2f} billion parameters"
+            f"{folder}: all tensors have the published names and shapes, {found.parameters / 1e9:.2f} billion parameters; "
+            + (
+                f"the bytes are those of {source.repository} at {source.commit}"
+                if source
+                else "their bytes were not checked, since minicpmv fetch did not bring them"
+            )
         )

@@ -1,17 +1,22 @@
 """`minicpmv fetch` on tiny checkpoints, with a stand-in for the Hub."""
 
+import hashlib
 import json
 import shutil
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from filelock import FileLock
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import save_file
 
 from minicpmv import fetch as fetch_module
 from minicpmv.fetch import (
     INDEX,
+    RECORD,
+    STAGING,
     DamagedFilesError,
     FetchError,
     TensorMismatchError,
@@ -23,6 +28,7 @@ from minicpmv.fetch import (
 
 SHAPES = {"llm.model.embed_tokens.weight": [6, 4], "resampler.query": [2, 4], "vpm.post_layernorm.bias": [4]}
 PARAMETERS = 24 + 8 + 4
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def write_checkpoint(folder, shapes=SHAPES):
@@ -40,6 +46,10 @@ def write_checkpoint(folder, shapes=SHAPES):
     return folder
 
 
+def digests_in(folder):
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.safetensors")}
+
+
 @pytest.fixture
 def model_folder(tmp_path):
     folder = tmp_path / "my model.v1"
@@ -51,7 +61,22 @@ def model_folder(tmp_path):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A repository `hub.source`; `hub.calls` lists the downloads, `hub.stop_after` cuts one off after some files."""
-    hub = SimpleNamespace(source=write_checkpoint(tmp_path / "hub"), calls=[], downloaded=[], stop_after=None)
+    hub = SimpleNamespace(
+        source=write_checkpoint(tmp_path / "hub"), calls=[], downloaded=[], stop_after=None, missing=None
+    )
+    hub.digests = digests_in(hub.source)
+
+    def model_info(self, repo, *, revision, files_metadata):
+        if hub.missing:
+            raise hub.missing
+        files = [
+            SimpleNamespace(
+                rfilename=file.name,
+                lfs=SimpleNamespace(sha256=hub.digests.get(file.name)) if file.suffix == ".safetensors" else None,
+            )
+            for file in hub.source.iterdir()
+        ]
+        return SimpleNamespace(sha=COMMIT if revision is None else revision, siblings=files)
 
     def snapshot_download(repo, *, revision, local_dir, allow_patterns):
         hub.calls.append((repo, revision, allow_patterns))
@@ -63,11 +88,14 @@ def hub(tmp_path, monkeypatch):
                 hub.downloaded.append(file.name)
 
     monkeypatch.setattr(fetch_module, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(fetch_module.HfApi, "model_info", model_info)
     return hub
 
 
 def weights_in(folder):
-    return sorted(file.name for file in folder.iterdir() if file.name != "config.json")
+    return sorted(
+        file.name for file in folder.iterdir() if file.name not in ("config.json", RECORD, f"{STAGING}.lock")
+    )
 
 
 def test_the_published_list_is_the_8_7_billion_parameter_checkpoint():
@@ -78,13 +106,13 @@ def test_the_published_list_is_the_8_7_billion_parameter_checkpoint():
 
 
 def test_fetch_puts_shards_and_index_beside_config_and_leaves_nothing_else(model_folder, hub):
-    assert fetch(model_folder, revision="abc123", expected=SHAPES) == PARAMETERS
+    assert fetch(model_folder, revision="abc123", expected=SHAPES).parameters == PARAMETERS
     assert weights_in(model_folder) == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
         INDEX,
     ]
-    assert check_checkpoint(model_folder, SHAPES) == PARAMETERS
+    assert check_checkpoint(model_folder, SHAPES).parameters == PARAMETERS
 
 
 def test_fetch_asks_for_safetensors_only(model_folder, hub):
@@ -96,7 +124,7 @@ def test_fetch_asks_for_safetensors_only(model_folder, hub):
 
 def test_fetch_of_a_complete_folder_downloads_nothing(model_folder, hub):
     write_checkpoint(model_folder)
-    assert fetch(model_folder, expected=SHAPES) == PARAMETERS
+    assert fetch(model_folder, expected=SHAPES).parameters == PARAMETERS
     assert hub.calls == []
 
 
@@ -125,7 +153,7 @@ def test_an_interrupted_move_is_finished_by_the_next_run(model_folder, hub, monk
     assert INDEX not in weights_in(model_folder)
 
     fetch(model_folder, expected=SHAPES)
-    assert check_checkpoint(model_folder, SHAPES) == PARAMETERS
+    assert check_checkpoint(model_folder, SHAPES).parameters == PARAMETERS
     assert len(hub.downloaded) == 3
 
 
@@ -134,8 +162,8 @@ def test_files_are_moved_where_the_disk_knows_no_hard_links(model_folder, hub, m
         raise PermissionError("no hard links here")
 
     monkeypatch.setattr(fetch_module.os, "link", refuse)
-    assert fetch(model_folder, expected=SHAPES) == PARAMETERS
-    assert check_checkpoint(model_folder, SHAPES) == PARAMETERS
+    assert fetch(model_folder, expected=SHAPES).parameters == PARAMETERS
+    assert check_checkpoint(model_folder, SHAPES).parameters == PARAMETERS
 
 
 def test_wrong_missing_and_unexpected_tensors_are_named_and_nothing_is_attached(model_folder, hub):
@@ -162,7 +190,7 @@ def test_a_file_that_was_cut_off_is_named_and_downloaded_anew(model_folder, hub)
     assert caught.value.files == [shard.name]
 
     shard.write_bytes(whole)
-    assert fetch(model_folder, expected=SHAPES) == PARAMETERS
+    assert fetch(model_folder, expected=SHAPES).parameters == PARAMETERS
     assert hub.downloaded.count("model-00001-of-00002.safetensors") == 1
 
 
@@ -175,10 +203,90 @@ def test_check_names_absent_shards(model_folder):
 
 def test_check_accepts_a_checkpoint_of_one_file(tmp_path):
     save_file({name: torch.zeros(shape) for name, shape in SHAPES.items()}, tmp_path / "model.safetensors")
-    assert check_checkpoint(tmp_path, SHAPES) == PARAMETERS
+    assert check_checkpoint(tmp_path, SHAPES).parameters == PARAMETERS
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {"a": "../../a.safetensors"}}'])
+def test_a_flipped_bit_is_found_while_fetching_and_by_a_later_check(model_folder, hub):
+    shard = hub.source / "model-00002-of-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DamagedFilesError, match=f"not the bytes of openbmb/MiniCPM-V-4_5 at {COMMIT}: {shard.name}"):
+        fetch(model_folder, expected=SHAPES)
+    assert not list(model_folder.glob("*.safetensors"))
+
+    shard.write_bytes(whole)
+    assert fetch(model_folder, expected=SHAPES).source.commit == COMMIT
+    assert check_checkpoint(model_folder, SHAPES).source.sha256 == hub.digests
+    attached = model_folder / shard.name
+    attached.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DamagedFilesError, match=shard.name):
+        check_checkpoint(model_folder, SHAPES)
+    fetch(model_folder, expected=SHAPES)
+    assert attached.read_bytes() == whole
+
+
+def test_the_commit_that_a_branch_led_to_is_downloaded_and_recorded(model_folder, hub):
+    fetch(model_folder, expected=SHAPES)
+    assert [revision for _, revision, _ in hub.calls] == [COMMIT]
+    assert json.loads((model_folder / RECORD).read_text())["commit"] == COMMIT
+
+
+def test_weights_that_came_another_way_are_checked_by_names_and_shapes_alone(model_folder):
+    write_checkpoint(model_folder)
+    assert check_checkpoint(model_folder, SHAPES).source is None
+
+
+def test_a_file_without_a_digest_on_the_hub_is_refused(model_folder, hub, monkeypatch):
+    source = fetch_module.Source("openbmb/MiniCPM-V-4_5", COMMIT, {})
+    monkeypatch.setattr(fetch_module, "_find", lambda *_: source)
+    with pytest.raises(FetchError, match="names no digest of model-00001"):
+        fetch(model_folder, expected=SHAPES)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "null", '{"repository": "a"}', '{"repository": 1, "commit": "b", "sha256": {}}']
+)
+def test_a_record_that_is_broken_is_named(model_folder, content):
+    write_checkpoint(model_folder)
+    (model_folder / RECORD).write_text(content)
+    with pytest.raises(DamagedFilesError, match=RECORD):
+        check_checkpoint(model_folder, SHAPES)
+
+
+def test_of_two_fetches_at_once_the_second_is_refused(model_folder, hub):
+    with (
+        FileLock(model_folder / f"{STAGING}.lock"),
+        pytest.raises(FetchError, match="another minicpmv fetch is at work"),
+    ):
+        fetch(model_folder, expected=SHAPES)
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize("error", [RepositoryNotFoundError, RevisionNotFoundError])
+def test_what_the_hub_does_not_have_is_named(model_folder, hub, error):
+    hub.missing = error("not found", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
+    with pytest.raises(FetchError, match="no revision 'v9'|no repository 'openbmb/MiniCPM-V-4_5'"):
+        fetch(model_folder, revision="v9", expected=SHAPES)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        "null",
+        "7",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": null}}',
+        '{"weight_map": {"a": "a\\u0000.safetensors"}}',
+        '{"weight_map": {"a": "../../a.safetensors"}}',
+        json.dumps({"weight_map": {"a": "a" * 300 + ".safetensors"}}),
+        "[" * 100_000,
+    ],
+)
 def test_check_refuses_an_index_that_is_broken_or_points_elsewhere(tmp_path, content):
     (tmp_path / INDEX).write_text(content)
     with pytest.raises(DamagedFilesError, match="index"):

@@ -115,7 +115,7 @@ def test_check_only_reports_what_it_compared(tmp_path, monkeypatch):
 
 def test_fetch_hands_repository_and_revision_on(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(weights, "fetch", lambda *arguments: calls.append(arguments) or 7)
+    monkeypatch.setattr(weights, "fetch", lambda *arguments: calls.append(arguments) or weights.Weights(7, None))
     assert run("fetch", tmp_path, "--repo", "me/mine", "--revision", "abc").exit_code == 0
     assert calls == [(tmp_path, "me/mine", "abc")]
 
