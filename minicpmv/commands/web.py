@@ -40,6 +40,8 @@ def web(
     with one_line_errors(ValueError, OSError):
         require("web", "gradio")
         from minicpmv.web import page
+        from minicpmv.web.conversation import Conversations
 
         loaded, processor = terminal.load_shown(Console(stderr=True), model, revision, trust_remote_code)
-        page.launch(page.build(loaded, processor, terminal.shown_name(model)), host, port, share, max_conversations)
+        conversations = Conversations(loaded, processor, max_conversations)
+        page.launch(page.build(conversations, terminal.shown_name(model)), host, port, share)

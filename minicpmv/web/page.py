@@ -2,15 +2,18 @@
 
 What is special:
 - Nothing leaves the machine: no analytics, no fonts or scripts from elsewhere, and the browser is told to load nothing
-  from any other host, so that a picture in an answer cannot carry the conversation away.
-- A tab has a conversation of its own; the server keeps a bounded number of them, the newest.
+  from any other host, so that an image in an answer cannot carry the conversation away.
+- A tab has a conversation of its own, which a reload keeps; the server keeps those that were used last.
 - The buttons of the running answer do not wait in the queue behind it.
+- Messages speak of what is on the page, not of options, variables and functions.
 """
 
 import os
 import re
+import socket
 from html import escape
 from pathlib import Path
+from typing import Any
 
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -19,32 +22,62 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from minicpmv import examples
-from minicpmv.web.conversation import MAX_PACKING, THINKING, Conversation, Settings
+from minicpmv.errors import MiniCPMVError, is_expected
+from minicpmv.web.conversation import MAX_PACKING, THINKING, ConversationError, Conversations, Settings
 from minicpmv.web.view import render
 
 
 FOLDER = Path(__file__).parent
-EXAMPLES = [
-    ("shapes.jpg", 0),
-    ("number.jpg", 0),
-    ("shapes.jpg", 1),
-]  # picture, place of its question in examples.IMAGES
-FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
-MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+EXAMPLES = [("shapes.jpg", 0), ("number.jpg", 0), ("shapes.jpg", 1)]  # image, which of its questions
 ONLY_FROM_HERE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 KEEP_FILES = (3600, 24 * 3600)  # seconds: how often uploads are cleared away, and from which age on
 LARGEST_FILE = "1gb"
 CONCURRENT_ANSWERS = 4
-# What a turn can fail with, and the page tells: unreadable files and settings; a busy session or a full memory.
-EXPECTED = (ValueError, RuntimeError, OSError)
+FIRST_PORT, PORTS = 7860, 100  # where a free one is looked for
+# A tab's own, which a reload keeps and another tab does not see.
+KEY = """() => {
+    let key = sessionStorage.getItem("conversation");
+    if (!key) {
+        key = Array.from(crypto.getRandomValues(new Uint8Array(16)), byte => byte.toString(16).padStart(2, "0")).join("");
+        sessionStorage.setItem("conversation", key);
+    }
+    return key;
+}"""
+THEME = gr.themes.Base(
+    primary_hue="indigo",
+    neutral_hue="slate",
+    font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"],
+    font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
+).set(  # at least 4.5:1 against what is behind it
+    color_accent="*primary_600",
+    body_text_color_subdued="*neutral_600",
+    block_title_text_color="*neutral_600",
+    block_label_text_color="*neutral_600",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
+)
 
 
-def build(model, processor, name: str) -> gr.Blocks:
-    """The page for a model; `name` is shown. `launch` serves it."""
+class PageError(MiniCPMVError):
+    """The page cannot be served: the message says why and what to do."""
+
+
+def build(conversations: Conversations, name: str) -> gr.Blocks:
+    """The page for a model; `name` is shown. `launch` serves it.
+
+    The sliders begin where the checkpoint's generation_config is.
+    """
+    model, processor = conversations.model, conversations.processor
     most_tokens = min(8192, model.config.max_position_embeddings // 2)
+    decoding = model.generation_config
+    labels: dict[str, str] = {}  # option -> its slider, for messages
+
+    def slider(option, least, most, value, step, label, info=None):
+        labels[option] = label
+        return gr.Slider(least, most, value, step=step, label=label, info=info)
 
     with gr.Blocks(title="MiniCPM-V", analytics_enabled=False, fill_width=True, delete_cache=KEEP_FILES) as page:
-        conversation, camera_is_open = gr.State(), gr.State(False)
+        key, camera_is_open = gr.Textbox(visible="hidden"), gr.State(False)
         with gr.Row(elem_id="header"):
             gr.HTML(f"<h1>MiniCPM-V <small>{escape(name)}</small></h1>", elem_id="title")
             new = gr.Button("New chat", size="sm", variant="secondary", elem_id="new-chat", scale=0, min_width=96)
@@ -64,7 +97,7 @@ def build(model, processor, name: str) -> gr.Blocks:
                         {"left": "\\(", "right": "\\)", "display": False},
                         {"left": "\\[", "right": "\\]", "display": True},
                     ],
-                    placeholder="## Ask about a picture or a clip\nDrop it here, paste it, or take one with the camera.",
+                    placeholder="## Ask about an image or a video\nDrop it here, paste it, or take one with the camera.",
                     examples=_examples(),
                 )
                 camera = gr.Image(
@@ -80,7 +113,7 @@ def build(model, processor, name: str) -> gr.Blocks:
                     elem_id="box",
                     show_label=False,
                     placeholder="Ask anything",
-                    file_types=["image", "video"],
+                    file_types=["image", "video", ".pdf"],
                     file_count="multiple",
                     max_plain_text_length=100_000,  # a longer text would be pasted as a file
                     max_lines=8,
@@ -88,48 +121,64 @@ def build(model, processor, name: str) -> gr.Blocks:
                 )
                 with gr.Row(elem_id="under-box"):
                     thinking = gr.Radio(list(THINKING), value="Off", label="Thinking", elem_id="thinking", scale=1)
+                    gr.HTML('<a href="#right">What the model sees ↓</a>', elem_id="below")
                     snap = gr.Button("Camera", size="sm", elem_id="snap", scale=0, min_width=96)
             with gr.Column(scale=2, min_width=320, elem_id="right"):
                 with gr.Accordion("What the model sees", open=True, elem_id="sees"):
                     view = gr.HTML(render([]), elem_id="view")
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
-                    temperature = gr.Slider(
-                        0, 2, 0.7, step=0.05, label="Temperature", info="0: the likeliest word each time"
+                    temperature = slider(
+                        "temperature",
+                        0,
+                        2,
+                        (decoding.temperature or 1.0) if decoding.do_sample else 0,
+                        0.05,
+                        "Temperature",
+                        "0: the likeliest word each time",
                     )
-                    top_p = gr.Slider(
-                        0.05, 1, 0.8, step=0.05, label="Top p", info="Share of likely words to choose from"
+                    top_p = slider(
+                        "top_p", 0.05, 1, decoding.top_p or 1.0, 0.05, "Top p", "Share of likely words to choose from"
                     )
-                    max_new_tokens = gr.Slider(
+                    max_new_tokens = slider(
+                        "max_new_tokens",
                         16,
                         most_tokens,
                         min(2048, most_tokens),
-                        step=16,
-                        label="Longest answer",
-                        info="Tokens, thought included",
+                        16,
+                        "Longest answer",
+                        "Tokens, thought included",
                     )
-                    slices = gr.Slider(
+                    slices = slider(
+                        "max_slice_nums",
                         1,
                         20,
                         processor.image_processor.max_slice_nums,
-                        step=1,
-                        label="Slices of a picture",
-                        info="More read finer print",
+                        1,
+                        "Slices of an image",
+                        "More read finer print",
                     )
-                    fps = gr.Slider(0.5, 10, 3, step=0.5, label="Frames a second of a clip")
-                    num_frames = gr.Slider(0, 180, 0, step=1, label="Frames of a clip in all", info="0: by its length")
-                    packing = gr.Slider(
+                    fps = slider("fps", 0.5, 10, 3, 0.5, "Frames per second of a video")
+                    num_frames = slider("num_frames", 0, 180, 0, 1, "Frames of a video in all", "0: by its length")
+                    packing = slider(
+                        "force_packing",
                         0,
                         MAX_PACKING,
                         0,
-                        step=1,
-                        label="Frames in a group",
-                        info="A group costs as much as a picture. 0: by its length",
+                        1,
+                        "Frames in a group",
+                        "A group costs as much as an image. 0: by the length of the video",
                     )
         settings = [thinking, temperature, top_p, max_new_tokens, slices, fps, num_frames, packing]
-        shown = [conversation, chatbot, view]
+        shown = [chatbot, view]
 
-        def begin():
-            return Conversation(model, processor)
+        def told(error):
+            return gr.Error(_told(error, labels), duration=30, print_exception=False)
+
+        def open_page(key):
+            """What a tab shows when it is loaded: the conversation that it had, or a new one."""
+            talk = conversations.get(key) or conversations.begin(key)
+            talk.stop()  # nobody follows an answer that was cut off by the reload
+            return key, talk.messages, render(talk.seen, talk.output)
 
         def follow(talk, turn, restore):
             """What the page shows while a turn goes on; `restore` is what the box holds should it fail."""
@@ -141,41 +190,46 @@ def build(model, processor, name: str) -> gr.Blocks:
                         sees = render(seen, talk.output)
                     else:
                         sees = gr.skip()
-                    yield talk, talk.messages, sees, gr.update(value=None, submit_btn=False, stop_btn=True)
-            except EXPECTED as error:
-                gr.Warning(_told(error), duration=30)
-                yield talk, talk.messages, render(talk.seen, talk.output), gr.update(value=restore)
+                    yield talk.messages, sees, gr.update(value=None, submit_btn=False, stop_btn=True)
+            except (ValueError, OSError, RuntimeError) as error:
+                if not _is_told(error):
+                    raise
+                yield talk.messages, render(talk.seen, talk.output), gr.update(value=restore)
+                raise told(error) from error
 
-        def ask(talk, value, *chosen):
+        def ask(key, value, *chosen):
+            talk = conversations.get(key)
             if talk is None:
-                gr.Warning("The conversation was no longer kept by the server. A new one begins.")
-                talk = begin()
-            files = value["files"]
-            yield from follow(talk, talk.ask(value["text"], files, Settings(*chosen)), value)
+                gr.Warning("The server no longer keeps the conversation. A new one begins.")
+                talk = conversations.begin(key)
+            yield from follow(talk, talk.ask(value["text"], value["files"], Settings(*chosen)), value)
 
-        def ask_example(talk, example: gr.SelectData, *chosen):
+        def ask_example(key, example: gr.SelectData, *chosen):
             files = [file["path"] for file in example.value.get("files", [])]
-            yield from ask(talk, {"text": example.value["text"], "files": files}, *chosen)
+            yield from ask(key, {"text": example.value["text"], "files": files}, *chosen)
 
-        def retry(talk, *chosen):
-            if talk is not None:
+        def retry(key, *chosen):
+            if talk := conversations.get(key):
                 yield from follow(talk, talk.retry(Settings(*chosen)), None)
 
-        def undo(talk):
+        def undo(key):
+            talk = conversations.get(key)
+            if talk is None:
+                return gr.skip(), gr.skip(), gr.skip()
             try:
                 text, files = talk.undo()
-            except EXPECTED as error:
-                gr.Warning(_told(error))
-                return talk, talk.messages, gr.skip(), gr.skip()
-            return talk, talk.messages, render(talk.seen), {"text": text, "files": files}
+            except ConversationError as error:
+                raise told(error) from error
+            return talk.messages, render(talk.seen), {"text": text, "files": files}
 
-        def stop(talk):
-            if talk is not None:
+        def stop(key):
+            if talk := conversations.get(key):
                 talk.stop()
 
-        def begin_anew(talk):
-            stop(talk)
-            return begin(), [], render([]), IDLE
+        def begin_anew(key):
+            stop(key)
+            conversations.begin(key)
+            return [], render([]), IDLE
 
         def take_picture(value, file):
             if file is None:
@@ -188,11 +242,11 @@ def build(model, processor, name: str) -> gr.Blocks:
             )
 
         IDLE = gr.update(submit_btn=True, stop_btn=False)
-        page.load(begin, None, conversation, api_visibility="private")
+        page.load(open_page, key, [key, *shown], js=KEY, show_progress="hidden", api_visibility="private")
         answers = [
             listen(
                 handler,
-                [conversation, *inputs, *settings],
+                [key, *inputs, *settings],
                 [*shown, box],
                 concurrency_limit=CONCURRENT_ANSWERS,
                 concurrency_id="answers",
@@ -209,17 +263,17 @@ def build(model, processor, name: str) -> gr.Blocks:
         for answer in answers:
             answer.then(lambda: IDLE, None, box, show_progress="hidden", queue=False, api_visibility="private")
         at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        box.stop(stop, conversation, None, **at_once)
+        box.stop(stop, key, None, **at_once)
         # In the queue, since only from there a warning reaches the page; but behind no answer.
         chatbot.undo(
             undo,
-            conversation,
+            key,
             [*shown, box],
             concurrency_limit=None,
             show_progress="hidden",
             api_visibility="private",
         )
-        new.click(begin_anew, conversation, [*shown, box], cancels=answers, **at_once)
+        new.click(begin_anew, key, [*shown, box], cancels=answers, **at_once)
         snap.click(
             lambda is_open: (not is_open, gr.update(value=None, visible=not is_open)),
             camera_is_open,
@@ -230,28 +284,41 @@ def build(model, processor, name: str) -> gr.Blocks:
     return page
 
 
-def launch(page: gr.Blocks, host: str, port: int | None, share: bool = False, most_conversations: int = 16, **options):
+def launch(page: gr.Blocks, host: str, port: int | None = None, share: bool = False, **options: Any) -> Any:
     """Serve the page; `options` are those of `Blocks.launch`. Returns what that returns.
 
     Args:
         port: None takes a free one from 7860 on.
-        most_conversations: tabs whose conversation is kept; the one unused for longest is forgotten.
+
+    Raises:
+        PageError: the address cannot be listened on.
     """
     return page.launch(
         server_name=host,
-        server_port=port,
+        server_port=_free_port(host, port),
         share=share,
-        theme=gr.themes.Base(primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=MONOSPACE),
+        theme=THEME,
         css_paths=FOLDER / "page.css",
         footer_links=[],
         ssr_mode=False,
         run_history=False,
         max_file_size=LARGEST_FILE,
-        state_session_capacity=most_conversations,
         app_kwargs={"middleware": [Middleware(_only_from_here)]},
         _frontend=False,  # Gradio would ask itself for the page, and give up where a proxy or a busy machine delays it
         **options,
     )
+
+
+def _free_port(host, port):
+    """`port`, or where it is None a free one. Gradio's own errors speak of its variables and functions."""
+    for candidate in range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]:
+        try:
+            with socket.create_server((host, candidate)):
+                return candidate
+        except OSError as error:
+            reason = error
+    where = f"port {port}" if port is not None else f"ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1}"
+    raise PageError(f"{host} cannot be listened on at {where} ({reason.strerror}); choose another port with --port")
 
 
 def _only_from_here(app):
@@ -279,7 +346,17 @@ def _examples():
     return [{"text": question, "files": [str(assets / file)]} for file, question in cards]
 
 
-def _told(error):
-    """The first line of an error as HTML, without the folders of uploads."""
+def _is_told(error):
+    """Whether the page shows an error: what can be mended, a file that is gone, and a full memory. Others are bugs."""
+    import torch
+
+    return is_expected(error) or isinstance(error, (ValueError, OSError, torch.OutOfMemoryError))
+
+
+def _told(error, labels):
+    """The first line of an error as HTML, without the folders of uploads, and with the names of sliders for options."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return escape(re.sub(re.escape(gr.utils.get_upload_folder()) + r"/[^/]*/", "", text), quote=False)
+    text = re.sub(re.escape(gr.utils.get_upload_folder()) + r"/[^/]*/", "", text)
+    for option, label in labels.items():
+        text = re.sub(rf"\b{option}\b(=)?", lambda found, label=label: f"“{label}”" + (" " if found[1] else ""), text)
+    return escape(text, quote=False)

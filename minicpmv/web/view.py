@@ -1,8 +1,8 @@
-"""What the model sees, drawn as HTML: the slices of a picture, the packed frames of a clip, the tokens of a turn.
+"""What the model sees, drawn as HTML: the slices of an image, the packed frames of a video, the tokens of a turn.
 
 What is special:
 - Everything comes from the processor that feeds the model, with the same options: layout, frames, groups and counts.
-- Pictures stand in the page as data: nothing is fetched, and names are escaped.
+- Images are part of the page as data: nothing is fetched, and names are escaped.
 """
 
 import base64
@@ -10,54 +10,53 @@ from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 
-PICTURE_SIDE = 640  # most pixels of a side, as shown
+IMAGE_SIDE = 640  # most pixels of a side, as shown
 FRAME_SIDE = 160
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture or clip as the model looks at it."""
+    """An image or video as the model looks at it."""
 
     name: str
     kind: str  # "image" or "video"
     size: tuple[int, int]  # (width, height)
     tokens: int
     picture: str = ""  # data URL
-    layout: object = None  # `SliceLayout` of a picture
-    groups: tuple = ()  # of a clip: tuples of (seconds, data URL)
-    report: object = None  # `VideoReport` of a clip
+    layout: Any = None  # `SliceLayout` of an image
+    groups: tuple = ()  # of a video: tuples of (seconds, data URL)
+    report: Any = None  # `VideoReport` of a video
 
 
-def look_at(processor, kind: str, file: str, max_slice_nums: int, clip_options: dict) -> Seen:
-    """See a picture or clip with the processor's eyes.
+def look_at(processor: Any, kind: str, file: str, max_slice_nums: int, video_options: dict) -> Seen:
+    """See an image or video with the processor's eyes.
 
     Args:
-        max_slice_nums: of a picture.
-        clip_options: those of `sample_video`.
+        max_slice_nums: of an image.
+        video_options: those of `sample_video`.
 
     Raises:
-        ValueError: it cannot be read.
+        ImageInputError, VideoInputError: (of the processor) it cannot be read.
     """
     if kind == "image":
-        # A list of one frame: the processor's own loader, which turns it upright and lays it over white.
-        (picture,) = processor.video_processor.sample_video([file], num_frames=1).frames
-        layout = processor.image_processor.get_slice_layout(picture.size, max_slice_nums)
+        image = processor.load_image(file)
+        layout = processor.image_processor.get_slice_layout(image.size, max_slice_nums)
         tokens = layout.num_slices * processor.image_processor.image_feature_size
-        return Seen(Path(file).name, kind, picture.size, tokens, _data_url(picture, PICTURE_SIDE), layout)
-    clip = processor.video_processor.sample_video(file, **clip_options)
+        return Seen(Path(file).name, kind, image.size, tokens, _data_url(image, IMAGE_SIDE), layout)
+    video = processor.video_processor.sample_video(file, **video_options)
+    report = video.metadata
     frames = [
-        (seconds, _data_url(frame, FRAME_SIDE))
-        for seconds, frame in zip(clip.metadata.timestamps, clip.frames, strict=True)
+        (seconds, _data_url(frame, FRAME_SIDE)) for seconds, frame in zip(report.timestamps, video.frames, strict=True)
     ]
-    starts = range(0, len(frames), clip.metadata.packing)
-    groups = tuple(tuple(frames[start : start + clip.metadata.packing]) for start in starts)
-    report = clip.metadata
+    starts = range(0, len(frames), report.packing)
+    groups = tuple(tuple(frames[start : start + report.packing]) for start in starts)
     return Seen(Path(file).name, kind, (report.width, report.height), report.num_tokens, groups=groups, report=report)
 
 
-def render(seen: list[Seen], output=None) -> str:
+def render(seen: list[Seen], output: Any = None) -> str:
     """HTML of everything the model looks at, and of the tokens of the last turn (`ChatOutput`)."""
     return _template().render(
         seen=seen,
@@ -74,10 +73,10 @@ def _tokens(seen, output):
     """(name, number) of the tokens of a turn, for a bar of their shares."""
     if output is None:
         return []
-    pictures = sum(each.tokens for each in seen)
+    images = sum(each.tokens for each in seen)
     return [
-        ("pictures", pictures),
-        ("text", output.prompt_tokens - pictures),
+        ("images", images),
+        ("text", output.prompt_tokens - images),
         ("thought", output.reasoning_tokens),
         ("answer", output.generated_tokens - output.reasoning_tokens),
     ]
@@ -93,8 +92,8 @@ def _template():
     )
 
 
-def _data_url(picture, side):
-    small = picture.copy()
+def _data_url(image, side):
+    small = image.copy()
     small.thumbnail((side, side))
     file = BytesIO()
     small.save(file, "JPEG", quality=80)

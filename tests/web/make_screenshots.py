@@ -8,6 +8,7 @@ from test_page import ASSETS, BROWSER_OPTIONS, NANO, PHONE, REPOSITORY, WAIT, as
 
 from minicpmv import checkpoint
 from minicpmv.web import page
+from minicpmv.web.conversation import Conversations
 
 
 DESKTOP = {"width": 1280, "height": 800}
@@ -20,7 +21,7 @@ def take(browser, url, name, turns, **options):
     tab.set_default_timeout(WAIT)
     tab.goto(url)
     tab.locator("#box textarea").wait_for()
-    change(tab, Temperature=0, Frames_in_a_group=3)
+    change(tab, Frames_in_a_group=3)
     tab.locator("#settings button").first.click()
     for question, *files in turns:
         ask(tab, question, *files)
@@ -32,7 +33,7 @@ def take(browser, url, name, turns, **options):
 
 
 def main():
-    app = page.build(*checkpoint.load(str(NANO)), "nano")
+    app = page.build(Conversations(*checkpoint.load(NANO)), "nano")
     _, url, _ = page.launch(app, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(playwright), args=BROWSER_OPTIONS)

@@ -21,9 +21,8 @@ from typer.testing import CliRunner
 
 from minicpmv import checkpoint
 from minicpmv.commands.main import app as cli
-from minicpmv.web import conversation as talk
 from minicpmv.web import page as web_page
-from minicpmv.web.conversation import Conversation, ConversationError, Settings
+from minicpmv.web.conversation import MOST_PAGES, Conversation, ConversationError, Conversations, Settings
 from minicpmv.web.view import render
 
 
@@ -42,8 +41,13 @@ expect.set_options(timeout=WAIT)
 
 
 @pytest.fixture(scope="module")
-def app(nano):
-    page = web_page.build(*nano, "nano")
+def conversations(nano):
+    return Conversations(*nano)
+
+
+@pytest.fixture(scope="module")
+def app(conversations):
+    page = web_page.build(conversations, "nano")
     _, page.url, _ = web_page.launch(page, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
     yield page
     page.close()
@@ -158,8 +162,9 @@ def writers():
 
 
 def test_a_picture_and_a_question_get_the_answer_of_chat_and_show_the_slices(open_tab, nano):
+    """Without a touch of the sliders: how nano decodes is in its checkpoint."""
     tab = open_tab()
-    change(tab, Temperature=0, Longest_answer=64)
+    change(tab, Longest_answer=64)
     ask(tab, "How many shapes are there?", SHAPES)
     expected = asked_greedily(nano, Image.open(SHAPES), "How many shapes are there?")
     assert shown_text(answer(tab).inner_text()) == shown_text(expected.text or "(no answer)")
@@ -169,7 +174,7 @@ def test_a_picture_and_a_question_get_the_answer_of_chat_and_show_the_slices(ope
     columns, rows = processor.image_processor.get_slice_layout((640, 480)).grid
     expect(tab.locator("#view .cell")).to_have_count(columns * rows)
     tokens = (columns * rows + 1) * processor.image_processor.image_feature_size
-    assert tab.locator("#view .legend .pictures").inner_text() == f"{tokens} pictures"
+    assert tab.locator("#view .legend .images").inner_text() == f"{tokens} images"
     assert tab.locator("#view .legend .text").inner_text() == f"{expected.prompt_tokens - tokens} text"
     assert tab.locator("#view .legend .answer").inner_text() == f"{expected.generated_tokens} answer"
 
@@ -193,6 +198,7 @@ def test_a_picture_and_a_question_get_the_answer_of_chat_and_show_the_slices(ope
 
 def test_an_answer_streams_and_the_stop_button_stops_the_model(open_tab, endless):
     tab = open_tab()
+    change(tab, Temperature=1)
     send(tab, "Tell a long story.")
     expect(tab.locator("#box .stop-button")).to_be_visible()
     expect(answer(tab)).not_to_have_text(re.compile(r"^\s*…?\s*$"))
@@ -215,21 +221,55 @@ def test_an_answer_streams_and_the_stop_button_stops_the_model(open_tab, endless
     assert tab.locator("#chat .bot-row").first.inner_text() == kept
 
 
-def test_closing_the_tab_stops_the_model(open_tab, endless, app):
+def test_leaving_the_page_stops_the_model_and_coming_back_shows_the_conversation(open_tab, endless):
     tab = open_tab()
-    question = [{"role": "user", "content": ["Tell a story until I leave."]}]
-    send(tab, *question[0]["content"])
+    change(tab, Temperature=1)
+    send(tab, "Tell a story until I leave.")
     expect(tab.locator("#box .stop-button")).to_be_visible()
     expect(answer(tab)).not_to_have_text(re.compile(r"^\s*…?\s*$"))
     assert writers()
-    tab.close()
+    address = tab.url
+    tab.goto("about:blank")
     deadline = time.monotonic() + 60
     while writers() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not writers()
-    kept = [value for session in app.state_holder.session_data.values() for value in session.state_data.values()]
-    (talked,) = (each for each in kept if isinstance(each, Conversation) and each.messages[:1] == question)
-    assert talked.output.finish_reason == "cancelled"
+    tab.goto(address)
+    expect(users(tab)).to_have_text([re.compile("until I leave")])
+    expect(tab.locator("#view .spent")).to_contain_text("stopped")
+
+
+def test_a_reload_keeps_the_conversation_and_another_tab_has_its_own(open_tab):
+    tab = open_tab()
+    change(tab, Longest_answer=16)
+    ask(tab, "How many shapes are there?", SHAPES)
+    said = tab.locator("#chat").inner_text()
+    tab.reload()
+    expect(users(tab).locator("img")).to_have_count(1)
+    assert tab.locator("#chat").inner_text() == said and "shapes.jpg" in tab.locator("#view").inner_text()
+    other = tab.context.new_page()
+    other.goto(tab.url)
+    other.locator("#box textarea").wait_for()
+    expect(other.get_by_role("button", name="How many shapes are there?")).to_be_visible()  # an example
+    expect(users(other)).to_have_count(0)
+    change(tab, Longest_answer=16)
+    ask(tab, "And what color?")
+    expect(users(tab)).to_have_count(2)
+    tab.click("#new-chat")
+    expect(users(tab)).to_have_count(0)
+    tab.reload()
+    tab.locator("#box textarea").wait_for()
+    expect(users(tab)).to_have_count(0)
+
+
+def test_the_pages_of_a_pdf_are_images(open_tab, tmp_path):
+    tab = open_tab()
+    change(tab, Longest_answer=16)
+    pages = [Image.open(NUMBER).resize((200, 150)), Image.open(SHAPES).resize((200, 150))]
+    pages[0].save(tmp_path / "two.pdf", save_all=True, append_images=pages[1:])
+    ask(tab, "What does it say?", str(tmp_path / "two.pdf"))
+    expect(tab.locator("#view .seen h4")).to_have_text([re.compile("two, page 2"), re.compile("two, page 1")])
+    expect(users(tab).locator("img")).to_have_count(2)
 
 
 def test_a_thought_is_folded_apart_from_the_answer(open_tab, nano):
@@ -254,12 +294,12 @@ def test_a_thought_is_folded_apart_from_the_answer(open_tab, nano):
 
 def test_a_clip_shows_its_packed_frames_with_their_times(open_tab, nano):
     tab = open_tab()
-    change(tab, Longest_answer=16, Frames_in_a_group=4, Frames_a_second_of_a_clip=5)
+    change(tab, Longest_answer=16, Frames_in_a_group=4, Frames_per_second_of_a_video=5)
     ask(tab, "Which way does the shape move?", STAR)
     sampled = nano[1].video_processor.sample_video(STAR, fps=5, max_num_packing=6, force_packing=4).metadata
     expect(tab.locator("#view .group")).to_have_count(sampled.num_groups)
     assert tab.locator("#view .frame").all_inner_texts() == [f"{seconds:.2f} s" for seconds in sampled.timestamps]
-    assert tab.locator("#view .legend .pictures").inner_text() == f"{sampled.num_tokens} pictures"
+    assert tab.locator("#view .legend .images").inner_text() == f"{sampled.num_tokens} images"
     expect(users(tab).locator("video")).to_have_count(1)
 
 
@@ -322,9 +362,10 @@ def broken(tmp_path):
     bomb = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
     contents = {
-        "torn.jpg": ((ASSETS / "shapes.jpg").read_bytes()[:3000], "not damaged"),
-        "huge.png": (bomb.getvalue(), "scale the picture down"),
-        "words.mp4": (b"These are no frames.", "cannot be read as a video"),
+        "torn.jpg": ((ASSETS / "shapes.jpg").read_bytes()[:3000], "as JPEG or PNG"),
+        "huge.png": (bomb.getvalue(), "or smaller"),
+        "words.mp4": (b"These are no frames.", "cannot be read as a video.*as MP4"),
+        "words.pdf": (b"These are no pages.", "not a PDF.*Save it again"),
     }
     for name, (data, _) in contents.items():
         (tmp_path / name).write_bytes(data)
@@ -339,8 +380,9 @@ def test_an_error_is_told_and_changes_nothing(open_tab, broken, tmp_path):
     for file, message in broken.items():
         attach(tab, str(file))
         send(tab, "And this?")
+        unwanted = "Traceback|/tmp|[0-9a-f]{32}|Warning|numpy|tensor"
         expect(tab.locator(".toast-body")).to_have_text(
-            re.compile(rf"^(?!.*(Traceback|/tmp|[0-9a-f]{{32}}))(?=.*{re.escape(file.name)}).*{message}", re.DOTALL)
+            re.compile(rf"^(?!.*({unwanted}))(?=.*Error)(?=.*{re.escape(file.name)}).*{message}", re.DOTALL)
         )
         idle(tab)
         assert tab.locator("#chat").inner_text() == before
@@ -354,17 +396,28 @@ def test_an_error_is_told_and_changes_nothing(open_tab, broken, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     tab.set_input_files("#box input[type=file]", str(tmp_path / "notes.txt"))
     expect(tab.locator(".toast-body").last).to_contain_text(re.compile("type", re.IGNORECASE))
+    corner = tab.locator("#new-chat").bounding_box()
+    toast = tab.locator(".toast-body").last.bounding_box()
+    assert toast["y"] >= corner["y"] + corner["height"]  # the button stays free
     tab.reload()
     ask(tab, "Is it still there?")
 
 
-def test_a_conversation_that_the_server_forgot_begins_anew_and_says_so(open_tab, app):
+def test_limits_are_told_in_the_words_of_the_sliders(open_tab, nano):
+    tab = open_tab()
+    change(tab, Longest_answer=nano[0].config.max_position_embeddings // 2)
+    send(tab, "1 2 3 4 5 6 7 8 " * 200)
+    expect(tab.locator(".toast-body")).to_contain_text("Longest answer")
+    assert "max_new_tokens" not in tab.locator(".toast-body").inner_text()
+
+
+def test_a_conversation_that_the_server_forgot_begins_anew_and_says_so(open_tab, conversations):
     tab = open_tab()
     change(tab, Longest_answer=16)
     ask(tab, "What is 1 + 1?")
-    app.state_holder.session_data.clear()
+    conversations.clear()
     send(tab, "What did I ask?")
-    expect(tab.locator(".toast-body")).to_contain_text("no longer kept")
+    expect(tab.locator(".toast-body")).to_contain_text("no longer keeps")
     expect(users(tab)).to_have_count(1)
     idle(tab)
 
@@ -400,9 +453,48 @@ def test_on_a_phone_everything_fits(open_tab):
         tab.evaluate("scrollTo(0, 0)")
         expect(tab.locator("#box .submit-button")).to_be_in_viewport(ratio=1)
         expect(tab.locator("#thinking")).to_be_in_viewport(ratio=1)
-    assert (
-        tab.locator("#box textarea").evaluate("e => parseFloat(getComputedStyle(e).fontSize)") >= 16
-    )  # else iOS zooms
+    size = tab.locator("#box textarea").evaluate("e => parseFloat(getComputedStyle(e).fontSize)")
+    assert size >= 16  # else iOS zooms in
+    tab.get_by_role("link", name="What the model sees").click()
+    expect(tab.locator("#view .spent")).to_be_in_viewport()
+
+
+CONTRASTS = """() => {
+    const parse = color => {
+        const [r, g, b, a = 1] = color.match(/[\\d.]+/g).map(Number);
+        return [r, g, b, a];
+    };
+    const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+        .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const behind = element => {
+        for (let e = element; e; e = e.parentElement) {
+            const color = parse(getComputedStyle(e).backgroundColor);
+            if (color[3] === 1) return color;
+        }
+        return [255, 255, 255, 1];
+    };
+    const found = [];
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const element = walker.currentNode.parentElement, text = walker.currentNode.textContent.trim();
+        if (!text || !element.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+        if (element.closest(".cell, [disabled]") || !element.getClientRects().length) continue;
+        const pair = [light(parse(getComputedStyle(element).color)), light(behind(element))].sort((a, b) => b - a);
+        found.push([(pair[0] + 0.05) / (pair[1] + 0.05), text]);
+    }
+    return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_stands_out_from_what_is_behind_it(open_tab, scheme):
+    """At least 4.5:1, as WCAG's level AA asks."""
+    tab = open_tab(color_scheme=scheme)
+    change(tab, Longest_answer=16)
+    ask(tab, "How many shapes are there?", SHAPES)
+    found = tab.evaluate(CONTRASTS)
+    assert len(found) > 20 and [(ratio, text) for ratio, text in found if ratio < 4.5] == []
 
 
 # ---- without a browser ----
@@ -421,7 +513,7 @@ def test_other_slices_go_on_with_the_same_history(nano):
     assert seen[0].layout.grid is not None and conversation.seen[0].layout.grid is None
     assert [message["role"] for message in conversation.messages].count("user") == 2
     pictures = conversation.seen[0].tokens
-    assert f"<b>{pictures}</b> pictures" in render(conversation.seen, conversation.output)
+    assert f"<b>{pictures}</b> images" in render(conversation.seen, conversation.output)
 
 
 def test_a_failed_retry_keeps_the_old_answer(nano):
@@ -459,7 +551,28 @@ def test_names_and_answers_are_text_not_tags(nano, tmp_path):
     run(conversation.ask("Where is <ref>it</ref>?", [str(file)], Settings(max_new_tokens=8)))
     assert "<img src=x" not in render(conversation.seen, conversation.output)
     assert conversation.messages[0]["content"][-1] == "Where is &lt;ref>it&lt;/ref>?"
-    assert talk._reply("", "<box>1 2 3 4</box>", 0, False)[0]["content"] == "&lt;box>1 2 3 4&lt;/box>"
+
+
+def test_boxes_in_an_answer_are_text_not_tags(nano, monkeypatch):
+    of_answer, (model, processor) = Settings.of_answer.fget, nano
+    tokens = iter([*processor.tokenizer("<box>1 2 3 4</box>")["input_ids"], model.generation_config.eos_token_id[0]])
+    forced = {"prefix_allowed_tokens_fn": lambda *_: [next(tokens)]}
+    monkeypatch.setattr(Settings, "of_answer", property(lambda self: of_answer(self) | forced))
+    conversation = Conversation(*nano)
+    run(conversation.ask("Where is it?", [], Settings()))
+    assert conversation.messages[-1]["content"] == "&lt;box>1 2 3 4&lt;/box>"
+
+
+def test_a_long_pdf_and_other_files_are_refused_with_the_remedy(nano, tmp_path):
+    pages = [Image.new("RGB", (40, 40))] * (MOST_PAGES + 1)
+    pages[0].save(tmp_path / "book.pdf", save_all=True, append_images=pages[1:])
+    (tmp_path / "notes.txt").write_text("no image")
+    for name, words in (
+        ("book.pdf", f"{MOST_PAGES + 1} pages.*Save the pages"),
+        ("notes.txt", "not an image, a video"),
+    ):
+        with pytest.raises(ConversationError, match=f"{name} .*{words}"):
+            run(Conversation(*nano).ask("What is this?", [str(tmp_path / name)], Settings()))
 
 
 # ---- the command ----
@@ -502,4 +615,7 @@ def test_only_the_page_needs_gradio():
     )
     outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)
     assert outcome.returncode == 1
-    assert outcome.stderr.strip().splitlines()[-1] == "minicpmv: gradio is missing: pip install 'minicpmv[web]'"
+    assert (
+        outcome.stderr.strip().splitlines()[-1]
+        == "minicpmv: gradio is not installed: pip install -e '.[web]' in a clone"
+    )
