@@ -1,26 +1,29 @@
-"""Time of the whole picture preprocessing over the time of its Pillow resizes alone.
+"""Time of the whole image preprocessing beside the time of its Pillow resizes alone.
 
 Both are measured in the same run, alternately, and medians are compared: the ratio says what loading, cutting and
-normalising cost beside the bicubic resizes that no implementation can leave out.
+normalizing cost besides the bicubic resizes that no implementation can leave out.
 
     python perf/bench_preprocessing.py [--repeats 15] [--threads N]
 """
 
-from __future__ import annotations
-
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
+from measurement import Measurement, heading
 from PIL import Image
 from transformers import AutoImageProcessor
 
 
-def synthetic_picture(width: int, height: int, seed: int) -> Image.Image:
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def synthetic_image(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -31,42 +34,50 @@ def seconds(function: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def resize_only(processor, pictures: list[Image.Image], max_slice_nums: int | None) -> None:
-    for picture in pictures:
-        layout = processor.get_slice_layout(picture.size, max_slice_nums)
-        picture.resize(layout.source, Image.Resampling.BICUBIC)
+def resize_only(image_processor: Any, images: Sequence[Image.Image], max_slice_nums: int | None) -> None:
+    for image in images:
+        layout = image_processor.get_slice_layout(image.size, max_slice_nums)
+        image.resize(layout.source, Image.Resampling.BICUBIC)
         if layout.refined is not None:
-            picture.resize(layout.refined, Image.Resampling.BICUBIC)
+            image.resize(layout.refined, Image.Resampling.BICUBIC)
 
 
-def main() -> None:
+def compare(
+    image_processor: Any, name: str, images: Sequence[Image.Image], max_slice_nums: int | None, repeats: int
+) -> list[Measurement]:
+    """Wall and CPU time of preprocessing, each beside that of the resizes."""
+    resizes, everything = [], []
+    for _ in range(repeats):
+        resizes.append(seconds(lambda: resize_only(image_processor, images, max_slice_nums)))
+        everything.append(seconds(lambda: image_processor(images, max_slice_nums=max_slice_nums)))
+    limits, values = ([median(times) * 1e3 for times in zip(*pairs, strict=True)] for pairs in (resizes, everything))
+    return [
+        Measurement(f"{name}, {clock}", value, "ms", limit, "resizes")
+        for clock, value, limit in zip(("wall", "CPU"), values, limits, strict=True)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument(
-        "--threads", type=int, help="most threads of the preprocessing (torch's number); resizes use one"
-    )
-    arguments = parser.parse_args()
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    parser.add_argument("--threads", type=int, help="most threads of torch; resizes use one")
+    options = parser.parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
 
-    processor = AutoImageProcessor.from_pretrained(Path(__file__).resolve().parents[1], trust_remote_code=True)
-    cases = {
-        "picture 1920x1440": ([synthetic_picture(1920, 1440, 0)], None),
-        "36 frames 640x360": ([synthetic_picture(640, 360, seed) for seed in range(36)], 1),
+    image_processor = AutoImageProcessor.from_pretrained(REPOSITORY, trust_remote_code=True)
+    cases: dict[str, tuple[list[Image.Image], int | None]] = {
+        "image 1920x1440": ([synthetic_image(1920, 1440, 0)], None),
+        "36 frames 640x360": ([synthetic_image(640, 360, seed) for seed in range(36)], 1),
     }
-    print(f"medians of {arguments.repeats} runs in ms, {torch.get_num_threads()} threads")
-    print(f"{'case':20}{'resizes':>10}{'all':>10}{'ratio':>8}{'CPU resizes':>14}{'CPU all':>10}{'ratio':>8}")
-    for name, (pictures, max_slice_nums) in cases.items():
-        resizes, everything = [], []
-        for _ in range(arguments.repeats):
-            resizes.append(seconds(lambda: resize_only(processor, pictures, max_slice_nums)))  # noqa: B023
-            everything.append(seconds(lambda: processor(pictures, max_slice_nums=max_slice_nums)))  # noqa: B023
-        wall_resizes, cpu_resizes = (median(times) * 1e3 for times in zip(*resizes, strict=True))
-        wall_all, cpu_all = (median(times) * 1e3 for times in zip(*everything, strict=True))
-        print(
-            f"{name:20}{wall_resizes:10.1f}{wall_all:10.1f}{wall_all / wall_resizes:8.2f}"
-            f"{cpu_resizes:14.1f}{cpu_all:10.1f}{cpu_all / cpu_resizes:8.2f}"
-        )
+    print(f"medians of {options.repeats} runs, {torch.get_num_threads()} threads")
+    print(heading())
+    measured = []
+    for name, (images, max_slice_nums) in cases.items():
+        for measurement in compare(image_processor, name, images, max_slice_nums, options.repeats):
+            print(measurement, flush=True)
+            measured.append(measurement)
+    return measured
 
 
 if __name__ == "__main__":

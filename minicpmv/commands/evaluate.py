@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from minicpmv.evaluate.endpoint import Endpoint
 
-DEFAULT_MODEL = "nano"
 DEFAULT_FOLDER = Path("runs")
 MODES: dict[str, Any] = {"on": True, "off": False, "auto": "auto"}
 OF_ENDPOINTS = "With --endpoint"  # heading of these options in the help
@@ -69,7 +68,8 @@ def add_benchmark(benchmark_name: str, summary: str) -> None:
             typer.Option(
                 "--model",
                 "-m",
-                help=f"Model folder or Hub repository (default: {DEFAULT_MODEL}); with --endpoint the name that it knows.",
+                metavar="MODEL",
+                help="Model folder or Hub repository; this folder by default. With --endpoint, the name that it knows.",
             ),
         ] = None,
         revision: options.Revision = None,
@@ -189,7 +189,7 @@ def add_benchmark(benchmark_name: str, summary: str) -> None:
                     extra_body=fields,
                 )
             else:
-                shown = model or DEFAULT_MODEL
+                shown = model or "."
                 answerer = load_model(shown, revision, trust_remote_code, processes.device, batch_size)
             thinks = MODES[thinking] if thinking in MODES else names(thinking) or []
             if output is None:
@@ -227,14 +227,14 @@ def load_model(name: str, revision: str | None, trust_remote_code: bool, device:
     )
 
 
-def ask_endpoint(url: str, model: str, api_key_env: str | None, **options: Any) -> "Endpoint":
+def ask_endpoint(url: str, model: str, api_key_env: str | None, **settings: Any) -> "Endpoint":
     """An endpoint that is there and knows the model."""
     from minicpmv.evaluate.endpoint import Endpoint
 
     api_key = os.environ.get(api_key_env or "OPENAI_API_KEY")
     if api_key_env and not api_key:
         raise EvaluateError(f"--api-key-env: the environment has no variable {api_key_env}, or it is empty")
-    endpoint = Endpoint(url, model, api_key=api_key, **options)
+    endpoint = Endpoint(url, model, api_key=api_key, **settings)
     endpoint.check()
     return endpoint
 
@@ -245,7 +245,7 @@ for name, (_, summary) in BENCHMARKS.items():
 
 @evaluate_app.command()
 def calibrate(
-    model: options.Model = DEFAULT_MODEL,
+    model: options.Model = ".",
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     benchmark: Annotated[str, typer.Option(help="Benchmark that provides the questions.")] = "nanobench",

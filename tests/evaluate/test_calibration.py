@@ -137,5 +137,7 @@ def test_calibrating_stores_a_threshold_that_was_checked_on_other_questions(tmp_
     ],
 )
 def test_a_mistake_is_named(options, message, tmp_path):
-    answer = CliRunner().invoke(evaluate_app, ["calibrate", "--output", str(tmp_path), *options])
+    answer = CliRunner().invoke(
+        evaluate_app, ["calibrate", "-m", str(REPOSITORY / "nano"), "--output", str(tmp_path), *options]
+    )
     assert answer.exit_code != 0 and message in answer.output and "Traceback" not in answer.output

@@ -278,7 +278,9 @@ def test_a_resumed_run_asks_in_the_same_batches(nano, tmp_path, monkeypatch):
 
 
 def start_evaluation(folder):
-    command = "-m minicpmv evaluate nanobench --rows printed_line,video_order --samples 24 --batch-size 2 --output"
+    command = (
+        "-m minicpmv evaluate nanobench -m nano --rows printed_line,video_order --samples 24 --batch-size 2 --output"
+    )
     return subprocess.Popen(
         [sys.executable, *command.split(), str(folder)],
         cwd=REPOSITORY,
@@ -316,7 +318,7 @@ def test_two_processes_share_the_questions_and_one_writes_the_log(nano, tmp_path
     benchmark = load_benchmark("nanobench")
     run(nano, tmp_path / "both", benchmark, samples=1, **options)
     command = "accelerate.commands.launch --config_file recipes/accelerate/ddp.yaml --num_processes 2"
-    command += " -m minicpmv evaluate nanobench --rows shape,multistep_deep --samples 7"
+    command += " -m minicpmv evaluate nanobench -m nano --rows shape,multistep_deep --samples 7"
     done = subprocess.run(
         [sys.executable, "-m", *command.split(), "--batch-size", "2", "--output", str(tmp_path / "both")],
         cwd=REPOSITORY,

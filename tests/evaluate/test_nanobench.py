@@ -227,7 +227,7 @@ def test_runs_of_one_setting_share_a_folder_and_others_have_their_own(tmp_path, 
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_remedy(tmp_path, in_the_repository, arguments, parts):
-    result = run("nanobench", "--samples", 1, "--output", tmp_path / "run", *arguments)
+    result = run("nanobench", "-m", "nano", "--samples", 1, "--output", tmp_path / "run", *arguments)
     assert result.exit_code == 1 and result.stdout == ""
     line = result.stderr.splitlines()[-1]
     assert line.startswith("minicpmv: ") and all(part in line for part in parts)

@@ -1,31 +1,77 @@
-"""The measurements run, and print a line for everything that they promise."""
+"""The measurements of perf/ run, and what they state can be true."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import json
+import math
+import re
+from types import SimpleNamespace
 
 import pytest
+from conftest import REPOSITORY
 
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def perf(monkeypatch):
+    """The folder from which its scripts import each other."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "perf"))
+
+
+def check(measured, names):
+    """Every part is measured once; figures, limits and ratios are finite, and above zero."""
+    assert [measurement.name for measurement in measured] == names
+    for measurement in measured:
+        assert math.isfinite(measurement.value) and measurement.value > 0, measurement
+        if measurement.limit is not None:
+            assert measurement.ratio == pytest.approx(measurement.value / measurement.limit), measurement
+            assert 0 < measurement.ratio < math.inf and measurement.limit_name, measurement
+        assert f"{measurement.value:,.1f} {measurement.unit}" in str(measurement)
 
 
 @pytest.mark.slow
-def test_a_conversation_is_measured_part_by_part():
-    command = [sys.executable, "perf/bench_chat.py", "--repeats", "1", "--new-tokens", "4", "--threads", "1"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    for part in (
-        "preprocessing 336x336",
-        "tower, 10 slices",
-        "resampler",
-        *(f"first token, turn {turn}" for turn in range(1, 6)),
-        "decoding, batch 1 ",
-        "decoding, batch 8",
-        "decoding, batch 1, static",
-        "video: decode, cut, encode",
-        "peak memory",
-    ):
-        assert f"\n{part}" in done.stdout, part
+def test_a_conversation_is_measured_part_by_part(tmp_path, capsys):
+    import bench_chat
+
+    measured = bench_chat.main(["--repeats", "1", "--new-tokens", "4", "--json", str(tmp_path / "figures.json")])
+    names = ["limit: large matrix product", "limit: large copy", "preprocessing 336x336", "tower, 10 slices"]
+    names += ["resampler, 640 patches", *(f"first token, turn {turn}" for turn in range(1, 6))]
+    names += ["decoding, batch 1", "decoding, batch 8", "decoding, batch 1, static", "video: decode, cut, encode"]
+    check(measured, [*names, "peak memory"])
+    found = {measurement.name: measurement for measurement in measured}
+    # Neither an early end nor a cut makes decoding look fast.
+    tokens = [found[name].note for name in names if name.startswith("decoding")]
+    assert tokens == ["4 tokens", "32 tokens", "4 tokens"]
+    # A batch reads the weights once for all its rows; a process is larger than the weights in it.
+    assert found["decoding, batch 8"].limit == pytest.approx(8 * found["decoding, batch 1"].limit)
+    assert found["peak memory"].ratio > 1 and found["preprocessing 336x336"].limit_name == "Pillow resizes"
+    assert re.fullmatch(r"[1-9]\d* frames in, [1-9]\d* tokens out", found["video: decode, cut, encode"].note)
+    stored = json.loads((tmp_path / "figures.json").read_text())
+    assert [entry["value"] for entry in stored] == [measurement.value for measurement in measured]
+    assert capsys.readouterr().out.count("\n") == len(measured) + 2
+
+
+@pytest.mark.slow
+def test_the_tower_is_measured_in_both_types():
+    import bench_tower
+
+    names = [f"tower, 4 slices of 1024 patches, {dtype}" for dtype in ("float32", "bfloat16")]
+    check(bench_tower.main(["--repeats", "1", "--layers", "1"]), names)
+
+
+def test_the_arithmetic_of_a_tower_is_that_of_its_matrix_products():
+    import bench_tower
+
+    hidden, mlp, patches, layers, slices = 8, 16, 10, 3, 2
+    config = SimpleNamespace(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers)
+    products = [(patches, hidden, hidden)] * 4 + [(patches, hidden, mlp), (patches, mlp, hidden)]
+    products += [(patches, hidden, patches), (patches, patches, hidden)]
+    expected = layers * slices * sum(2 * rows * inner * columns for rows, inner, columns in products)
+    assert bench_tower.tower_flops(config, patches, slices) == expected
+
+
+def test_preprocessing_is_measured_beside_its_resizes():
+    import bench_preprocessing
+
+    names = [f"{case}, {clock}" for case in ("image 1920x1440", "36 frames 640x360") for clock in ("wall", "CPU")]
+    check(bench_preprocessing.main(["--repeats", "1"]), names)
