@@ -17,9 +17,7 @@ def finite(value: float | None) -> float | None:
     return value
 
 
-Model = Annotated[
-    str, typer.Option("--model", "-m", metavar="MODEL", help="Model folder or Hub repository; this folder by default.")
-]
+Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="Model folder or Hub repository.")]
 Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Commit, tag or branch of the Hub repository.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that the Hub repository brings.")

@@ -23,30 +23,37 @@ class SummaryLength(str, Enum):
 
 
 def read(
-    files: Annotated[list[Path], typer.Argument(help="PDF, TIFF or pictures; several are read as one document.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="PDF, TIFF or images; several are read as one document.")
+    ],
     model: options.Model = ".",
-    format: Annotated[ReadFormat, typer.Option("--format", "-f", help="Of what is written.")] = ReadFormat.markdown,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
-    pages: Annotated[str | None, typer.Option(help="Only these pages, such as 1-3,7.")] = None,
+    format: Annotated[ReadFormat, typer.Option("--format", "-f", help="Format to write.")] = ReadFormat.markdown,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to this file.")] = None,
+    pages: Annotated[str | None, typer.Option(metavar="PAGES", help="Only these pages, such as 1-3,7.")] = None,
     question: Annotated[
-        list[str] | None, typer.Option("--question", "-q", help="Answer this, with pages. May be given several times.")
+        list[str] | None,
+        typer.Option("--question", "-q", metavar="TEXT", help="Answer this and name the pages; repeatable."),
     ] = None,
     summary: Annotated[SummaryLength | None, typer.Option(help="Summarize the document.")] = None,
-    schema: Annotated[Path | None, typer.Option(help="Give data that fits this JSON Schema.")] = None,
+    schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Extract data that fits this JSON Schema.")
+    ] = None,
     regions: Annotated[
-        Path | None, typer.Option(help="Find regions; write the pages with their boxes to this folder.")
+        Path | None, typer.Option(metavar="FOLDER", help="Find regions; write the pages with boxes to this folder.")
     ] = None,
-    tables: Annotated[Path | None, typer.Option(help="Write every table as CSV to this folder.")] = None,
+    tables: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write every table as CSV to this folder.")
+    ] = None,
     deskew: Annotated[bool, typer.Option("--deskew", help="Straighten crooked scans.")] = False,
-    contrast: Annotated[bool, typer.Option("--contrast", help="Make faded print black on white.")] = False,
-    dpi: Annotated[int, typer.Option(help="Resolution of PDF pages.")] = 200,
-    password: Annotated[str | None, typer.Option(help="Of an encrypted PDF.")] = None,
+    contrast: Annotated[bool, typer.Option("--contrast", help="Turn faded print into black on white.")] = False,
+    dpi: Annotated[int, typer.Option(metavar="N", help="Resolution of PDF pages.")] = 200,
+    password: Annotated[str | None, typer.Option(metavar="TEXT", help="Password of an encrypted PDF.")] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="What to ask for each page, in place of its transcription.")
+        str | None, typer.Option(metavar="TEXT", help="What to ask about each page, instead of its transcription.")
     ] = None,
-    max_pages: Annotated[int, typer.Option(min=1, help="Most pages to read.")] = 1000,
+    max_pages: Annotated[int, typer.Option(metavar="N", min=1, help="Most pages to read.")] = 1000,
     max_page_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens of a page's text, an answer or a summary.")
+        int, typer.Option(metavar="N", min=1, help="Most tokens of a page's text, an answer or a summary.")
     ] = 8192,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -57,12 +64,10 @@ def read(
 
     Examples:
 
+    \b
       minicpmv read letter.pdf -o letter.md
-
       minicpmv read scan.tif --deskew --contrast --pages 2-5 --tables csv
-
       minicpmv read report.pdf -q "Who signed it?" --summary short
-
       minicpmv read receipt.jpg --schema receipt.schema.json --format json
     """
     from dataclasses import asdict, replace
@@ -100,9 +105,9 @@ def read(
             terminal.check_output(output)
             for folder in filter(None, (regions, tables)):
                 folder.mkdir(parents=True, exist_ok=True)
-            chat, processor = terminal.load_shown(console, model, revision, trust_remote_code)
+            loaded, processor = terminal.load_shown(console, model, revision, trust_remote_code)
             reader = DocumentReader(
-                chat,
+                loaded,
                 processor,
                 deskew=deskew,
                 contrast=contrast,
@@ -141,6 +146,7 @@ def read(
                     write_found(found, format, output)
                 raise
         write_found(found, format, output)
+        terminal.note_knowledge(loaded, model)
 
 
 def read_schema(file: Path):

@@ -56,9 +56,9 @@ def video(
         if not file.is_file():
             raise media.MediaError(f"{file}: no such file; give a video")
         terminal.check_output(output)
-        chat, processor = terminal.load_shown(console, model, revision, trust_remote_code)
+        loaded, processor = terminal.load_shown(console, model, revision, trust_remote_code)
         total = len(clips.segment_times(clips.duration_of(processor, file), seconds))
-        stream = clips.describe(chat, processor, file, seconds, prompt or clips.PROMPT, **settings)
+        stream = clips.describe(loaded, processor, file, seconds, prompt or clips.PROMPT, **settings)
         try:
             with progress:
                 for segment in progress.track(stream, total=total, description="Looking"):
@@ -67,10 +67,11 @@ def video(
                         terminal.write(line(segment))
         finally:  # after an error or Ctrl-C too: hours of looking are not thrown away
             write_told(told, format, output, max_new_tokens)
+        terminal.note_knowledge(loaded, model)
 
 
 def write_told(told: list, format: VideoFormat, output: Path | None, max_new_tokens: int) -> None:
-    """Write what was told, where it was not written as it came; on stderr what was cut."""
+    """Write what was described, unless it was written as it came; on stderr what was cut."""
     import json
     from dataclasses import asdict
 
