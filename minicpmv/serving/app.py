@@ -1,9 +1,9 @@
 """The server of transformers (`transformers serve`), with one model that brings its own code.
 
 What is special:
-- Routes, generation, streams and the parting of thought and answer are those of transformers. Added here: requests are
-  checked, pictures and clips are fetched by the rules of `media`, and what a request did wrong is a 4xx in OpenAI's form.
-- Answers are generated one at a time, in the order in which their inputs were ready; inputs are made beside that.
+- Routes, generation, streams and the separation of thought and answer are those of transformers. Added here: requests are
+  checked, images and videos are fetched by the rules of `media`, and what a request did wrong is a 4xx in OpenAI's form.
+- Answers are generated one at a time, in the order in which their inputs were ready; inputs are made meanwhile.
 - An answer stops when its client has gone, streamed or not. A seed belongs to one request.
 """
 
@@ -11,6 +11,7 @@ import asyncio
 import threading
 import time
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from fastapi import FastAPI, HTTPException, Request
@@ -26,8 +27,9 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
 
-from .media import MediaLimits, read_messages
-from .request import ChatRequest
+from minicpmv.errors import is_expected
+from minicpmv.serving.media import MediaLimits, read_messages
+from minicpmv.serving.request import ChatRequest
 
 
 DEFAULT_MAX_TOKENS = 2048  # as in chat()
@@ -35,18 +37,20 @@ LEAST_TEMPERATURE = 0.01  # below it the likeliest token is taken: scores divide
 ROUTES = {"/health"}  # of transformers' server; the others load other models, or take prompts with control tokens
 
 
-def build_app(model, processor, name: str, think: bool = False, limits: MediaLimits | None = None) -> FastAPI:
+def build_app(
+    model: Any, processor: Any, name: str, think: bool = False, limits: MediaLimits | None = None
+) -> FastAPI:
     """The ASGI app that answers for `model` under `name`.
 
     Args:
-        think: whether the model thinks where a request says nothing about it.
-        limits: what pictures and clips of a request may take.
+        think: whether the model thinks where a request does not say.
+        limits: what images and videos of a request may take.
     """
-    EpsImagePlugin.gs_binary = False  # an EPS picture is a program, which Ghostscript would run
+    EpsImagePlugin.gs_binary = False  # an EPS image is a program, which Ghostscript would run
     limits = limits or MediaLimits()
     state, manager = GenerationState(), ModelManager()
     handler = ChatHandler(model, processor, name, think, limits, manager, state)
-    others = dict.fromkeys(
+    others: Any = dict.fromkeys(
         ("completion_handler", "response_handler", "transcription_handler", "systemone_handler"), None
     )
     app = build_server(manager, handler, **others, generation_state=state)
@@ -78,30 +82,45 @@ def build_app(model, processor, name: str, think: bool = False, limits: MediaLim
 class ChatHandler(ChatCompletionHandler):
     """Answers requests to `/v1/chat/completions`."""
 
-    def __init__(self, model, processor, name, think, limits, manager, state):
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        name: str,
+        think: bool,
+        limits: MediaLimits,
+        manager: ModelManager,
+        state: GenerationState,
+    ) -> None:
         super().__init__(manager, state)
         self.model, self.processor, self.name = model, processor, name
         self.think, self.limits = think, limits
         self.context = model.config.max_position_embeddings
 
-    async def answer(self, request: Request, body: ChatRequest):
-        """The response, or the stream of it."""
+    async def answer(self, request: Request, body: ChatRequest) -> Any:
+        """The response, or the stream of it.
+
+        Raises:
+            HTTPException: the request cannot be answered; the detail says why.
+        """
         if body.model not in (None, self.name):
             raise HTTPException(404, f"The model {body.model!r} is not here; this server has {self.name!r}.")
         most = self.processor.image_processor.max_slice_nums
         if (body.mm_processor_kwargs.max_slice_nums or 0) > most:
             raise HTTPException(
-                400, f"mm_processor_kwargs.max_slice_nums: this server cuts a picture into {most} at most."
+                400, f"mm_processor_kwargs.max_slice_nums: this server cuts an image into {most} at most."
             )
-        tools = body.tools and [tool.model_dump(exclude_none=True) for tool in body.tools]
+        tools: Any = body.tools and [tool.model_dump(exclude_none=True) for tool in body.tools]
         try:
             messages = await read_messages(body.messages, self.limits)
             inputs = await asyncio.to_thread(self._read, messages, tools, body)
             config = self._generation_config(body, inputs["input_ids"].shape[1])
         except (ValueError, TemplateError) as error:
+            if not (is_expected(error) or isinstance(error, TemplateError)):
+                raise
             raise HTTPException(400, str(error)) from error
         turn = Turn(self.model, body.seed)
-        arguments = (request.state.request_id, turn, self.processor, self.name, inputs, config)
+        arguments: Any = (request.state.request_id, turn, self.processor, self.name, inputs, config)
         manager = self.generation_state.get_manager(self.name)
         if body.stream:
             response = self._streaming(*arguments, gen_manager=manager, tools=tools)
@@ -157,10 +176,10 @@ class ChatHandler(ChatCompletionHandler):
 class Turn:
     """One answer: what transformers' server takes for the model."""
 
-    def __init__(self, model, seed):
+    def __init__(self, model: Any, seed: int | None) -> None:
         self.model, self.seed, self.client_has_gone = model, seed, threading.Event()
 
-    def generate(self, **inputs):
+    def generate(self, **inputs: Any) -> Any:
         stop = StoppingCriteriaList([self._stop])
         # Answers come one after the other, so that between the seed and the last draw there is no one else's.
         with nullcontext() if self.seed is None else torch.random.fork_rng():

@@ -1,17 +1,18 @@
-"""Pictures and clips that strangers name in their messages -> bytes.
+"""Images and videos that strangers name in their messages -> bytes.
 
 What is special:
 - Only addresses of the public internet are fetched, unless their host was named when the server was started: else the
   server would read for a stranger what only its own network may see. The address that is checked is the one connected
   to, also after a redirect, so a name that changes its address in between gains nothing.
-- One request has one budget of seconds, bytes and pixels for all its pictures and clips. Pixels are counted from the
+- One request has one budget of seconds, bytes and pixels for all its images and videos. Pixels are counted from the
   headers, before anything is decoded.
-- A clip is known by its first bytes. FFmpeg would also take lists of other files and addresses for clips, and open them.
+- A video is known by its first bytes. FFmpeg would also take lists of other files and addresses for videos, and open them.
 """
 
 import asyncio
 import re
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from ipaddress import ip_address
@@ -22,18 +23,21 @@ import anyio
 import httpcore
 from PIL import Image, UnidentifiedImageError
 
+from minicpmv.errors import MiniCPMVError
+from minicpmv.serving.request import Message
+
 
 MAX_REDIRECTS = 3
-HEADERS = {"User-Agent": "minicpmv", "Accept": "image/*, video/*"}
-CLIPS = re.compile(
+HEADERS: dict[bytes | str, bytes | str] = {"User-Agent": "minicpmv", "Accept": "image/*, video/*"}
+VIDEOS = re.compile(
     rb"....(?:ftyp|moov|mdat|free|skip|wide)|\x1aE\xdf\xa3|RIFF....(?:AVI |WEBP)|GIF8|\x89PNG|FLV|OggS|0&\xb2u"
     rb"|\x00\x00\x01[\xba\xb3]|G(?=.{187}G)",
     re.DOTALL,
 )
 
 
-class MediaError(ValueError):
-    """A picture or clip that is not taken: the message names it, the limit and what to do."""
+class MediaError(MiniCPMVError):
+    """An image or video that is not taken: the message names it, the limit and what to do."""
 
 
 _FETCH_ERRORS = (
@@ -46,19 +50,19 @@ _FETCH_ERRORS = (
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """What all pictures and clips of one request may take together."""
+    """What all images and videos of one request may take together."""
 
     seconds: float = 20  # to fetch them
     megabytes: float = 64  # of those that are fetched; a data URL is part of the request
-    megapixels: float = 128  # of pictures
+    megapixels: float = 128  # of images
     hosts: frozenset[str] = frozenset()  # fetched from wherever they are
 
 
-async def read_messages(messages, limits: MediaLimits) -> list[dict]:
-    """Messages (`request.Message`) as the processor takes them, with the bytes of pictures and clips in them.
+async def read_messages(messages: Sequence[Message], limits: MediaLimits) -> list[dict]:
+    """Messages (`request.Message`) as the processor takes them, with the bytes of images and videos in them.
 
     Raises:
-        MediaError: a picture or clip cannot be had, is not one, or is beyond the limits.
+        MediaError: an image or video cannot be fetched, is not one, or is beyond the limits.
     """
     result, bytes_left, pixels_left = [], int(limits.megabytes * 1e6), int(limits.megapixels * 1e6)
     try:
@@ -82,19 +86,19 @@ async def read_messages(messages, limits: MediaLimits) -> list[dict]:
                             pixels_left -= _pixels(data, url)
                             if pixels_left < 0:
                                 raise MediaError(
-                                    f"{url[:80]}: the pictures of this request have more than {limits.megapixels:g} "
+                                    f"{url[:80]}: the images of this request have more than {limits.megapixels:g} "
                                     "megapixels; scale them down"
                                 )
-                        elif not CLIPS.match(data):
+                        elif not VIDEOS.match(data):
                             raise MediaError(
-                                f"{url[:80]}: not a clip; give MP4, MOV, Matroska, WebM, AVI, MPEG, WMV, FLV, Ogg, GIF, "
+                                f"{url[:80]}: not a video; give MP4, MOV, Matroska, WebM, AVI, MPEG, WMV, FLV, Ogg, GIF, "
                                 "WebP or PNG"
                             )
                         turn["content"].append({"type": kind, kind: data})
                 result.append(turn)
     except TimeoutError as error:
         raise MediaError(
-            f"the pictures and clips of this request did not come within {limits.seconds:g} seconds; send data URLs"
+            f"the images and videos of this request did not come within {limits.seconds:g} seconds; send data URLs"
         ) from error
     return result
 
@@ -122,7 +126,7 @@ async def fetch(url: str, limits: MediaLimits, max_bytes: int) -> bytes:
                         data += chunk
                         if len(data) > max_bytes:
                             raise MediaError(
-                                f"{name}: the pictures and clips of this request are larger than "
+                                f"{name}: the images and videos of this request are larger than "
                                 f"{limits.megabytes:g} MB; scale them down"
                             )
                     return bytes(data)
@@ -169,14 +173,20 @@ def _decode(url: str) -> bytes:
         raise MediaError(f"data URL {url[:40]!r}... cannot be read ({error}); expected data:...;base64,...") from error
 
 
+def _formats() -> list[str]:
+    """What Pillow may read: all but EPS, a program whose header alone may take it half a minute."""
+    Image.init()
+    return [name for name in Image.OPEN if name != "EPS"]
+
+
 def _pixels(data: bytes, url: str) -> int:
-    """Pixels of a picture by its header."""
+    """Pixels of an image by its header."""
     try:
-        with Image.open(BytesIO(data)) as picture:
-            return picture.width * picture.height
+        with Image.open(BytesIO(data), formats=_formats()) as image:
+            return image.width * image.height
     except Image.DecompressionBombError as error:
         raise MediaError(f"{url[:80]}: {error}; scale it down") from error
     except UnidentifiedImageError as error:
-        raise MediaError(f"{url[:80]}: not a picture in a format that Pillow reads") from error
+        raise MediaError(f"{url[:80]}: not an image in a format that Pillow reads") from error
     except (OSError, ValueError) as error:
-        raise MediaError(f"{url[:80]}: cannot be read as a picture ({error})") from error
+        raise MediaError(f"{url[:80]}: cannot be read as an image ({error})") from error

@@ -2,7 +2,7 @@
 
 What is special:
 - A field that would change the answer but is not supported is refused unless its value is the neutral one.
-- Pictures and clips are addresses (http, https) or data URLs. A path is neither: it would be one of the server's files.
+- Images and videos are addresses (http, https) or data URLs. A path is neither: it would be one of the server's files.
 """
 
 from typing import Annotated, Any, Literal
@@ -11,14 +11,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloa
 
 
 class Fields(BaseModel):
-    """A typing error in a name is an error, not a wish that nobody hears."""
+    """A misspelled name is an error, not a wish that nobody hears."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Address(Fields):
     url: str = Field(pattern=r"^(?i:https?://|data:)")
-    detail: Literal["auto", "low", "high"] | None = None  # OpenAI's; slices follow from the size of the picture
+    detail: Literal["auto", "low", "high"] | None = None  # OpenAI's; slices follow from the size of the image
 
 
 class TextPart(Fields):
@@ -71,7 +71,7 @@ class TemplateVariables(Fields):
 
 
 class MediaOptions(Fields):
-    """Options of the processor for the pictures and clips of one request."""
+    """Options of the processor for the images and videos of one request."""
 
     max_slice_nums: PositiveInt | None = None
     fps: PositiveFloat | None = None

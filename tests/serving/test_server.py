@@ -314,13 +314,14 @@ def video(data):
 
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n"
 BAD_MEDIA = {
-    "no picture": (part(data_url(b"Hello")), "not a picture"),
+    "no picture": (part(data_url(b"Hello")), "not an image"),
+    "a program": (part(data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")), "not an image"),
     "cut off": (part(data_url(NUMBER.read_bytes()[:900])), "not damaged"),
     "no base64": (part("data:image/png;base64,A"), "data URL"),
     "a bomb": (part(data_url(png(60000, 60000))), "scale it down"),
     "too many pixels": (part(data_url(png(12000, 12000))), "128 megapixels"),
-    "no clip": (video(b"Hello, this is no clip"), "not a clip"),
-    "a list of other files": (video(PLAYLIST), "not a clip"),
+    "no clip": (video(b"Hello, this is no clip"), "not a video"),
+    "a list of other files": (video(PLAYLIST), "not a video"),
     "cut off clip": (video(STAR.read_bytes()[:300]), "cannot be read as a video"),
     "a path": ({"type": "image_url", "image_url": {"url": "/etc/hostname"}}, "image_url"),
     "a file": ({"type": "image_url", "image_url": {"url": "file:///etc/hostname"}}, "image_url"),
@@ -357,7 +358,7 @@ def test_pixels_and_bytes_are_counted_over_all_pictures_of_a_request(client, tmp
 
 
 def test_what_an_address_answers_is_checked(client, files, tmp_path):
-    for path, reason in [("/nowhere.jpg", "404"), ("/README.md", "not a picture"), ("/moved", "public internet")]:
+    for path, reason in [("/nowhere.jpg", "404"), ("/README.md", "not an image"), ("/moved", "public internet")]:
         with pytest.raises(openai.BadRequestError, match=reason):
             ask(client, f"{files}{path}", QUESTION)
 
