@@ -11,13 +11,14 @@ What is special:
 """
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from minicpmv.data.formats import BadRowError, DataError, conversation_row
+from minicpmv.errors import is_expected
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class EncodedRow:
     temporal_ids: list[list[int]]  # one list of ids a unit
 
 
-def encoded_row(inputs, labels=()):
+def encoded_row(inputs: Mapping[str, Any], labels: Sequence[int] = ()) -> EncodedRow:
     """The processor's inputs of one prompt, made without tensors and padding, as an [`EncodedRow`]."""
     slices = inputs["pixel_values"][0] if "pixel_values" in inputs else []
     return EncodedRow(
@@ -91,7 +92,7 @@ class ConversationCollator:
         _check_choice("on_bad_row", self.on_bad_row, ("raise", "skip"))
         _check_choice("train_on", self.train_on, ("all", "last"))
 
-    def __call__(self, rows):
+    def __call__(self, rows: Sequence[dict]) -> dict[str, Any]:
         """A batch of rows.
 
         Returns:
@@ -111,7 +112,9 @@ class ConversationCollator:
                 if self.on_too_long != "drop":
                     raise ConversationTooLongError(f"{_name(row, place)}: {error}") from error
                 self._drop(row, place, error)
-            except ValueError as error:  # of the processor: a broken picture, ids that do not fit, ...
+            except ValueError as error:  # of the processor: a broken image, ids that do not fit, ...
+                if not is_expected(error):
+                    raise
                 if self.on_bad_row != "skip":
                     raise BadRowError(f"{_name(row, place)}: {error}") from error
                 self._drop(row, place, error)
@@ -125,18 +128,20 @@ class ConversationCollator:
                 f"None of the {len(encoded)} rows of a batch has a label. Does the chat template mark the assistant's text "
                 "with {% generation %}? With on_too_long='shorten', is max_length large enough?"
             )
-        return self._pad(encoded)
+        return self.pad(encoded)
 
-    def accepts(self, row):
+    def accepts(self, row: dict) -> bool:
         """Whether a row can be used: good, and not too long unless it can be shortened. For `dataset.filter`."""
         try:
             self.encode(row)
         except ValueError as error:
+            if not is_expected(error):
+                raise
             logger.warning("%s is left out: %s", _name(row), error)
             return False
         return True
 
-    def encode(self, row):
+    def encode(self, row: dict) -> EncodedRow:
         """One row, of any known format, as an [`EncodedRow`]; over-long ones shortened if so asked."""
         row = conversation_row(row)
         if "messages" not in row:
@@ -184,7 +189,7 @@ class ConversationCollator:
         ]
         for place, part in old:
             if messages[place]["role"] == "assistant":  # the template leaves thoughts out of earlier turns
-                part["text"] = part["text"].split("</think>")[-1].lstrip("\n")
+                part["text"] = self.processor.split_thought(part["text"])[1]
         touched = first_turn = 0
         while (excess := self._excess(inputs)) > 0 and any(part["text"] for _, part in old):
             for place, part in old:
@@ -211,7 +216,8 @@ class ConversationCollator:
         self.dropped += 1
         logger.warning("%s is left out (%d so far): %s", _name(row, place), self.dropped, error)
 
-    def _pad(self, encoded):
+    def pad(self, encoded: Sequence[Any]) -> dict[str, Any]:
+        """A batch of encoded rows."""
         length, multiple = max(len(row.input_ids) for row in encoded), self.pad_to_multiple_of or 1
         shape = (len(encoded), -(-length // multiple) * multiple)
         batch = {
@@ -224,35 +230,16 @@ class ConversationCollator:
             batch["attention_mask"][place, : len(row.input_ids)] = 1
             batch["labels"][place, : len(row.input_ids)] = torch.tensor(row.labels)
         if any(row.pixel_values for row in encoded):
-            batch |= padded_visual_inputs(encoded) if self.pad_pixel_values else _as_lists(encoded)
+            pad = self.processor.pad_visual_inputs
+            batch |= pad([vars(row) for row in encoded]) if self.pad_pixel_values else _as_lists(encoded)
         return batch
 
 
-def _as_lists(encoded):
+def _as_lists(encoded: Sequence[EncodedRow]) -> dict[str, list]:
     names = ["pixel_values", "tgt_sizes"]
     if any(unit != STILL_PICTURE for row in encoded for unit in row.temporal_ids):
         names.append("temporal_ids")
     return {name: [getattr(row, name) for row in encoded] for name in names}
-
-
-def padded_visual_inputs(encoded):
-    """Tensors with one entry a row, as `processor(pad_pixel_values=True)` gives them, of rows encoded one by one."""
-    slices = [pixels for row in encoded for pixels in row.pixel_values]
-    patch_size, width = slices[0].shape[1], max(pixels.shape[2] for pixels in slices)
-    most = max(len(row.pixel_values) for row in encoded)
-    # numpy, because torch's threads stall on busy cores and gain nothing here
-    pixel_values = np.zeros((len(encoded), most, 3, patch_size, width), np.float32)
-    tgt_sizes = torch.zeros(len(encoded), most, 2, dtype=torch.long)
-    units = [unit for row in encoded for unit in row.temporal_ids]
-    temporal_ids = torch.full((len(encoded), max(len(row.temporal_ids) for row in encoded), max(map(len, units))), -2)
-    for place, row in enumerate(encoded):
-        tgt_sizes[place, : len(row.tgt_sizes)] = row.tgt_sizes
-        for number, pixels in enumerate(row.pixel_values):
-            pixel_values[place, number, :, :, : pixels.shape[2]] = pixels.numpy()
-        for number, unit in enumerate(row.temporal_ids):
-            temporal_ids[place, number, : len(unit)] = torch.tensor(unit)
-    batch = {"pixel_values": torch.from_numpy(pixel_values), "tgt_sizes": tgt_sizes}
-    return batch | {"temporal_ids": temporal_ids} if any(unit != STILL_PICTURE for unit in units) else batch
 
 
 def _runs(mask):

@@ -23,6 +23,8 @@ from PIL import Image
 from minicpmv.errors import MiniCPMVError
 
 
+# A thought in a text, as rows hold it and as the chat template writes it.
+THINK_START, THINK_END = "<think>", "</think>"
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 MARKS = {"image": re.compile(r"<image(?:_\d+)?>"), "video": re.compile(r"<video(?:_\d+)?>")}
 MEDIA_COLUMNS = {"image": "image", "images": "image", "video": "video", "videos": "video"}
@@ -95,8 +97,8 @@ def text_of(message):
 
 def has_thought(message):
     """Whether an assistant's message begins with a thought."""
-    thought, end, _ = text_of(message).partition("</think>")
-    return bool(end) and bool(thought.replace("<think>", "").strip("\n"))
+    thought, end, _ = text_of(message).partition(THINK_END)
+    return bool(end) and bool(thought.replace(THINK_START, "").strip("\n"))
 
 
 # ---- columns -> messages ----
@@ -222,10 +224,10 @@ def _read_answer(parts, thought):
         raise BadRowError("an assistant's message holds a picture or video; the model writes text only")
     text = "\n".join(part["text"] for part in parts)
     if thought is not None:
-        text = f"<think>\n{thought}\n</think>\n\n{text}"
+        text = f"{THINK_START}\n{thought}\n{THINK_END}\n\n{text}"
     text = LEADING_BREAKS.sub("", text)
-    starts, ends = text.count("<think>"), text.count("</think>")
-    begins = text.lstrip().startswith("<think>")
+    starts, ends = text.count(THINK_START), text.count(THINK_END)
+    begins = text.lstrip().startswith(THINK_START)
     if begins and not ends:
         raise BadRowError(f"the thought of an answer has no end, </think>: {_short(text)}")
     if ends and not (begins and starts == ends == 1):

@@ -1,4 +1,4 @@
-"""Pictures drawn with Pillow: coloured shapes and print on plain backgrounds.
+"""Pictures drawn with Pillow: colored shapes and print on plain backgrounds.
 
 What is special:
 - every drawing keeps an object map beside the picture (which object lies under each pixel), so labels for each patch are free;

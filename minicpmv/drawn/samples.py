@@ -1,7 +1,7 @@
-"""Questions about drawn pictures: an endless, seeded stream of samples for training, and the questions of NanoBench.
+"""Questions about drawn pictures: seeded samples for training, without end, and the questions of NanoBench.
 
 What is special:
-- sample `index` of a split depends on (split, seed, index) alone: streams resume anywhere, and no state is shared;
+- sample `index` of a split depends on (split, seed, index) alone: training resumes anywhere, and no state is shared;
 - the splits never share a random state, and printed text of three or more characters belongs to one split each,
   so that reading a test picture cannot be remembered from training;
 - a training sample carries several questions, asked as turns of one conversation: one encoded picture teaches several
@@ -9,7 +9,6 @@ What is special:
 """
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -32,9 +31,10 @@ from minicpmv.errors import MiniCPMVError
 
 
 SPLITS = ("train", "validation", "test")
-SLICE_SIDE = 112  # nano's slices; a picture of this side squared is one view
-SLICES = 4  # what nano cuts a picture into at most, unless it is asked for more
-PAGE_SLICES = 9  # fine print takes these
+# How many slices it takes at most to read an image, with slices as small as those of the model in nano/.
+SLICES = 4
+PAGE_SLICES = 9
+PAGE_SIDE = 336  # pixels of a page of fine print: 3 x 3 slices of 112
 MOST_DRAWN = 200  # scenes for one sample, where few have a question of the kind that is asked for
 CLIPS = {"clip_move": "move", "clip_order": "order", "clip_flash": "flash"}
 SCENES = ("shapes", "repeated", "line", "lower", "sum", "form", "page", "chart", *CLIPS)
@@ -142,7 +142,7 @@ def draw_scene(
         drawing, facts = form_scene(rng, say, split)
         max_slice_nums = SLICES
     elif scene == "page":
-        drawing, facts = page_scene(rng, say, split, round(SLICE_SIDE * PAGE_SLICES**0.5))
+        drawing, facts = page_scene(rng, say, split, PAGE_SIDE)
         max_slice_nums = PAGE_SLICES
     elif scene == "chart":
         drawing, facts = chart_scene(rng, say)
@@ -210,14 +210,6 @@ def make_sample(split: str, seed: int, index: int, mixture: Mixture) -> Sample:
     thinking = rng.random() < mixture.thinking
     sample.turns = [make_turn(fact, say, rng, thinking and fact is chosen[-1]) for fact in chosen]
     return sample
-
-
-def stream(split: str, seed: int, mixture: Mixture, start: int = 0) -> Iterator[Sample]:
-    """Samples from `start` on, without end."""
-    index = start
-    while True:
-        yield make_sample(split, seed, index, mixture)
-        index += 1
 
 
 def bench_sample(task: str, split: str = "test", seed: int = 0, index: int = 0, language: str = "en") -> Sample:

@@ -46,11 +46,13 @@ def conversation_row(sample: Sample) -> dict:
     """A sample as a row: `messages`, and the options of the processor that belong to it."""
     messages = []
     for turn in sample.turns:
-        thought = "" if turn.thought is None else f"<think>\n{turn.thought}\n</think>\n\n"
         messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": thought + turn.answer}]})
-    pictures = [{"type": "image", "image": image} for image in sample.images]
-    messages[0]["content"] = pictures + messages[0]["content"]
+        answer = {"role": "assistant", "content": [{"type": "text", "text": turn.answer}]}
+        if turn.thought is not None:
+            answer["reasoning_content"] = turn.thought
+        messages.append(answer)
+    images = [{"type": "image", "image": image} for image in sample.images]
+    messages[0]["content"] = images + messages[0]["content"]
     row = {"messages": messages, "max_slice_nums": sample.max_slice_nums}
     if sample.temporal_ids is not None:
         row |= {"temporal_ids": sample.temporal_ids, "use_image_id": False}

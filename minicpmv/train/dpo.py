@@ -106,8 +106,8 @@ class PreferenceCollator(ConversationCollator):
         rejected.pixel_values = chosen.pixel_values
         return EncodedPair(chosen, rejected, {name: row[name] for name in REFERENCE_COLUMNS if name in row})
 
-    def _pad(self, encoded):
-        batch = super()._pad([pair.chosen for pair in encoded] + [pair.rejected for pair in encoded])
+    def pad(self, encoded: Sequence[EncodedPair]) -> dict[str, Any]:
+        batch = super().pad([pair.chosen for pair in encoded] + [pair.rejected for pair in encoded])
         batch["completion_mask"] = (batch.pop("labels") != IGNORED).long()
         return batch | {
             name: torch.tensor([pair.reference[name] for pair in encoded]) for name in encoded[0].reference
@@ -131,9 +131,8 @@ class PreferenceTrainer(TrainerMixin, DPOTrainer):
     def compute_loss(self, model: torch.nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
         if "pixel_values" in inputs and self._can_share_features:
             inputs = dict(inputs)
-            visual = {
-                name: inputs.pop(name) for name in ("pixel_values", "tgt_sizes", "temporal_ids") if name in inputs
-            }
+            names = self.processing_class.visual_input_names
+            visual = {name: inputs.pop(name) for name in names if name in inputs}
             # The second half of the batch has the pictures of the first once more.
             visual = {name: value[: len(value) // 2] for name, value in visual.items()}
             with torch.no_grad():

@@ -37,9 +37,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import get_repetition_penalty_reward
 
 from minicpmv.checkpoint import source_of
-from minicpmv.data.collator import ROW_OPTIONS, EncodedRow, encoded_row, padded_visual_inputs
+from minicpmv.data.collator import ROW_OPTIONS, EncodedRow, encoded_row
 from minicpmv.data.formats import CONVERSATION_COLUMNS, MEDIA_COLUMNS, BadRowError, conversation_row, text_of
-from minicpmv.errors import one_line_errors
+from minicpmv.errors import is_expected, one_line_errors
 from minicpmv.train.common.arguments import (
     AdapterArguments,
     DataArguments,
@@ -57,9 +57,6 @@ from minicpmv.train.common.run import RunArguments, check, load_data, save, set_
 from minicpmv.train.common.trainer import TrainerMixin
 from minicpmv.train.reward_model import load_reward_model, score_answers
 from minicpmv.train.reward_terms import accuracy_reward, final_answer, format_reward, standardized
-
-
-VISUAL_INPUTS = ("pixel_values", "tgt_sizes", "temporal_ids")
 
 
 def check_rollouts(args: GRPOConfig) -> None:
@@ -202,7 +199,9 @@ class HybridGRPOTrainer(TrainerMixin, GRPOTrainer):
     def _encode(self, row) -> EncodedRow:
         try:
             return encoded_row(self._process(row))
-        except ValueError as error:  # of the processor: a broken picture, a prompt that is too long, ...
+        except ValueError as error:  # of the processor: a broken image, a prompt that is too long, ...
+            if not is_expected(error):
+                raise
             raise BadRowError(f"Row {row.get('origin', row['prompt'])}: {error}") from error
 
     def _process(self, row):
@@ -221,15 +220,17 @@ class HybridGRPOTrainer(TrainerMixin, GRPOTrainer):
         )
 
     def _tokenize_prompts(self, prompts):
-        has_pictures = any(row.pixel_values for row in self._encoded)
-        self._visual_inputs = self._prepare_input(padded_visual_inputs(self._encoded)) if has_pictures else {}
+        visual = self.processing_class.pad_visual_inputs([vars(row) for row in self._encoded])
+        self._visual_inputs = self._prepare_input(visual)
         # No list of pictures: for those TRL would call the processor once more, in the way of other models.
         return [row.input_ids for row in self._encoded], None, self._visual_inputs
 
     # ---- log-probabilities ----
 
     def _compute_loss(self, model, inputs):
-        self._visual_inputs = {name: inputs[name] for name in VISUAL_INPUTS if name in inputs}
+        self._visual_inputs = {
+            name: inputs[name] for name in self.processing_class.visual_input_names if name in inputs
+        }
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(

@@ -69,8 +69,8 @@ class FinalAnswerCollator(PreferenceCollator):
             row[name] = [*row[name][:-1], {"role": "assistant", "content": answer}]
         return super().encode(row)
 
-    def _pad(self, encoded):
-        batch = super()._pad(encoded)
+    def pad(self, encoded: Sequence[EncodedPair]) -> dict[str, Any]:
+        batch = super().pad(encoded)
         del batch["completion_mask"]  # the score is of the whole
         return batch
 

@@ -11,8 +11,7 @@ standardized score of a reward model.
 
 import torch
 
-
-THINK_START, THINK_END = "<think>", "</think>"
+from minicpmv.data.formats import THINK_END, THINK_START
 
 
 def final_answer(text: str, enable_thinking: bool = False) -> str | None:

@@ -85,7 +85,7 @@ def join_rows(collator: ConversationCollator, rows: Sequence[dict]) -> dict[str,
     is_token = batch.pop("attention_mask").bool()
     joined = {name: batch[name][is_token][None] for name in ("input_ids", "labels")}
     joined["position_ids"] = (is_token.cumsum(1) - 1)[is_token][None]
-    for name in ("pixel_values", "tgt_sizes", "temporal_ids"):
+    for name in collator.processor.visual_input_names:
         if name in batch:
             joined[name] = batch[name].flatten(0, 1)[None]  # the model passes over the places that padding fills
     return joined

@@ -40,7 +40,6 @@ from minicpmv.train.feedback.pairs import Pair, ScoredAnswer, balance_lengths, c
 from minicpmv.train.feedback.respondent import (  # noqa: E402
     Respondent,
     load_respondent,
-    with_features,
     yes_and_no_tokens,
 )
 from minicpmv.train.feedback.sampling import Answer, SeededChoice, sample_answers  # noqa: E402
@@ -197,8 +196,8 @@ def test_answers_depend_on_seed_and_prompt_and_not_on_the_batch(nano):
 
     def sample(prompts, seed=0):
         inputs = nano.render([question(pictures[prompt]) for prompt in prompts])
-        features = nano.picture_features(inputs)
-        inputs = with_features(inputs, features)
+        features = nano.image_features(inputs)
+        inputs = nano.with_features(inputs, features)
         return sample_answers(nano.model, nano.tokenizer, inputs, prompts, 3, seed, 1.5, 1.0, max_new_tokens=8)
 
     together = sample([0, 1, 2, 3])
@@ -220,7 +219,7 @@ def test_verdicts_are_the_first_token_and_the_same_with_pictures_encoded_before(
         logits = nano.model(**inputs).logits[0, -1].float().softmax(-1)
         expected = [logits[sorted(ids)].sum().item() for ids in yes_and_no_tokens(nano.tokenizer)]
         assert verdict == pytest.approx(expected, abs=1e-5)
-    features = nano.picture_features(nano.render([question(picture) for picture in pictures]))
+    features = nano.image_features(nano.render([question(picture) for picture in pictures]))
     again = nano.yes_and_no([*asked, asked[0]], None, [*features, features[0]])
     assert again == [pytest.approx(verdict, abs=1e-5) for verdict in [*verdicts, verdicts[0]]]
 
@@ -288,7 +287,7 @@ def test_another_vision_language_model_can_judge(foreign_model):
         question(wave_picture(60, 40, k), f"Is there a {color} circle?") for k, color in enumerate(("red", "pink"))
     ]
     options = {"max_slice_nums": 4}  # of this model's processor: nothing to the other one
-    assert judge.picture_features(judge.render(asked, options)) is None
+    assert judge.image_features(judge.render(asked, options)) is None
     verdicts = judge.yes_and_no(asked, options)
     assert judge.yes_and_no(asked[1:]) == [pytest.approx(verdicts[1], rel=1e-4)]
     assert all(0 < probability < 1 for pair in verdicts for probability in pair)

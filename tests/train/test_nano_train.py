@@ -13,7 +13,7 @@ from minicpmv.drawn.samples import Mixture, Sample, Turn, bench_sample, make_sam
 from minicpmv.train import dpo, sft
 from minicpmv.train.common.errors import ArgumentsError
 from minicpmv.train.feedback import run as feedback
-from minicpmv.train.nano.batches import IGNORED, ConversationEncoder, collate, training_batch
+from minicpmv.train.nano.batches import SampleEncoder, training_batch
 from minicpmv.train.nano.pretrain import Recipe, Stage, Trainee, optimizers_of, spread_queries, train
 from minicpmv.train.nano.tokenizer import train_merges
 
@@ -27,13 +27,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
-
-
-@pytest.fixture(scope="module")
-def encoder(processor):
-    return ConversationEncoder(processor.image_processor, processor.tokenizer)
+def encoder(nano_processor):
+    return SampleEncoder(nano_processor)
 
 
 def tiny_trainee():
@@ -81,34 +76,6 @@ def test_the_ids_in_the_config_are_those_of_the_tokenizer():
 # --- Batches ---
 
 
-@pytest.mark.parametrize("index", range(24))
-def test_training_sees_what_inference_sees(processor, encoder, index):
-    sample = make_sample("train", 5, index, EVERYTHING)
-    example = encoder.encode(sample)
-    messages = []
-    for turn in sample.turns:
-        messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
-        thought = "" if turn.thought is None else f"<think>\n{turn.thought}\n</think>\n\n"
-        messages.append({"role": "assistant", "content": thought + turn.answer})
-    messages[0]["content"] = [{"type": "image", "image": image} for image in sample.images] + messages[0]["content"]
-    options = {"max_slice_nums": sample.max_slice_nums}
-    if sample.temporal_ids is not None:
-        options |= {"temporal_ids": sample.temporal_ids, "use_image_id": False}
-    options |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    thinks = sample.turns[-1].thought is not None
-    prompt = processor.apply_chat_template(
-        messages[:-1], add_generation_prompt=True, enable_thinking=thinks, **options
-    )
-    whole = processor.apply_chat_template(messages, **options)
-    assert whole["input_ids"][0].tolist() == example.input_ids
-    start = prompt["input_ids"].shape[1]
-    assert prompt["input_ids"][0].tolist() == example.input_ids[:start]
-    last = [label for label in example.labels[start:] if label != IGNORED]
-    written = messages[-1]["content"].removeprefix("<think>\n") + "<|im_end|>"
-    assert processor.tokenizer.decode(last) == written
-    assert all(torch.equal(a, b) for a, b in zip(prompt["pixel_values"][0], example.pixel_values, strict=True))
-
-
 def test_every_patch_has_a_label(encoder):
     for index in range(20):
         example = encoder.encode(make_sample("train", 6, index, EVERYTHING))
@@ -137,7 +104,7 @@ def test_a_tiny_net_learns_one_picture_by_heart(encoder):
     trainee = tiny_trainee()
     sample = make_sample("train", 0, 0, Mixture(scenes={"shapes": 1}, sliced=0))
     single = Sample(sample.drawings, [Turn("colour", "What color is the shape?", "purple")])
-    batch = collate([encoder.encode(single)], encoder.tokenizer.pad_token_id)
+    batch = encoder.batch([encoder.encode(single)])
     optimizers = optimizers_of(trainee, 0.0)
     losses = []
     for _ in range(40):

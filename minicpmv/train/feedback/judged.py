@@ -5,11 +5,11 @@ from itertools import chain
 
 import torch
 
-from minicpmv.data.formats import text_of
+from minicpmv.data.formats import THINK_END, THINK_START, text_of
 from minicpmv.train.feedback.arguments import FeedbackArguments
 from minicpmv.train.feedback.claims import MalformedClaimsError, Reading, claims_by_rule, claims_prompt, parse_claims
 from minicpmv.train.feedback.prompts import Prompt, shared_options
-from minicpmv.train.feedback.respondent import Respondent, with_features
+from minicpmv.train.feedback.respondent import Respondent
 from minicpmv.train.feedback.sampling import Answer, sample_answers
 
 
@@ -29,12 +29,12 @@ class Feedback:
             options = shared_options(prompts)
             conversations = [prompt.messages for prompt in prompts]
             inputs = self.policy.render(conversations, options)
-            features = self.policy.picture_features(inputs)
-            answers = self._sample(prompts, with_features(inputs, features))
+            features = self.policy.image_features(inputs)
+            answers = self._sample(prompts, self.policy.with_features(inputs, features))
             if self.judge is not self.policy:
                 features = None
                 if self.judge.is_native:
-                    features = self.judge.picture_features(self.judge.render(conversations, options))
+                    features = self.judge.image_features(self.judge.render(conversations, options))
             readings = self._read(prompts, answers)
             verdicts = self._judge(prompts, readings, features)
         return [
@@ -119,7 +119,7 @@ def _answer_record(answer: Answer, reading: Reading | None, verdicts: dict) -> d
         ]
     if not answer.finished:
         record["reason"] = "cut at max_new_tokens"
-    elif "<think>" in answer.text or "</think>" in answer.text:
+    elif THINK_START in answer.text or THINK_END in answer.text:
         record["reason"] = "marks of a thought"  # it would not be a row to train on
     elif reading is None:
         record["reason"] = "list of claims not readable"

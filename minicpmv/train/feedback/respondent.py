@@ -6,6 +6,7 @@ What is special:
   given the pictures with every question.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,6 @@ from minicpmv.train.common.arguments import ModelArguments
 from minicpmv.train.common.errors import ArgumentsError, TrainingError
 
 
-VISUAL_INPUTS = ("pixel_values", "tgt_sizes", "temporal_ids")
 YES = ("yes", "Yes", "YES", "是", "有", "对")
 NO = ("no", "No", "NO", "否", "没有", "不")
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -33,9 +33,9 @@ class Respondent:
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         self.tokenizer.padding_side = "left"
         # Only processors of this repository have options for a row (slices, packs of frames) and take features back.
-        self.is_native = hasattr(self.processor, "is_option")
+        self.is_native = hasattr(self.processor, "visual_input_names")
 
-    def render(self, conversations: list[list[dict]], options: dict | None = None):
+    def render(self, conversations: list[list[dict]], options: dict | None = None) -> Any:
         """Inputs of the model for a batch of conversations that end with a question, padded on the left.
 
         Args:
@@ -60,18 +60,25 @@ class Respondent:
             **options,
         ).to(self.model.device)
 
-    def picture_features(self, inputs) -> list[torch.Tensor] | None:
+    def image_features(self, inputs: Mapping[str, Any]) -> list[torch.Tensor] | None:
         """Features of each prompt's pictures, one tensor [units, query_num, D] a prompt; None where there is nothing to keep."""
         if not self.is_native or "pixel_values" not in inputs:
             return None
-        visual = {name: inputs[name] for name in VISUAL_INPUTS if name in inputs}
+        visual = {name: inputs[name] for name in self.processor.visual_input_names if name in inputs}
         features = self.model.get_image_features(**visual).pooler_output
         return list(features.split([len(bounds) for bounds in inputs["image_bound"]]))
+
+    def with_features(self, inputs: Mapping[str, Any], features: list[torch.Tensor] | None) -> Mapping[str, Any]:
+        """Inputs of the model with the features of [`image_features`] in place of images, if there are any."""
+        if features is None:
+            return inputs
+        rest = {name: value for name, value in inputs.items() if name not in self.processor.visual_input_names}
+        return rest | {"mm_encoder_outputs": {"image": torch.cat(features)}}
 
     @torch.inference_mode()
     def yes_and_no(self, conversations, options=None, features=None) -> list[tuple[float, float]]:
         """Probabilities of "yes" and of "no" as the first word of the answer to each conversation's last question."""
-        inputs = with_features(self.render(conversations, options), features)
+        inputs = self.with_features(self.render(conversations, options), features)
         output = self.model.generate(
             **inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True, **GREEDY
         )
@@ -85,14 +92,6 @@ class Respondent:
         inputs = self.render([[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts])
         output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
         return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def with_features(inputs, features):
-    """Inputs of the model with features in place of pictures, if there are any."""
-    if features is None:
-        return inputs
-    rest = {name: value for name, value in inputs.items() if name not in VISUAL_INPUTS}
-    return rest | {"mm_encoder_outputs": {"image": torch.cat(features)}}
 
 
 def yes_and_no_tokens(tokenizer) -> tuple[set[int], set[int]]:

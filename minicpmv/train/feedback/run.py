@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from minicpmv.data.formats import BadRowError
-from minicpmv.errors import one_line_errors
+from minicpmv.errors import is_expected, one_line_errors
 from minicpmv.train.common.arguments import ModelArguments, parse
 from minicpmv.train.feedback.arguments import FeedbackArguments, settings_of
 from minicpmv.train.feedback.dataset import pair_dataset, pairs_and_summary
@@ -65,6 +65,8 @@ def collect(model_args: ModelArguments, args: FeedbackArguments, rows: datasets.
         try:
             return feedback.records(batch)
         except ValueError as error:  # of the processor: a broken video, frames that do not fit together, ...
+            if not is_expected(error):
+                raise
             if len(batch) == 1:
                 return leave_out(*batch, error)
             return [record for prompt in batch for record in records_of([prompt])]

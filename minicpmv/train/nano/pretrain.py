@@ -30,22 +30,16 @@ import yaml
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
+from minicpmv.data.collator import IGNORED
 from minicpmv.drawn.drawing import COLOR_CLASSES, KIND_CLASSES
 from minicpmv.drawn.samples import Mixture, make_sample
 from minicpmv.errors import one_line_errors
 from minicpmv.files import read_json_lines, write_whole
 from minicpmv.train.common.curves import draw
 from minicpmv.train.common.errors import ArgumentsError, TrainingError
-from minicpmv.train.nano.batches import (
-    IGNORED,
-    ConversationEncoder,
-    collate,
-    layout_key,
-    single_turns,
-    training_batch,
-)
+from minicpmv.train.nano.batches import SampleEncoder, layout_key, single_turns, training_batch
 
 
 @dataclass
@@ -185,7 +179,7 @@ class Trainee(nn.Module):
 
 
 @torch.no_grad()
-def validate(trainee: Trainee, encoder: ConversationEncoder, recipe: Recipe, stage: Stage) -> dict:
+def validate(trainee: Trainee, encoder: SampleEncoder, recipe: Recipe, stage: Stage) -> dict:
     """Share of foreground patches named right and, with answers, of questions answered right (each asked alone).
 
     An answer counts when every word of it is the most likely one after the words before: what greedy search gives.
@@ -199,7 +193,7 @@ def validate(trainee: Trainee, encoder: ConversationEncoder, recipe: Recipe, sta
     trainee.eval()
     for start in range(0, len(examples), 64):
         part = examples[start : start + 64]
-        batch = collate([example for example, _ in part], encoder.tokenizer.pad_token_id)
+        batch = encoder.batch([example for example, _ in part])
         with torch.autocast("cpu", torch.bfloat16):
             _, _, kinds, right_rows = trainee(batch, stage.answers)
         thing = batch["kind_labels"] > 0
@@ -227,7 +221,7 @@ def optimizers_of(trainee: Trainee, weight_decay: float) -> list[torch.optim.Opt
     return [muon, adamw]
 
 
-def load_untrained(recipe: Recipe) -> tuple[Trainee, ConversationEncoder]:
+def load_untrained(recipe: Recipe) -> tuple[Trainee, SampleEncoder]:
     torch.manual_seed(recipe.seed)
     config = AutoConfig.from_pretrained(recipe.model, trust_remote_code=True)
     config.vision_batch_size = 4096  # memory is no concern here, and whole batches are faster
@@ -235,11 +229,8 @@ def load_untrained(recipe: Recipe) -> tuple[Trainee, ConversationEncoder]:
     options = {"trust_remote_code": True, "dtype": torch.float32, "attn_implementation": "eager"}
     model = AutoModel.from_config(config, **options)
     spread_queries(model.resampler)
-    encoder = ConversationEncoder(
-        AutoImageProcessor.from_pretrained(recipe.model, trust_remote_code=True),
-        AutoTokenizer.from_pretrained(recipe.model, trust_remote_code=True),
-    )
-    return Trainee(model).train(), encoder
+    processor = AutoProcessor.from_pretrained(recipe.model, trust_remote_code=True)
+    return Trainee(model).train(), SampleEncoder(processor)
 
 
 def sum_gradients(trainee: Trainee, stage: Stage) -> None:
@@ -305,7 +296,7 @@ class Run:
                 file.write(json.dumps(entry) + "\n")
 
 
-def run_stage(run: Run, encoder: ConversationEncoder, recipe: Recipe, stage: Stage, store) -> None:
+def run_stage(run: Run, encoder: SampleEncoder, recipe: Recipe, stage: Stage, store) -> None:
     """All steps of a stage; `store` hands out the batches of a step to the processes (None: there is one process)."""
     trainee, progress = run.trainee, run.progress
     bar = tqdm(initial=progress["step"], total=stage.steps, desc=stage.name, disable=run.rank > 0)
