@@ -71,6 +71,8 @@ def build(conversations: Conversations, name: str) -> gr.Blocks:
     most_tokens = min(8192, model.config.max_position_embeddings // 2)
     decoding = model.generation_config
     labels: dict[str, str] = {}  # option -> its slider, for messages
+    knows = getattr(model.config, "knows", None)  # of a miniature
+    limits = f"\n\n{name} knows {knows}: anything else it guesses." if knows else ""
 
     def slider(option, least, most, value, step, label, info=None):
         labels[option] = label
@@ -97,7 +99,8 @@ def build(conversations: Conversations, name: str) -> gr.Blocks:
                         {"left": "\\(", "right": "\\)", "display": False},
                         {"left": "\\[", "right": "\\]", "display": True},
                     ],
-                    placeholder="## Ask about an image or a video\nDrop it here, paste it, or take one with the camera.",
+                    placeholder="## Ask about an image or a video\nDrop it here, paste it, or take one with the camera."
+                    + limits,
                     examples=_examples(),
                 )
                 camera = gr.Image(
