@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from conftest import GREEDY, REPOSITORY
 from rich.console import Console
 from typer.testing import CliRunner
 
 from minicpmv import checkpoint
 from minicpmv.commands import terminal
-from minicpmv.commands.ask import ask
-from minicpmv.commands.chat import COMMANDS, Conversation, chat
+from minicpmv.commands.chat import COMMANDS, Conversation
+from minicpmv.commands.main import app
 
 
 ASSETS = REPOSITORY / "assets"
@@ -28,19 +27,6 @@ NANO = REPOSITORY / "nano"
 NUMBER, SHAPES, STAR = (str(ASSETS / name) for name in ("number.jpg", "shapes.jpg", "star.mp4"))
 QUESTION = "What does it say?"
 SHORT = ["--temperature", "0", "--max-new-tokens", "24"]
-PROGRAM = """
-import typer
-from minicpmv.commands.ask import ask
-from minicpmv.commands.chat import chat
-app = typer.Typer()
-app.command()(ask)
-app.command()(chat)
-app()
-"""
-
-app = typer.Typer()
-app.command()(ask)
-app.command()(chat)
 
 
 @pytest.fixture
@@ -286,7 +272,7 @@ def test_a_missing_model_is_a_one_line_error_with_the_remedy(run, command, tmp_p
 
 @pytest.mark.slow
 def test_ask_is_a_program_that_can_stand_in_a_pipe(answer):
-    command = [sys.executable, "-c", PROGRAM, "ask", "-m", str(NANO), "--json", *SHORT, QUESTION]
+    command = [sys.executable, "-m", "minicpmv", "ask", "-m", str(NANO), "--json", *SHORT, QUESTION]
     with open(NUMBER, "rb") as picture:
         done = subprocess.run(command, cwd=REPOSITORY, stdin=picture, capture_output=True, timeout=300, check=True)
     assert json.loads(done.stdout)["text"] == answer(Path(NUMBER), QUESTION)
@@ -440,7 +426,7 @@ def test_a_conversation_in_a_terminal(answer, tmp_path):
     import pexpect
 
     settings = {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "XDG_CONFIG_HOME": str(tmp_path / "config")}
-    arguments = ["-c", PROGRAM, "chat", NUMBER, "-m", str(NANO), "--thinking-budget", "8", *SHORT]
+    arguments = ["-m", "minicpmv", "chat", NUMBER, "-m", str(NANO), "--thinking-budget", "8", *SHORT]
     child = pexpect.spawn(
         sys.executable,
         arguments,
