@@ -44,4 +44,7 @@ add_verb(train_app, "dpo", "minicpmv.train.dpo", "Direct preference optimization
 add_verb(train_app, "reward", "minicpmv.train.reward", "A visual reward model from pairs of answers.")
 add_verb(train_app, "rl", "minicpmv.train.grpo", "Reinforcement learning with GRPO, thinking and fast rollouts mixed.")
 add_verb(train_app, "merge", "minicpmv.train.merge", "Merge an adapter into its model.", trains=False)
+add_verb(
+    train_app, "estimate", "minicpmv.train.common.memory", "Compute the GPU memory that QLoRA takes.", trains=False
+)
 add_verb(align_app, "feedback", "minicpmv.train.feedback.run", "Sample answers, check their claims, choose pairs.")

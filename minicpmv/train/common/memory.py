@@ -1,33 +1,39 @@
-"""GPU memory of QLoRA on the full-size model, computed from shapes: no weights, no GPU, a minute or two of one core.
+"""GPU memory that QLoRA takes, computed from shapes: no weights, no GPU, a minute or two of one core.
 
-    python perf/estimate_memory.py [--tokens 4096] [--batch_size 1] [--lora_r 16]
+    minicpmv train estimate [--model FOLDER] [--tokens 4096] [--batch_size 1] [--lora_r 16]
 
 What is special:
 - torch goes through whole training steps (forward with gradient checkpointing, backward, AdamW) on tensors that have a shape
-  and no storage, and counts what lives at the highest point: the model of config.json, the adapter of
-  recipes/sft_qlora.yaml, TRL's loss with every token a label;
+  and no storage, and counts what lives at the highest point: the model of a config.json under LoRA, TRL's loss with every
+  token a label;
 - the steps run with bfloat16 in place of the 4-bit weights, which changes nothing else: neither kind keeps anything for the
   backward pass. One weight, unpacked to be used, comes on top;
-- left out is what a machine adds (the CUDA context, workspaces of libraries, fragmentation), and pictures on their way
+- left out is what a machine adds (the CUDA context, workspaces of libraries, fragmentation), and images on their way
   through the frozen tower, which are gone before the highest point.
 """
 
 import argparse
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForImageTextToText
 from trl.trainer.utils import add_fused_lm_head
 
+from minicpmv.checkpoint import source_of
+from minicpmv.errors import one_line, one_line_errors
 from minicpmv.train.common.arguments import AdapterArguments
+from minicpmv.train.common.errors import ArgumentsError
 from minicpmv.train.common.loading import part_of, train_in_float32
+from minicpmv.train.common.names import check_model_name
 
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 GIB = 2**30
 
 
@@ -41,11 +47,19 @@ def is_quantized(name: str) -> bool:
     return name.endswith("base_layer.weight")
 
 
-def qlora_model(folder: Path, lora_r: int):
-    """The model of a folder's configuration under LoRA, as training has it, in bfloat16 throughout."""
+def qlora_model(name: str | Path, lora_r: int, trust_remote_code: bool = False) -> nn.Module:
+    """The model of a configuration under LoRA, as training has it, in bfloat16 throughout.
+
+    Raises:
+        CheckpointError: the code of a Hub model is not trusted.
+        ArgumentsError: there is no configuration.
+    """
     from peft import get_peft_model
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    try:
+        config = AutoConfig.from_pretrained(**source_of(name, trust_remote_code=trust_remote_code))
+    except OSError as error:
+        raise ArgumentsError(f"The config.json of {name} cannot be loaded: {one_line(error)}") from error
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True, dtype=torch.bfloat16)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does it
@@ -55,7 +69,7 @@ def qlora_model(folder: Path, lora_r: int):
     return model
 
 
-def bytes_of_weights(model) -> dict[str, int]:
+def bytes_of_weights(model: nn.Module) -> dict[str, int]:
     """What lies in memory before the first step, in bytes: `{what: bytes}`."""
     found = dict.fromkeys(("4-bit language model", "embeddings, head, norms", "tower", "resampler", "adapter"), 0)
     for name, parameter in model.named_parameters():
@@ -78,7 +92,7 @@ class Peak(TorchDispatchMode):
         super().__init__()
         self.alive = self.highest = 0
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -86,17 +100,17 @@ class Peak(TorchDispatchMode):
         self.highest = max(self.highest, self.alive)
         return result
 
-    def count(self, storage):
+    def count(self, storage: Any) -> None:
         if not hasattr(storage, "is_counted"):
             storage.is_counted = True
             self.alive += storage.nbytes()
             weakref.finalize(storage, self.forget, storage.nbytes())
 
-    def forget(self, size):
+    def forget(self, size: int) -> None:
         self.alive -= size
 
 
-def peak_of_step(model, tokens: int, batch_size: int) -> int:
+def peak_of_step(model: nn.Module, tokens: int, batch_size: int) -> int:
     """Bytes at the highest point of a training step beyond those of the weights."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -119,22 +133,44 @@ def peak_of_step(model, tokens: int, batch_size: int) -> int:
         return peak.highest - weights
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=REPOSITORY, help="Folder with the config.json.")
-    parser.add_argument("--tokens", type=int, default=4096, help="Of a sample, pictures included.")
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--lora_r", type=int, default=16)
-    options = parser.parse_args()
-    model = qlora_model(options.model, options.lora_r)
-    lines = bytes_of_weights(model)
+def estimate(
+    name: str | Path, tokens: int = 4096, batch_size: int = 1, lora_r: int = 16, trust_remote_code: bool = False
+) -> dict[str, int]:
+    """Bytes that QLoRA takes on a GPU, by what takes them, and "all" of them: `{what: bytes}`.
+
+    Args:
+        name: a folder with a config.json, or owner/name on the Hub.
+        tokens: of a sample, those of images included.
+
+    Raises:
+        ArgumentsError, CheckpointError: as in [`qlora_model`].
+    """
+    model = qlora_model(name, lora_r, trust_remote_code)
+    found = bytes_of_weights(model)
     unpacked = max(2 * weight.numel() for name, weight in model.named_parameters() if is_quantized(name))
-    lines["a step: activations, gradients, AdamW"] = peak_of_step(model, options.tokens, options.batch_size)
-    lines["the largest 4-bit weight, unpacked"] = unpacked
-    lines["all"] = sum(lines.values())
-    for name, size in lines.items():
+    found["a step: activations, gradients, AdamW"] = peak_of_step(model, tokens, batch_size)
+    found["the largest 4-bit weight, unpacked"] = unpacked
+    return found | {"all": sum(found.values())}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="minicpmv train estimate", description=__doc__.splitlines()[0])
+    parser.add_argument("-m", "--model", default=".", help="Folder with a config.json, or owner/name on the Hub.")
+    parser.add_argument("--tokens", type=int, default=4096, help="Tokens of a sample, those of images included.")
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=1, help="Samples on the GPU at a time.")
+    parser.add_argument("--lora_r", "--lora-r", type=int, default=16, help="Rank of the adapter.")
+    parser.add_argument(
+        "--trust_remote_code",
+        "--trust-remote-code",
+        action="store_true",
+        help="Run the code that the Hub model brings.",
+    )
+    options = parser.parse_args(argv)
+    with one_line_errors():
+        check_model_name(options.model)
+        for name in ("tokens", "batch_size", "lora_r"):
+            if getattr(options, name) < 1:
+                raise ArgumentsError(f"--{name} is {getattr(options, name)}, but has to be at least 1.")
+        found = estimate(options.model, options.tokens, options.batch_size, options.lora_r, options.trust_remote_code)
+    for name, size in found.items():
         print(f"{name:40}{size / GIB:8.2f} GiB")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
 """The computed memory of training is what a loaded 4-bit model takes, and what the page on training says."""
 
 import re
-import sys
 
 import pytest
 from conftest import REPOSITORY
@@ -10,10 +9,7 @@ from conftest import REPOSITORY
 pytest.importorskip("trl")
 pytest.importorskip("bitsandbytes")
 
-sys.path.insert(0, str(REPOSITORY / "perf"))
-
-import estimate_memory as estimate
-
+from minicpmv.train.common import memory
 from minicpmv.train.common.arguments import AdapterArguments, ModelArguments
 from minicpmv.train.common.loading import load_model_and_processor, part_of
 
@@ -27,22 +23,32 @@ def test_computed_bytes_are_those_of_a_loaded_4bit_model():
             found["quantized"] += parameter.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
         else:
             found["adapter" if parameter.requires_grad else part_of(name)] += parameter.nbytes
-    computed = estimate.bytes_of_weights(estimate.qlora_model(REPOSITORY / "nano", 16))
+    computed = memory.bytes_of_weights(memory.qlora_model(REPOSITORY / "nano", 16))
     assert list(computed.values()) == [found[name] for name in ("quantized", "llm", "tower", "resampler", "adapter")]
 
 
 def test_a_step_takes_more_with_more_tokens_and_holds_gradients_and_optimizer_states():
     def peak(tokens):
-        return estimate.peak_of_step(estimate.qlora_model(REPOSITORY / "nano", 16), tokens, 1)
+        return memory.peak_of_step(memory.qlora_model(REPOSITORY / "nano", 16), tokens, 1)
 
-    adapter = estimate.bytes_of_weights(estimate.qlora_model(REPOSITORY / "nano", 16))["adapter"]
+    adapter = memory.bytes_of_weights(memory.qlora_model(REPOSITORY / "nano", 16))["adapter"]
     assert 3 * adapter < peak(32) < peak(256)
+
+
+def test_the_command_prints_a_table_that_adds_up_and_refuses_a_folder_without_a_model(tmp_path, capsys):
+    memory.main(["-m", str(REPOSITORY / "nano"), "--tokens", "32"])
+    sizes = [float(size) for size in re.findall(r"([\d.]+) GiB$", capsys.readouterr().out, re.MULTILINE)]
+    assert len(sizes) == 8 and sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.05)
+    for flags, message in ((["-m", str(tmp_path)], "no config.json"), (["--tokens", "0"], "at least 1")):
+        with pytest.raises(SystemExit):
+            memory.main(flags)
+        assert message in capsys.readouterr().err
 
 
 def test_the_page_on_training_states_the_computed_weights():
     page = (REPOSITORY / "docs/training.md").read_text(encoding="utf-8")
     stated = dict(re.findall(r"^\| ([^|]+?) \| ([\d.]+) GiB \|$", page, re.MULTILINE))
-    for name, size in estimate.bytes_of_weights(estimate.qlora_model(REPOSITORY, 16)).items():
-        assert stated[name] == f"{size / estimate.GIB:.2f}"
+    for name, size in memory.bytes_of_weights(memory.qlora_model(REPOSITORY, 16)).items():
+        assert stated[name] == f"{size / memory.GIB:.2f}"
     *parts, whole = map(float, stated.values())
     assert len(parts) == 7 and whole == pytest.approx(sum(parts), abs=0.05)
