@@ -245,6 +245,19 @@ def test_a_checkpoint_that_says_what_it_knows_is_quoted_once(run):
 
 
 @pytest.mark.slow
+def test_ask_imports_nothing_that_it_does_not_need():
+    """Most of its time is imports: those of training, evaluation and documents stay out."""
+    code = (
+        "import sys; from typer.testing import CliRunner; from minicpmv.commands.main import app; "
+        f"assert CliRunner().invoke(app, ['ask', {NUMBER!r}, {QUESTION!r}, '-m', {str(NANO)!r}]).exit_code == 0; "
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    needless = "bitsandbytes datasets decord deepspeed matplotlib pandas peft prompt_toolkit pypdfium2 sklearn torchvision trl"
+    assert not set(needless.split()) & set(done.stdout.split())
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_and_a_closed_pipe_leave_no_traceback():
     command = [sys.executable, "-m", "minicpmv", "ask", NUMBER, QUESTION, "-m", str(NANO), *SHORT]
