@@ -11,9 +11,10 @@ import io
 import mimetypes
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
@@ -128,17 +129,43 @@ class Endpoint:
     def answer(
         self, questions: Sequence[Question], mode: Mode, max_new_tokens: int
     ) -> Iterator[tuple[Question, Answer]]:
-        pool = ThreadPoolExecutor(self.concurrency)
+        asked = [question for question in questions if not question.answered]
+        todo: SimpleQueue[tuple[Question, dict[str, Any]]] = SimpleQueue()
+        done: SimpleQueue[tuple[Question, Answer | BaseException] | None] = SimpleQueue()
+        for question in asked:
+            todo.put((question, self._request(question, mode, max_new_tokens)))
+        stop = Event()
+
+        def work() -> None:
+            while not (stop.is_set() or todo.empty()):
+                try:
+                    question, request = todo.get_nowait()
+                except Empty:  # another thread was faster
+                    break
+                try:
+                    done.put((question, self._ask(question, request, bool(mode))))
+                except BaseException as error:  # raised again below, in the thread that waits
+                    stop.set()
+                    done.put((question, error))
+            done.put(None)
+
+        # Not a pool: Python would wait for its threads at the end of an interrupted run, for minutes where models think.
+        threads = [Thread(target=work, daemon=True) for _ in range(min(self.concurrency, len(asked)))]
+        for thread in threads:
+            thread.start()
+        failure, running = None, len(threads)
         try:
-            asked = {}
-            for question in questions:
-                if not question.answered:
-                    request = self._request(question, mode, max_new_tokens)
-                    asked[pool.submit(self._ask, question, request, bool(mode))] = question
-            for done in as_completed(asked):
-                yield asked[done], done.result()
+            while running:
+                if (found := done.get()) is None:
+                    running -= 1
+                elif isinstance(found[1], BaseException):
+                    failure = failure or found[1]
+                else:
+                    yield found[0], found[1]
         finally:
-            pool.shutdown(cancel_futures=True)
+            stop.set()
+        if failure is not None:  # not before: what was under way has been answered, and paid for
+            raise failure
 
     def _request(self, question: Question, mode: Mode, max_new_tokens: int) -> dict[str, Any]:
         prompt, extra = question.prompt, {}

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -239,6 +240,36 @@ def test_a_run_that_failed_goes_on_with_what_is_missing(tmp_path):
     thread.join()
     again.http.server_close()
     assert len(again.requests) == 3 and results["rows"]["r"]["n"] == 6
+
+
+def test_answers_under_way_are_kept_when_another_question_fails(tmp_path):
+    gate = threading.Barrier(3, timeout=20)
+
+    def reply(number, body):
+        if number < 3:
+            gate.wait()
+        return (400, {"error": {"message": "no"}}) if number == 0 else (200, completion())
+
+    with serving(reply) as server, pytest.raises(EndpointError, match="refuses question"):
+        run(server, tmp_path, samples=9, concurrency=3)
+    assert 2 <= len(read_entries(tmp_path / "samples.jsonl")) == len(server.requests) - 1
+
+
+def test_an_interrupted_run_waits_for_no_answer(tmp_path):
+    hanging = threading.Event()
+
+    def reply(number, body):
+        if number == 1:
+            threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
+        if number:
+            hanging.wait(60)
+        return 200, completion()
+
+    with serving(reply) as server:
+        with pytest.raises(KeyboardInterrupt):
+            run(server, tmp_path, samples=4, concurrency=2)
+        assert len(read_entries(tmp_path / "samples.jsonl")) == 1 and not hanging.is_set()
+        hanging.set()
 
 
 # --- Failures ---
