@@ -2,8 +2,9 @@
 
 import inspect
 import warnings
+from typing import Any
 
-from transformers import Qwen3Model
+from transformers import ProcessorMixin, Qwen2TokenizerFast, Qwen3Model
 
 
 # transformers 5.24 renamed `past_key_values` to `cache`, in calls and in outputs.
@@ -22,3 +23,19 @@ def take_cache(arguments: dict):
     """Take the key-value cache out of keyword arguments, whichever name the caller gave it; None where there is none."""
     given = [arguments.pop(name, None) for name in CACHE_NAMES]
     return next((cache for cache in given if cache is not None), None)
+
+
+class ProcessorBase(ProcessorMixin):
+    """`ProcessorMixin` with what transformers 4 reads from the class."""
+
+    attributes = ["image_processor", "tokenizer", "video_processor"]
+    audio_tokenizer = None
+
+
+class TokenizerBase(Qwen2TokenizerFast):
+    """`Qwen2TokenizerFast` without the advice that some versions of transformers 5 give for a large vocabulary: they take
+    it for a Mistral one, and want its regex changed."""
+
+    @classmethod
+    def _patch_mistral_regex(cls, tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
+        return tokenizer

@@ -1,28 +1,32 @@
 """Anything a caller may hold -> an upright 8-bit RGB picture.
 
-What is special here:
+What is special:
 - Pictures are turned upright (EXIF) and transparency is laid over white. The published code does neither;
-  `do_exif_transpose=False, background_color=None` gives its behaviour.
-- Broken, truncated, oversized and empty pictures are refused with an error that says what was wrong and what to do.
+  `do_exif_transpose=False, background_color=None` gives its behavior.
+- What cannot be used is refused with an error that says what was wrong and what to do. Sizes are looked at before
+  anything is decoded, downloads are bounded, and only common formats are opened: Pillow's others include readers that
+  start programs (EPS) or take minutes for a few bytes.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import os
 import struct
 import threading
+import time
+import urllib.request
 import zlib
 from collections.abc import Mapping
+from http.client import HTTPException
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from transformers.image_utils import load_image as load_image_from_url
 
 from .configuration_minicpmv import MiniCPMVError
 
@@ -30,6 +34,15 @@ from .configuration_minicpmv import MiniCPMVError
 class ImageInputError(MiniCPMVError):
     """A picture that cannot be used: the message names what was given, what is accepted and what to do."""
 
+
+# HEIF where pillow-heif is installed and registered, AVIF where Pillow was built with it.
+IMAGE_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "MPO", "PPM", "DIB", "ICO", "TGA", "QOI"),
+    *("AVIF", "HEIF"),
+)
+FETCH_TIMEOUT = 30  # seconds without a sign of the server
+FETCH_SECONDS = 120  # for the whole of a download
+FETCH_BYTES = 64 * 2**20
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -44,13 +57,14 @@ _UPRIGHT = {
 _ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 # What Pillow's decoders raise on damaged data.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
     TypeError,
     LookupError,
     ArithmeticError,
+    AttributeError,
     EOFError,
     RuntimeError,
     struct.error,
@@ -59,8 +73,8 @@ _DECODE_ERRORS = (
 )
 # A lazy Pillow picture may stand in a batch twice, and its decoder is not safe under threads.
 _DECODE_LOCK = threading.Lock()
-FETCH_TIMEOUT = 30  # seconds without a sign of the server
 _ACCEPTED = "a Pillow image, a path, a data: or http(s) URL, bytes, a numpy array or a torch tensor"
+_TOO_LARGE = "scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS for a source you trust"
 
 
 def load_image(
@@ -72,17 +86,17 @@ def load_image(
     """Turn `image` into an 8-bit RGB Pillow image.
 
     Args:
-        image: Pillow image of any mode; path (str or pathlib.Path); `data:` URL; `http(s)` URL (fetched by
-            transformers, which drops alpha); the bytes of a file; `{"bytes", "path"}` (a picture that the library
-            datasets has not decoded); numpy array `(H, W)`, `(H, W, C)` or, where it
-            cannot be mistaken, `(C, H, W)`; torch tensor `(H, W)`, `(C, H, W)` or, where it cannot be mistaken,
-            `(H, W, C)`. C is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA). Values are uint8, uint16 (0..65535),
-            bool, or floating point in [0, 1].
+        image: Pillow image of any mode; path; `data:` URL; `http(s)` URL; the bytes of a file; `{"bytes", "path"}` (a
+            picture that the library datasets has not decoded); numpy array `(H, W)`, `(H, W, C)` or, where it cannot be
+            mistaken, `(C, H, W)`; torch tensor `(H, W)`, `(C, H, W)` or, where it cannot be mistaken, `(H, W, C)`. C is
+            1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGBA). Values are uint8, uint16 (0..65535), bool, or floating
+            point in [0, 1].
         input_data_format: "channels_first" or "channels_last" for arrays and tensors whose shape leaves a doubt.
         do_exif_transpose: turn the picture upright as its EXIF orientation says.
-        background_color: RGB colour under transparent pixels; None drops the alpha channel.
+        background_color: RGB color under transparent pixels; None drops the alpha channel.
 
-    16-bit and floating-point greys are scaled to 8 bits. Of a picture with several frames the current one is read.
+    16-bit and floating-point grays are scaled to 8 bits. Of a picture with several frames the current one is read. A
+    file may have `PIL.Image.MAX_IMAGE_PIXELS` pixels.
 
     Raises:
         ImageInputError: wrong type, shape, dtype or range, empty, missing, broken, truncated or oversized picture.
@@ -96,7 +110,7 @@ def load_image(
         image = image.float() if image.is_floating_point() else image  # numpy has no bfloat16
         image = _array_to_pil(image.numpy(), input_data_format, channels_last=False)
     elif not isinstance(image, Image.Image):
-        image = _open_image(image)
+        image = _open(image)
     if image.width < 1 or image.height < 1:
         raise ImageInputError(
             f"picture of {image.width} x {image.height} pixels is empty; both sides must be at least 1"
@@ -104,64 +118,83 @@ def load_image(
     try:
         with _DECODE_LOCK:
             image.load()
-    except _DECODE_ERRORS as error:
+        image = _turn_upright(image) if do_exif_transpose else image
+        return _to_rgb(image, background_color)
+    except ImageInputError:
+        raise
+    except DECODE_ERRORS as error:
         raise ImageInputError(
             f"picture of {image.width} x {image.height} pixels ({image.format}) cannot be decoded ({error}); "
             "give a complete file that is not damaged"
         ) from error
-    if do_exif_transpose:
-        image = _turn_upright(image)
-    return _to_rgb(image, background_color)
 
 
-def _open_image(source: Any) -> Image.Image:
+def _open(source: Any) -> Image.Image:
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        name, opener = source, _fetch
+        name, file = source, BytesIO(_fetch(source))
     elif isinstance(source, str) and source.startswith("data:"):
-        name, source, opener = "data: URL", BytesIO(_decode_data_url(source)), _open_file
+        name, file = "data: URL", BytesIO(_decode_data_url(source))
     elif isinstance(source, (bytes, bytearray, memoryview)):
-        name, source, opener = f"{len(source)} bytes", BytesIO(source), _open_file
-    elif isinstance(source, (str, Path)):
-        name, opener = repr(str(source)[:200]), _open_file
+        name, file = f"{len(source)} bytes", BytesIO(source)
+    elif isinstance(source, (str, os.PathLike)):
+        name, file = repr(os.fspath(source)[:200]), source
+        if not os.path.isfile(source):  # a named pipe would be waited for
+            what = "not a file" if os.path.exists(source) else "no such file"
+            raise ImageInputError(f"{name}: {what}; give {_ACCEPTED}")
     else:
         raise ImageInputError(f"a picture cannot be of type {type(source).__name__}; give {_ACCEPTED}")
     try:
-        return opener(source)
+        with open_formats(file) as image:
+            check_pixels(name, image)
+            image.load()
+            return image
     except ImageInputError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageInputError(
-            f"{name}: {error} (limit: twice PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS}); "
-            "scale the picture down, or raise that limit for a source you trust"
-        ) from error
-    except FileNotFoundError as error:
-        raise ImageInputError(f"{name}: no such file; give {_ACCEPTED}") from error
+        raise ImageInputError(f"{name}: {error}; {_TOO_LARGE}") from error
     except UnidentifiedImageError as error:
-        raise ImageInputError(f"{name}: not a picture in a format Pillow reads; give {_ACCEPTED}") from error
-    except _DECODE_ERRORS as error:
+        raise ImageInputError(
+            f"{name}: not a picture in a format that is read here ({', '.join(IMAGE_FORMATS)}), perhaps a page that says "
+            f"what is wrong; give {_ACCEPTED}"
+        ) from error
+    except DECODE_ERRORS as error:
         raise ImageInputError(
             f"{name}: cannot be read as a picture ({error}); give a complete file that is not damaged"
         ) from error
 
 
-def _fetch(address: str) -> Image.Image:
-    try:
-        return load_image_from_url(address, timeout=FETCH_TIMEOUT)
-    except Image.DecompressionBombError:
-        raise
-    except UnidentifiedImageError as error:
+def open_formats(file: Any) -> Image.Image:
+    """`PIL.Image.open` for IMAGE_FORMATS alone."""
+    Image.init()
+    return Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+
+
+def check_pixels(name: str, image: Image.Image) -> None:
+    """Raises ImageInputError for an opened picture with more than PIL.Image.MAX_IMAGE_PIXELS, from where Pillow warns."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
         raise ImageInputError(
-            f"{address}: cannot be used: what this address answers is not a picture that Pillow reads, perhaps a page that "
-            "says what is wrong; open it in a browser, or download the picture and give the file"
-        ) from error
-    except Exception as error:  # of the HTTP library, which differs between versions of transformers
+            f"{name}: {image.width} x {image.height} pixels are more than the limit of {limit}; {_TOO_LARGE}"
+        )
+
+
+def _fetch(address: str) -> bytes:
+    # Some servers refuse Python's own name.
+    request = urllib.request.Request(address, headers={"User-Agent": "Mozilla/5.0 (compatible; MiniCPM-V)"})
+    end = time.monotonic() + FETCH_SECONDS
+    data = bytearray()
+    try:
+        with urllib.request.urlopen(request, timeout=FETCH_TIMEOUT) as answer:
+            while piece := answer.read1(2**16):
+                data += piece
+                if len(data) > FETCH_BYTES or time.monotonic() > end:
+                    raise ImageInputError(
+                        f"{address}: more than {FETCH_BYTES} bytes or {FETCH_SECONDS} seconds; download it and give the "
+                        "file"
+                    )
+    except (OSError, HTTPException, UnicodeError) as error:
         raise ImageInputError(f"{address}: cannot be fetched ({error}); download it and give the file") from error
-
-
-def _open_file(file: str | Path | BytesIO) -> Image.Image:
-    with Image.open(file) as image:
-        image.load()
-        return image
+    return bytes(data)
 
 
 def _decode_data_url(url: str) -> bytes:
@@ -172,7 +205,7 @@ def _decode_data_url(url: str) -> bytes:
         return unquote_to_bytes(payload)
     try:
         return base64.b64decode("".join(payload.split()), validate=True)
-    except binascii.Error as error:
+    except (binascii.Error, ValueError) as error:  # ValueError: a character that is not ASCII
         raise ImageInputError(f"data URL {url[:40]!r}... is not valid base64: {error}; encode it again") from error
 
 
@@ -233,7 +266,7 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
 def _turn_upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except (SyntaxError, struct.error):  # unreadable metadata says nothing about the pixels
+    except DECODE_ERRORS:  # unreadable metadata says nothing about the pixels
         return image
     method = _UPRIGHT.get(orientation)
     if method is None:
@@ -249,7 +282,7 @@ def _to_rgb(image: Image.Image, background_color: tuple[int, int, int] | None) -
     if image.mode == "RGB" and not has_alpha:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # I is what Pillow's readers give for some 16-bit greys; convert() would clip both to white
+        # I is what Pillow's readers give for some 16-bit grays; convert() would clip both to white
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ImageInputError(
@@ -261,7 +294,13 @@ def _to_rgb(image: Image.Image, background_color: tuple[int, int, int] | None) -
         return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
     if background_color is None or not has_alpha:
         return image.convert("RGB")
-    # Pillow has no direct way from premultiplied grey to RGBA
+    # Pillow has no direct way from premultiplied gray to RGBA
     image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     canvas = Image.new("RGBA", image.size, (*background_color, 255))
     return Image.alpha_composite(canvas, image).convert("RGB")
+
+
+def shorten(value: Any) -> str:
+    """`repr` for the message of an error."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -11,6 +11,7 @@ Reading order: geometry (pure functions) -> packing -> the image processor.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 import numbers
@@ -25,10 +26,9 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.processing_utils import ImagesKwargs
 
 from .configuration_minicpmv import MiniCPMVError
-from .image_loading_minicpmv import ImageInputError, load_image
+from .image_loading_minicpmv import ImageInputError, load_image, shorten
 
 
 class FramePackingError(MiniCPMVError):
@@ -136,6 +136,17 @@ def slice_layout(
     )
 
 
+def resize_bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Pillow's bicubic resize to `size` (width, height), the horizontal pass first, as the published pixels have it.
+
+    Pillow 13 takes the vertical pass first where that is faster, which rounds otherwise; it has no choice where each
+    call changes one side.
+    """
+    if image.height - size[1] > max(0, 2 * (image.width - size[0])):
+        image = image.resize((size[0], image.height), Image.Resampling.BICUBIC)
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Slices and frame packing.
 
@@ -158,13 +169,13 @@ class SlicedImage:
 
 
 def pack_frames(
-    frames: Sequence[SlicedImage], temporal_ids: Iterable[Iterable[int]]
+    frames: Sequence[SlicedImage], groups: Sequence[list[int]]
 ) -> tuple[list[torch.Tensor], list[tuple[int, int]], list[list[int]]]:
     """Order the slices of `frames` by visual unit.
 
     Args:
         frames: pictures and frames of one sample, in order.
-        temporal_ids: groups of frames that share a unit, one id (tenths of a second) a frame; a still is `[-1]`.
+        groups: the frames that share a unit: one id (tenths of a second) each, `[-1]` for a still ([`read_groups`]).
 
     Returns:
         `(pixel_values, tgt_sizes, unit_temporal_ids)`. A group of frames with grid (columns, rows) yields
@@ -172,17 +183,10 @@ def pack_frames(
         `unit_temporal_ids` has one list of ids a unit; the first two lists have one entry a frame of a unit.
 
     Raises:
-        FramePackingError: the ids do not cover the frames, a group mixes sizes or grids, or an id is not allowed.
+        FramePackingError: a group mixes sizes or grids.
 
     Source: MiniCPM-V 4.5 (arXiv 2509.18154), 3D resampler.
     """
-    groups = _check_groups(temporal_ids)
-    number_of_ids = sum(map(len, groups))
-    if number_of_ids != len(frames):
-        raise FramePackingError(
-            f"temporal_ids hold {number_of_ids} ids, but there are {len(frames)} pictures; "
-            "give one id for each frame, and a group [-1] for each still picture"
-        )
     pixel_values, tgt_sizes, unit_temporal_ids = [], [], []
     start = 0
     for group in groups:
@@ -203,22 +207,57 @@ def pack_frames(
     return pixel_values, tgt_sizes, unit_temporal_ids
 
 
-def _check_groups(temporal_ids: Iterable[Iterable[int]]) -> list[list[int]]:
-    groups = []
-    for group in temporal_ids:
-        group = group.tolist() if hasattr(group, "tolist") else group
-        if not isinstance(group, (list, tuple)):
-            raise FramePackingError(
-                f"temporal_ids must be a list of groups such as [[0, 1, 2], [3]]; {group!r} is no group"
-            )
-        if not all(isinstance(number, numbers.Integral) for number in group):
-            raise FramePackingError(f"temporal_ids of group {group!r} must be integers (tenths of a second)")
-        group = [int(number) for number in group]
+def read_groups(temporal_ids: Any, counts: Sequence[int]) -> list[list[list[int]]]:
+    """The groups of frames of each sample, checked against its number of pictures.
+
+    Args:
+        temporal_ids: for each sample a list of groups such as `[[0, 1, 2], [3, 4, 5], [-1]]`, or None where all are
+            stills; for one sample also its groups alone. None: all are stills. Tensors and arrays may stand for lists.
+        counts: pictures of each sample.
+
+    Raises:
+        FramePackingError: the ids do not cover the pictures, or are not allowed.
+    """
+    samples = _as_lists(temporal_ids)
+    if samples is None:
+        return [[[-1]] * count for count in counts]
+    if len(counts) == 1 and not (isinstance(samples, list) and len(samples) == 1 and _holds_groups(samples[0])):
+        samples = [samples]
+    if not isinstance(samples, list) or len(samples) != len(counts):
+        raise FramePackingError(
+            f"temporal_ids={shorten(samples)} must hold one list of groups for each of {len(counts)} samples"
+        )
+    return [_check_groups(groups, count) for groups, count in zip(samples, counts, strict=True)]
+
+
+def _as_lists(value: Any) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _holds_groups(sample: Any) -> bool:
+    return sample is None or (isinstance(sample, list) and all(isinstance(group, list) for group in sample))
+
+
+def _check_groups(groups: Any, count: int) -> list[list[int]]:
+    if groups is None:
+        return [[-1]] * count
+    if not _holds_groups(groups):
+        raise FramePackingError(
+            f"temporal_ids={shorten(groups)} must be a list of groups such as [[0, 1, 2], [3]], one id a frame"
+        )
+    for group in groups:
+        if not all(isinstance(number, int) for number in group):
+            raise FramePackingError(f"temporal_ids of group {group} must be whole numbers (tenths of a second)")
         if not group or (min(group) < 0 and group != [-1]):
             raise FramePackingError(
-                f"group {group!r} of temporal_ids is not allowed; ids are 0 or more, and a still picture is [-1]"
+                f"group {group} of temporal_ids is not allowed; ids are 0 or more, and a still picture is [-1]"
             )
-        groups.append(group)
+    if (number := sum(map(len, groups))) != count:
+        raise FramePackingError(
+            f"temporal_ids hold {number} ids, but there are {count} pictures; give one id for each frame, and a group "
+            "[-1] for each still picture"
+        )
     return groups
 
 
@@ -259,11 +298,13 @@ def pad_visual_inputs(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tens
 # The processor.
 
 
-class MiniCPMVImagesKwargs(ImagesKwargs, total=False):
-    """Keyword arguments of `MiniCPMVImageProcessor.preprocess` beyond those of transformers."""
+@dataclass(frozen=True)
+class ImageOptions:
+    """Options of a call that concern pictures; None means the processor's own setting."""
 
-    max_slice_nums: int | None
-    temporal_ids: list | tuple | None
+    max_slice_nums: int | None = None  # most slices beside the source view; 1 never slices
+    use_image_id: bool | None = None  # number the pictures of a prompt
+    input_data_format: str | None = None  # "channels_first" or "channels_last", for arrays and tensors
 
 
 class MiniCPMVBatchFeature(BatchFeature):
@@ -320,16 +361,15 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         norm_mean, norm_std: one value for each of R, G, B, on the scale 0..1.
         version: version of the model.
         do_exif_transpose: turn pictures upright as their EXIF orientation says.
-        background_color: RGB colour under transparent pixels; None drops the alpha channel.
+        background_color: RGB color under transparent pixels; None drops the alpha channel.
 
     Raises:
-        ValueError: a setting outside its range.
+        MiniCPMVError: a setting outside its range.
 
     Source: LLaVA-UHD (arXiv 2403.11703); MiniCPM-V 4.5 model card.
     """
 
     model_input_names = ["pixel_values", "image_sizes", "tgt_sizes", "temporal_ids"]
-    valid_kwargs = MiniCPMVImagesKwargs
     background_color = (255, 255, 255)  # transformers saves None only for settings with another class default
 
     def __init__(
@@ -360,7 +400,7 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         self.patch_size = _positive_int("patch_size", patch_size)
         self.image_feature_size = _positive_int("image_feature_size", image_feature_size)
         if patch_size > scale_resolution:
-            raise ValueError(
+            raise MiniCPMVError(
                 f"patch_size={patch_size} is larger than scale_resolution={scale_resolution}; a slice holds no patch"
             )
         self.use_image_id = use_image_id
@@ -375,21 +415,25 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         self.norm_mean = _three_numbers("norm_mean", kwargs.get("image_mean", kwargs.get("mean", norm_mean)))
         self.norm_std = _three_numbers("norm_std", kwargs.get("image_std", kwargs.get("std", norm_std)))
         if min(self.norm_std) <= 0:
-            raise ValueError(f"norm_std={self.norm_std} must be greater than 0 in every channel")
+            raise MiniCPMVError(f"norm_std={self.norm_std} must be greater than 0 in every channel")
         self.version = version
         self.do_exif_transpose = do_exif_transpose
         self.background_color = background_color
         if background_color is not None:
             self.background_color = [int(value) for value in _three_numbers("background_color", background_color)]
             if min(self.background_color) < 0 or max(self.background_color) > 255:
-                raise ValueError(f"background_color={self.background_color} must lie in 0..255 in every channel")
+                raise MiniCPMVError(f"background_color={self.background_color} must lie in 0..255 in every channel")
+
+    @classmethod
+    def setting_names(cls) -> set[str]:
+        """Names of the settings, those that other code uses included."""
+        return {*inspect.signature(cls.__init__).parameters, *_SETTING_ALIASES} - {"self", "kwargs"}
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
         """Build from saved settings; keyword arguments override them and pass the same checks."""
         # transformers sets overrides as attributes after construction, past the checks of __init__
-        names = {*inspect.signature(cls.__init__).parameters, *_SETTING_ALIASES} - {"self", "kwargs"}
-        overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in names}
+        overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.setting_names()}
         canonical = {_SETTING_ALIASES.get(key, key): value for key, value in image_processor_dict.items()}
         canonical.update({_SETTING_ALIASES.get(key, key): value for key, value in overrides.items()})
         return super().from_dict(canonical, **kwargs)
@@ -441,38 +485,6 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
             text += "\n".join([(self.slice_start + tokens + self.slice_end) * columns] * rows)
         return text
 
-    def slice_image(
-        self,
-        image: Image.Image,
-        max_slice_nums: int | None = None,
-        scale_resolution: int | None = None,
-        patch_size: int | None = None,
-        never_split: bool = False,
-    ) -> tuple[Image.Image, list[list[Image.Image]], tuple[int, int] | None]:
-        """Cut `image` into Pillow images: `(source view, rows of slices, (columns, rows) or None)`."""
-        layout = slice_layout(
-            image.size,
-            1 if never_split or not self.slice_mode else max_slice_nums or self.max_slice_nums,
-            scale_resolution or self.scale_resolution,
-            patch_size or self.patch_size,
-        )
-        source = image.resize(layout.source, Image.Resampling.BICUBIC)
-        if layout.grid is None:
-            return source, [], None
-        refined = image.resize(layout.refined, Image.Resampling.BICUBIC)
-        (columns, rows), (width, height) = layout.grid, layout.slice
-        boxes = [
-            [(x * width, y * height, (x + 1) * width, (y + 1) * height) for x in range(columns)] for y in range(rows)
-        ]
-        return source, [[refined.crop(box) for box in row] for row in boxes], layout.grid
-
-    def reshape_by_patch(self, image: torch.Tensor) -> torch.Tensor:
-        """`(3, height, width)` -> `(3, P, P * patches)`: patches row by row, laid side by side."""
-        channels, height, width = image.shape
-        size = self.patch_size
-        patches = image.reshape(channels, height // size, size, width // size, size)
-        return patches.permute(0, 2, 1, 3, 4).reshape(channels, size, -1)
-
     def load_image(self, image: Any, input_data_format: str | None = None) -> Image.Image:
         """`load_image` under this processor's settings."""
         return load_image(image, input_data_format, self.do_exif_transpose, self.background_color)
@@ -523,7 +535,7 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         # resize to view_size, cut row by row into slice_size, write the patches of each cut to a strip
         size = self.patch_size
         width, height = slice_size
-        bands = [np.asarray(band) for band in image.resize(view_size, Image.Resampling.BICUBIC).split()]  # 3 x [H, W]
+        bands = [np.asarray(band) for band in resize_bicubic(image, view_size).split()]  # 3 x [H, W]
         corners = [(x, y) for y in range(0, view_size[1], height) for x in range(0, view_size[0], width)]
         for (left, top), strip in zip(corners, strips, strict=True):
             for band, out, mean, std in zip(bands, strip, self.norm_mean, self.norm_std, strict=True):
@@ -563,22 +575,27 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         Raises:
             ImageInputError, FramePackingError: pictures or ids that cannot be used.
         """
-        if return_tensors not in (None, "pt", "np"):
-            raise ValueError(f"return_tensors={return_tensors!r} is not supported; give None, 'pt' or 'np'")
+        check_return_tensors(return_tensors)
         samples = _as_samples(images)
-        all_temporal_ids = _as_sample_ids(temporal_ids, len(samples))
-        convert = (lambda tensor: tensor.numpy()) if return_tensors == "np" else (lambda tensor: tensor)
-        data: dict[str, list] = {"pixel_values": [], "image_sizes": [], "tgt_sizes": [], "temporal_ids": []}
+        groups = read_groups(temporal_ids, [len(pictures) for pictures in samples])
         sliced = iter(self.slice_all_to_patches(chain(*samples), max_slice_nums, input_data_format))
-        for pictures, groups in zip(samples, all_temporal_ids, strict=True):
-            frames = list(islice(sliced, len(pictures)))
-            groups = [[-1]] * len(frames) if groups is None else groups
-            pixel_values, tgt_sizes, unit_temporal_ids = pack_frames(frames, groups)
-            data["pixel_values"].append([convert(strip) for strip in pixel_values])
-            data["image_sizes"].append([frame.image_size for frame in frames])
-            data["tgt_sizes"].append(convert(torch.tensor(tgt_sizes, dtype=torch.int64).reshape(-1, 2)))
-            data["temporal_ids"].append(unit_temporal_ids)
-        return MiniCPMVBatchFeature(data)
+        packed = [(list(islice(sliced, len(pictures))), ids) for pictures, ids in zip(samples, groups, strict=True)]
+        return visual_features(packed, return_tensors)
+
+
+def visual_features(
+    samples: Iterable[tuple[list[SlicedImage], list[list[int]]]], return_tensors: str | None
+) -> MiniCPMVBatchFeature:
+    """What both processors return, of the pictures or frames of each sample and their groups."""
+    convert = (lambda tensor: tensor.numpy()) if return_tensors == "np" else (lambda tensor: tensor)
+    data: dict[str, list] = {"pixel_values": [], "image_sizes": [], "tgt_sizes": [], "temporal_ids": []}
+    for frames, groups in samples:
+        pixel_values, tgt_sizes, unit_temporal_ids = pack_frames(frames, groups)
+        data["pixel_values"].append([convert(strip) for strip in pixel_values])
+        data["image_sizes"].append([frame.image_size for frame in frames])
+        data["tgt_sizes"].append(convert(torch.tensor(tgt_sizes, dtype=torch.int64).reshape(-1, 2)))
+        data["temporal_ids"].append(unit_temporal_ids)
+    return MiniCPMVBatchFeature(data)
 
 
 def _map_threaded(function: Callable, items: Sequence) -> list:
@@ -590,7 +607,29 @@ def _map_threaded(function: Callable, items: Sequence) -> list:
         return list(pool.map(function, items))
 
 
+def check_return_tensors(return_tensors: str | None) -> None:
+    if return_tensors not in (None, "pt", "np"):
+        raise MiniCPMVError(f"return_tensors={return_tensors!r} is not supported; give None, 'pt' or 'np'")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ " Did you mean ...?" with the nearest of the known names, or "" where none is near."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def unstack(images: Any) -> Any:
+    """Lists in which an array of several pictures ([N, H, W, C]: so vLLM gives clips) is its pictures."""
+    if getattr(images, "ndim", None) == 4:
+        return list(images)
+    if not isinstance(images, (list, tuple)):
+        return images
+    parts = (list(item) if getattr(item, "ndim", None) == 4 else [unstack(item)] for item in images)
+    return list(chain.from_iterable(parts))
+
+
 def _as_samples(images: Any) -> list[list]:
+    images = unstack(images)
     if not isinstance(images, (list, tuple)):
         return [[images]]
     nested = [isinstance(entry, (list, tuple)) for entry in images]
@@ -603,32 +642,9 @@ def _as_samples(images: Any) -> list[list]:
     return [list(images)]
 
 
-def _as_sample_ids(temporal_ids: Any, number_of_samples: int) -> list:
-    """One entry a sample: a list of groups, or None for stills."""
-    if temporal_ids is None:
-        return [None] * number_of_samples
-    entries = temporal_ids.tolist() if hasattr(temporal_ids, "tolist") else list(temporal_ids)
-    entries = [entry.tolist() if hasattr(entry, "tolist") else entry for entry in entries]
-    if not any(entry is None or _holds_groups(entry) for entry in entries):
-        # groups of one sample, unless every entry is a sample without pictures
-        entries = entries if entries and all(entry == [] for entry in entries) else [entries]
-    if len(entries) != number_of_samples:
-        raise FramePackingError(
-            f"temporal_ids describe {len(entries)} samples, but images have {number_of_samples}; "
-            "give one list of groups for each sample"
-        )
-    return entries
-
-
-def _holds_groups(entry: Any) -> bool:
-    return isinstance(entry, (list, tuple)) and any(
-        isinstance(group, (list, tuple)) or getattr(group, "ndim", 0) > 0 for group in entry
-    )
-
-
 def _positive_int(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        raise MiniCPMVError(f"{name}={value!r} must be an integer of at least 1")
     return int(value)
 
 
@@ -636,7 +652,7 @@ def _three_numbers(name: str, values: Any) -> list[float]:
     try:
         numbers_ = [float(value) for value in values]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}={values!r} must be 3 numbers, for R, G and B") from error
+        raise MiniCPMVError(f"{name}={values!r} must be 3 numbers, for R, G and B") from error
     if len(numbers_) != 3 or not all(map(math.isfinite, numbers_)):
-        raise ValueError(f"{name}={values!r} must be 3 finite numbers, for R, G and B")
+        raise MiniCPMVError(f"{name}={values!r} must be 3 finite numbers, for R, G and B")
     return numbers_

@@ -14,11 +14,13 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tokenizers import Tokenizer
 
-from .image_loading_minicpmv import ImageInputError
+from .configuration_minicpmv import MiniCPMVError
+from .image_loading_minicpmv import IMAGE_FORMATS, ImageInputError, shorten
 
 
 # Stands after the first character of a control token that a user typed, from the message to the tokenizer. Unicode keeps
@@ -28,11 +30,12 @@ TYPED = "\ufdd0"
 ASSISTANT_TOKENS = frozenset(
     f"<{slash}{name}>" for name in ("think", "tool_call", "ref", "box", "quad", "point") for slash in ("", "/")
 )
+IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER = "(<image>./</image>)", "(<video>./</video>)"  # places in a rendered prompt
 THINK_START, THINK_END = "<think>", "</think>"
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".gif"}
 
 
-def read_message(message, media, guard=None):
+def read_message(message: Any, media: dict[str, list], guard: re.Pattern | None = None) -> dict[str, Any]:
     """A message as the template reads it; its pictures and videos are appended to `media`.
 
     Args:
@@ -41,14 +44,15 @@ def read_message(message, media, guard=None):
         guard: pattern of the control tokens to mark as typed ([`control_tokens`]); None leaves them.
 
     Raises:
-        ValueError: it is no message, or a part of its content is none.
+        MiniCPMVError: it is no message.
+        ImageInputError: a part of its content is none.
     """
     message = _as_mapping(message)
     if not isinstance(message, Mapping) or "role" not in message:
-        raise ValueError(f"A message is a dict with 'role' and 'content', not {_short(message)}.")
+        raise MiniCPMVError(f"A message is a dict with 'role' and 'content', not {shorten(message)}.")
     allowed = ASSISTANT_TOKENS if message["role"] == "assistant" else frozenset()
     rendered = {
-        name: mark_typed(value, guard, allowed)
+        name: mark_typed(value, guard, allowed if name == "reasoning_content" else frozenset())
         for name, value in message.items()
         if name != "content" and value is not None
     }
@@ -75,7 +79,7 @@ def read_message(message, media, guard=None):
     return rendered | {"content": parts}
 
 
-def read_part(part):
+def read_part(part: Any) -> tuple[str, Any]:
     """("text" | "image" | "video", value) of one part of a message; value None: it comes by `images=` or `videos=`."""
     part = _as_mapping(part)
     if isinstance(part, str):
@@ -100,11 +104,11 @@ def read_part(part):
         return kind, None
     raise ImageInputError(
         f"A content part is a string, a picture, or a dict of type text, image, image_url, video or video_url with its "
-        f"data, not {_short(part)}."
+        f"data, not {shorten(part)}."
     )
 
 
-def _as_mapping(value):
+def _as_mapping(value: Any) -> Any:
     """Messages and parts that other software holds as objects (dataclasses, pydantic models) as dicts."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -120,7 +124,7 @@ def kind_of(path: str | PathLike) -> str | None:
     suffix = Path(path).suffix.lower()
     if suffix in VIDEO_SUFFIXES:
         return "video"
-    return "image" if suffix in Image.registered_extensions() else None
+    return "image" if Image.registered_extensions().get(suffix) in IMAGE_FORMATS else None
 
 
 def split_thought(text: str) -> tuple[str | None, str]:
@@ -138,26 +142,31 @@ def write_thought(thought: str) -> str:
     return f"{THINK_START}\n{thought}\n{THINK_END}\n\n"
 
 
-def control_tokens(tokenizer):
+def control_tokens(tokenizer: Any) -> re.Pattern:
     """Pattern of all added tokens of a tokenizer, longest first."""
     return re.compile("|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True))))
 
 
-def mark_typed(value, guard, allowed=frozenset()):
-    """`value` (text, or lists and dicts of it) with every control token that the pattern `guard` finds marked as typed,
-    but for the `allowed` ones; None as guard leaves everything."""
+def typed_guard(tokenizer: Any) -> re.Pattern:
+    """Pattern of what must not count where a user typed it: control tokens, and the place of a video, which holds none."""
+    return re.compile(f"{re.escape(VIDEO_PLACEHOLDER)}|{control_tokens(tokenizer).pattern}")
+
+
+def mark_typed(value: Any, guard: re.Pattern | None, allowed: frozenset[str] = frozenset()) -> Any:
+    """`value` (text, or lists and dicts of it) with everything that the pattern `guard` finds marked as typed, but for
+    the `allowed` tokens; None as guard leaves everything."""
     if guard is None:
         return value
     if isinstance(value, str):
         return guard.sub(lambda found: found[0] if found[0] in allowed else _typed(found[0]), value)
     if isinstance(value, Mapping):
-        return {name: mark_typed(item, guard, allowed) for name, item in value.items()}
+        return {mark_typed(name, guard, allowed): mark_typed(item, guard, allowed) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [mark_typed(item, guard, allowed) for item in value]
     return value
 
 
-def encode_prompt(tokenizer, text):
+def encode_prompt(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids of a prompt, and the (start, end) in `text` of each. Control tokens count, but not those marked as typed."""
     if TYPED not in text:
         encoded = tokenizer(
@@ -167,8 +176,11 @@ def encode_prompt(tokenizer, text):
     backend = tokenizer.backend_tokenizer
     plain = Tokenizer(backend.model)  # the same vocabulary, in which control tokens are not looked for
     plain.normalizer, plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
-    typed = re.compile("|".join(re.escape(_typed(token)) for token in tokenizer.get_added_vocab()))
-    ids, offsets, start = [], [], 0
+    marked = [_typed(token) for token in (*tokenizer.get_added_vocab(), VIDEO_PLACEHOLDER)]
+    typed = re.compile("|".join(map(re.escape, marked)))
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    start = 0
     for match in [*control_tokens(tokenizer).finditer(text), None]:
         stop = match.start() if match else len(text)
         stretch = text[start:stop]
@@ -177,7 +189,10 @@ def encode_prompt(tokenizer, text):
         removed = [mark - index for index, mark in enumerate(marks)]  # where in the unmarked text
         encoding = plain.encode(unmarked, add_special_tokens=False)
         ids += encoding.ids
-        offsets += [tuple(start + place + bisect_right(removed, place) for place in span) for span in encoding.offsets]
+        offsets += [
+            (start + first + bisect_right(removed, first), start + last + bisect_right(removed, last))
+            for first, last in encoding.offsets
+        ]
         if match:
             ids.append(tokenizer.convert_tokens_to_ids(match[0]))
             offsets.append(match.span())
@@ -185,10 +200,5 @@ def encode_prompt(tokenizer, text):
     return ids, offsets
 
 
-def _typed(token):
+def _typed(token: str) -> str:
     return token[0] + TYPED + token[1:]
-
-
-def _short(value):
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -8,17 +8,17 @@ What is special:
 - Batches are padded on the left with the pad token, and the mask comes from lengths: id 0 is "!", an ordinary token.
 """
 
-import difflib
-import inspect
 import re
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import accumulate
 from typing import Any, NoReturn
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData
 from transformers.tokenization_utils_base import TextInput
@@ -26,23 +26,30 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoInput
 
+from .compat_minicpmv import ProcessorBase
 from .configuration_minicpmv import MiniCPMVError
 from .image_loading_minicpmv import ImageInputError
 from .image_processing_minicpmv import (
     FramePackingError,
+    ImageOptions,
     MiniCPMVBatchFeature,
     MiniCPMVImageProcessor,
     SlicedImage,
+    did_you_mean,
     pack_frames,
     pad_visual_inputs,
+    read_groups,
+    unstack,
 )
 from .messages_minicpmv import (
-    control_tokens,
+    IMAGE_PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
     encode_prompt,
     kind_of,
     mark_typed,
     read_message,
     split_thought,
+    typed_guard,
     write_thought,
 )
 from .video_decoding_minicpmv import VideoInputError, flatten_videos
@@ -51,30 +58,37 @@ from .video_processing_minicpmv import FrameSamplingError, MiniCPMVVideoProcesso
 
 logger = logging.get_logger(__name__)
 
-IMAGE_PLACEHOLDER = "(<image>./</image>)"
-VIDEO_PLACEHOLDER = "(<video>./</video>)"
 PLACEHOLDERS = re.compile("|".join(re.escape(text) for text in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)))
-# Keyword arguments of a call, by the part they concern; those of the video processor are its own parameters.
-IMAGE_OPTIONS = {"max_slice_nums", "use_image_id", "input_data_format"}
-TEXT_OPTIONS = {
-    "padding",
-    "padding_side",
-    "pad_to_multiple_of",
-    "truncation",
-    "max_length",
-    "return_tensors",
-    "return_mm_token_type_ids",
-}
-# Those that are neither.
+# Keywords of a call that are no options of images, videos or text.
 CALL_OPTIONS = {"images", "videos", "temporal_ids", "return_metadata", "pad_pixel_values", "media_cache"} | {
     f"{part}_kwargs" for part in ("images", "videos", "text", "common")
 }
-# Other software passes these along; they change nothing here.
+# SGLang, TRL and the pipelines of transformers pass these along; they change nothing here.
 TOLERATED_OPTIONS = {"add_special_tokens", "device", "do_pad", "load_audio_from_video", "sampling_rate"}
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Options of a call that concern ids."""
+
+    padding: bool | str | None = None  # None: where there are several prompts
+    padding_side: str = "left"
+    pad_to_multiple_of: int | None = None
+    truncation: bool | str | None = None
+    max_length: int | None = None
+    return_tensors: str | None = "pt"
+    return_mm_token_type_ids: bool = False
 
 
 class PromptTooLongError(MiniCPMVError):
     """A prompt has more tokens than allowed: the message says how many, how many of them are pictures, and the limit."""
+
+
+@dataclass(frozen=True)
+class _Options:
+    images: ImageOptions
+    videos: dict[str, Any]  # of `MiniCPMVVideoProcessor.preprocess`
+    text: TextOptions
 
 
 @dataclass
@@ -90,7 +104,7 @@ class ExpandedPrompt:
     spans: list = field(default_factory=list)  # (start, end) in `text` of what an assistant wrote
 
 
-class MiniCPMVProcessor(ProcessorMixin):
+class MiniCPMVProcessor(ProcessorBase):
     """Image processor, tokenizer and video processor in one.
 
     Args:
@@ -108,8 +122,6 @@ class MiniCPMVProcessor(ProcessorMixin):
     FrameSamplingError = FrameSamplingError
     PromptTooLongError = PromptTooLongError
 
-    attributes = ["image_processor", "tokenizer", "video_processor"]
-    audio_tokenizer = None  # transformers 4.57 reads it when saving
     image_token = "<unk>"
     # Lists of one entry a prompt: pictures have slices of unequal size and number.
     skip_tensor_conversion = [
@@ -121,7 +133,14 @@ class MiniCPMVProcessor(ProcessorMixin):
         "video_metadata",
     ]
 
-    def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
+    def __init__(
+        self,
+        image_processor: MiniCPMVImageProcessor | None = None,
+        tokenizer: Any = None,
+        video_processor: MiniCPMVVideoProcessor | None = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ):
         if video_processor is None and image_processor is not None:
             video_processor = MiniCPMVVideoProcessor.from_dict(image_processor.to_dict())
         self.image_processor = image_processor
@@ -130,12 +149,12 @@ class MiniCPMVProcessor(ProcessorMixin):
         self.chat_template = chat_template if chat_template is not None else getattr(tokenizer, "chat_template", None)
 
     @property
-    def image_token_id(self):
+    def image_token_id(self) -> int:
         """Id of the slot token that image features replace."""
         return self.tokenizer.convert_tokens_to_ids(self.image_token)
 
     @property
-    def model_input_names(self):
+    def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", *self.image_processor.model_input_names, "image_bound"]
 
     # ---- facts that callers need ----
@@ -162,10 +181,10 @@ class MiniCPMVProcessor(ProcessorMixin):
         text: TextInput | list[TextInput] | None = None,
         images: ImageInput | None = None,
         videos: VideoInput | None = None,
-        audio=None,
-        temporal_ids=None,
-        **kwargs,
-    ):
+        audio: None = None,
+        temporal_ids: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
         """Turn rendered prompts with pictures and videos into the inputs of the model.
 
         Control tokens in `text` count; what users typed comes by way of `apply_chat_template`.
@@ -173,8 +192,8 @@ class MiniCPMVProcessor(ProcessorMixin):
         Args:
             text: a prompt, or a list of them. `(<image>./</image>)` marks the place of a picture, `(<video>./</video>)`
                 that of a video.
-            images: one list of pictures a prompt, or one flat list that the places share out in order. Whatever the
-                image processor loads: PIL, path, bytes, array, tensor, data or http URL.
+            images: one list of pictures a prompt (TRL), or one flat list that the places share out in order (SGLang).
+                Whatever the image processor loads: PIL, path, bytes, array, tensor, data or http URL.
             videos: likewise; whatever the video processor loads.
             temporal_ids: makes pictures the frames of clips: for each prompt a list of groups with one id a frame
                 (tenths of a second), such as `[[-1], [0, 3, 6]]`; [-1] is a still picture.
@@ -200,16 +219,17 @@ class MiniCPMVProcessor(ProcessorMixin):
             `image_bound` [units, 2]. When frames are packed, `temporal_ids`.
 
         Raises:
-            ValueError: when places and pictures differ in number, and whatever the loaders raise.
+            MiniCPMVError: when places and pictures differ in number.
+            ImageInputError, VideoInputError, FrameSamplingError, FramePackingError: what cannot be used.
             PromptTooLongError: see `max_length`.
         """
         if _is_text(images) and not _is_text(text):  # transformers' own order is (images, text)
             text, images = images, text
         if audio:
-            raise ValueError("audio was given, but this model reads text, pictures and videos only.")
-        prompts = [text] if isinstance(text, str) else text
+            raise MiniCPMVError("audio was given, but this model reads text, pictures and videos only.")
+        prompts, images = [text] if isinstance(text, str) else text, unstack(images)
         if prompts is None and images is None:
-            raise ValueError("Pass text, images, or both; videos need a text that names their places.")
+            raise MiniCPMVError("Pass text, images, or both; videos need a text that names their places.")
         if prompts is None:  # pictures alone, as one sample after the other
             pictures = images if _is_nested(images) else [images]
             prompts = [IMAGE_PLACEHOLDER * len(_as_list(sample)) for sample in pictures]
@@ -223,25 +243,26 @@ class MiniCPMVProcessor(ProcessorMixin):
 
     def _process(
         self,
-        prompts,
-        images,
-        videos,
-        temporal_ids=None,
-        spans=None,
-        return_metadata=False,
-        pad_pixel_values=False,
-        media_cache=None,
-        **kwargs,
-    ):
+        prompts: Sequence[str],
+        images: list[list] | None,
+        videos: list[list] | None,
+        temporal_ids: Any = None,
+        spans: list | None = None,
+        return_metadata: bool = False,
+        pad_pixel_values: bool = False,
+        media_cache: Any = None,
+        **kwargs: Any,
+    ) -> MiniCPMVBatchFeature:
         """`__call__` on one list of pictures and one of videos a prompt (None: no such modality in the batch)."""
         options = self._sort_options(kwargs)
-        nothing = [[]] * len(prompts)
-        groups = _groups_by_prompt(temporal_ids, len(prompts))
+        return_metadata |= bool(options.videos.pop("return_metadata", False))
+        nothing: list[list] = [[]] * len(prompts)
+        groups = read_groups(temporal_ids, [len(pictures) for pictures in images or nothing])
         samples = [
             self._expand(*inputs, options, media_cache)
             for inputs in zip(prompts, images or nothing, videos or nothing, groups, spans or nothing, strict=True)
         ]
-        data = self._tokenize(samples, with_masks=spans is not None, **options["text"])
+        data = self._tokenize(samples, options.text, with_masks=spans is not None)
         if images is not None or videos is not None:
             data["pixel_values"] = [sample.pixel_values for sample in samples]
             data["tgt_sizes"] = [torch.tensor(sample.tgt_sizes).reshape(-1, 2).long() for sample in samples]
@@ -252,56 +273,59 @@ class MiniCPMVProcessor(ProcessorMixin):
                 data |= self.pad_visual_inputs([vars(sample) for sample in samples])
         else:
             data.pop("image_bound")
-        if return_metadata or options["videos"].get("return_metadata"):
+        if return_metadata:
             data["video_metadata"] = [sample.video_metadata for sample in samples]
         return MiniCPMVBatchFeature(data)
 
     @property
-    def option_names(self):
+    def option_names(self) -> dict[str, set[str]]:
         """Keyword arguments of `__call__` by the part they concern: {"images": ..., "videos": ..., "text": ...}."""
-        videos = {"start", "end", "video_metadata", *inspect.signature(type(self.video_processor).__init__).parameters}
         # `use_image_id` is not a video's unless asked of it alone: a number for each picture is the default of images.
-        videos -= {"self", "kwargs", "use_image_id"}
-        return {"images": IMAGE_OPTIONS, "videos": videos, "text": TEXT_OPTIONS}
+        videos = {*self.video_processor.option_names, "video_metadata"} - {"use_image_id"}
+        return {"images": _names_of(ImageOptions), "videos": videos, "text": _names_of(TextOptions)}
 
-    def is_option(self, name):
+    def is_option(self, name: str) -> bool:
         """Whether a keyword is an option of this processor (else it may be a variable of the chat template)."""
         return name in CALL_OPTIONS | TOLERATED_OPTIONS or any(name in names for names in self.option_names.values())
 
-    def _sort_options(self, kwargs):
-        """Keyword arguments by the part they concern, like `option_names`."""
+    def _sort_options(self, kwargs: dict[str, Any]) -> _Options:
+        """The keywords of a call by the part they concern, like `option_names`."""
         parts = self.option_names
         options = {part: dict(kwargs.pop(f"{part}_kwargs", None) or {}) for part in (*parts, "common")}
+        unknown = {name for part in ("images", "text") for name in options[part].keys() - parts[part]}
         for name, value in {**options.pop("common"), **kwargs}.items():
             owners = [part for part, names in parts.items() if name in names]
             # For one of several parts a dict may say otherwise than the keyword; for the only part it contradicts it.
             if len(owners) == 1 and name in kwargs and name in options[owners[0]]:
-                raise ValueError(f"{name!r} was given twice: as a keyword and in {owners[0]}_kwargs. Give it once.")
+                raise MiniCPMVError(f"{name!r} was given twice: as a keyword and in {owners[0]}_kwargs. Give it once.")
             for part in owners:
                 options[part].setdefault(name, value)
-            if not owners and name not in TOLERATED_OPTIONS:
-                nearest = difflib.get_close_matches(name, set().union(*parts.values()), n=1)
-                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-                logger.warning_once(f"{type(self).__name__} does not know the keyword {name!r} and ignores it.{hint}")
-        return options
+            if not owners:
+                unknown.add(name)
+        for name in unknown - TOLERATED_OPTIONS:
+            hint = did_you_mean(name, set().union(*parts.values()))
+            logger.warning_once(f"{type(self).__name__} does not know the keyword {name!r} and ignores it.{hint}")
+        images, text = (
+            {name: options[part][name] for name in options[part].keys() & parts[part]} for part in ("images", "text")
+        )
+        return _Options(ImageOptions(**images), options["videos"], TextOptions(**text))
 
-    def _expand(self, prompt, images, videos, groups, spans, options, media_cache):
+    def _expand(
+        self,
+        prompt: str,
+        images: list,
+        videos: list,
+        groups: list[list[int]],
+        spans: list[tuple[int, int]],
+        options: _Options,
+        media_cache: Any,
+    ) -> ExpandedPrompt:
         """Put slots in the places of pictures and videos, and make the slices that fill them."""
         kinds, texts = PLACEHOLDERS.findall(prompt), PLACEHOLDERS.split(prompt)
         for name, placeholder, given in (("images", IMAGE_PLACEHOLDER, images), ("videos", VIDEO_PLACEHOLDER, videos)):
-            if kinds.count(placeholder) != len(given):
-                raise ValueError(
-                    f"The prompt has {kinds.count(placeholder)} places {placeholder} for {name}, but {len(given)} "
-                    f"{name} were given. Give one for each place, in order."
-                )
-        groups = [[-1]] * len(images) if groups is None else groups
-        if sum(map(len, groups)) != len(images):
-            raise FramePackingError(
-                f"temporal_ids name {sum(map(len, groups))} frames, but the prompt has {len(images)} pictures. Give an "
-                "id for each; a still picture is a group [-1] of its own."
-            )
-        frames = iter(self._slice(images, options["images"], media_cache))
-        videos, groups = iter(videos), iter(groups)
+            _check_places("prompt has", placeholder, name, kinds.count(placeholder), given)
+        frames = iter(self._slice(images, options.images, media_cache))
+        videos_left, groups_left = iter(videos), iter(groups)
         sample = ExpandedPrompt("")
         lengths = [len(text) + len(kind) for text, kind in zip(texts, [*kinds, ""], strict=True)]
         old_starts = [0, *accumulate(lengths)]
@@ -309,10 +333,10 @@ class MiniCPMVProcessor(ProcessorMixin):
         moved = [(0, 0)]  # (start in the prompt, start in the result) of the pieces of text
         while place < len(kinds):
             if kinds[place] == VIDEO_PLACEHOLDER:
-                units = self._add_video(sample, next(videos), options["videos"], media_cache)
+                units = self._add_video(sample, next(videos_left), options.videos, media_cache)
                 following = place + 1
             else:
-                group = next(groups)
+                group = next(groups_left)
                 following = place + len(group)
                 between = "".join(texts[place + 1 : following])
                 if VIDEO_PLACEHOLDER in kinds[place:following] or between.strip():
@@ -320,7 +344,7 @@ class MiniCPMVProcessor(ProcessorMixin):
                         f"The frames of group {group} do not stand together in the prompt: {between.strip()[:40]!r} or a "
                         "video is between them. Put the frames of a group next to each other."
                     )
-                units = self._add_pictures(sample, [next(frames) for _ in group], group, pictures, options["images"])
+                units = self._add_pictures(sample, [next(frames) for _ in group], group, pictures, options.images)
                 pictures += len(group)
                 if group != [-1] and following < len(kinds) and not texts[following].strip():
                     texts[following] = "\n"
@@ -333,21 +357,9 @@ class MiniCPMVProcessor(ProcessorMixin):
             sample.spans.append(tuple(end - old + new for end, (old, new) in pieces))
         return sample
 
-    def _add_pictures(self, sample, frames, group, number, options):
-        """Add the frames of one group (a still picture: one frame, id -1); returns the text with its slots."""
-        for target, new in zip(
-            (sample.pixel_values, sample.tgt_sizes, sample.temporal_ids), pack_frames(frames, [group]), strict=True
-        ):
-            target.extend(new)
-        sample.image_sizes.extend(frame.image_size for frame in frames)
-        return self.image_processor.get_slice_image_placeholder(
-            frames[0].image_size, number, options.get("max_slice_nums"), options.get("use_image_id")
-        )
-
-    def _slice(self, images: list, options: dict, media_cache: Any) -> list[SlicedImage]:
-        def make(images):
-            limit, data_format = options.get("max_slice_nums"), options.get("input_data_format")
-            return self.image_processor.slice_all_to_patches(images, limit, data_format)
+    def _slice(self, images: list, options: ImageOptions, media_cache: Any) -> list[SlicedImage]:
+        def make(images: list) -> list[SlicedImage]:
+            return self.image_processor.slice_all_to_patches(images, options.max_slice_nums, options.input_data_format)
 
         if media_cache is None:
             return make(images)
@@ -359,41 +371,47 @@ class MiniCPMVProcessor(ProcessorMixin):
             except _NotMadeError:
                 missing.append(image)
         made = {id(image): sliced for image, sliced in zip(missing, make(missing), strict=True)}
-        return [media_cache.get("image", image, lambda image=image: made[id(image)]) for image in images]
 
-    def _add_video(self, sample, video, options, media_cache):
+        def of(image: Any) -> SlicedImage:  # not among the missing: the cache has let go of it since
+            return made[id(image)] if id(image) in made else make([image])[0]
+
+        return [media_cache.get("image", image, partial(of, image)) for image in images]
+
+    def _add_pictures(
+        self,
+        sample: ExpandedPrompt,
+        frames: list[SlicedImage],
+        group: list[int],
+        number: int,
+        options: ImageOptions,
+    ) -> str:
+        """Add the frames of one group (a still picture: one frame, id -1); returns the text with its slots."""
+        pixel_values, tgt_sizes, temporal_ids = pack_frames(frames, [group])
+        sample.pixel_values += pixel_values
+        sample.tgt_sizes += tgt_sizes
+        sample.temporal_ids += temporal_ids
+        sample.image_sizes += [frame.image_size for frame in frames]
+        return self.image_processor.get_slice_image_placeholder(
+            frames[0].image_size, number, options.max_slice_nums, options.use_image_id
+        )
+
+    def _add_video(self, sample: ExpandedPrompt, video: Any, options: dict[str, Any], media_cache: Any) -> str:
         """Add the sampled frames of one video; returns the text with its slots, a line for each group."""
-        options = dict(options)
-        use_image_id = options.pop("use_image_id", None)
-        options.pop("return_metadata", None)
-        processor = self.video_processor
 
-        def make():
-            return processor.preprocess(video, return_metadata=True, **options)
+        def make() -> BatchFeature:
+            return self.video_processor.preprocess(video, return_metadata=True, **options)
 
         clip = make() if media_cache is None else media_cache.get("video", video, make)
         (report,) = clip["video_metadata"]
-        sample.pixel_values.extend(clip["pixel_values"][0])
-        sample.tgt_sizes.extend(clip["tgt_sizes"][0].tolist())
-        sample.temporal_ids.extend(clip["temporal_ids"][0])
-        sample.image_sizes.extend(clip["image_sizes"][0])
+        sample.pixel_values += clip["pixel_values"][0]
+        sample.tgt_sizes += clip["tgt_sizes"][0].tolist()
+        sample.temporal_ids += clip["temporal_ids"][0]
+        sample.image_sizes += clip["image_sizes"][0]
         sample.video_metadata.append(report)
-        size, limit = clip["image_sizes"][0][0], options.get("max_slice_nums")
-        groups = range(report.num_groups)
-        return "\n".join(processor.get_slice_image_placeholder(size, group, limit, use_image_id) for group in groups)
+        limits = {name: options.get(name) for name in ("max_slice_nums", "use_image_id")}
+        return self.video_processor.get_video_placeholder(sample.image_sizes[-1], report.num_groups, **limits)
 
-    def _tokenize(
-        self,
-        samples,
-        with_masks,
-        padding=None,
-        padding_side="left",
-        pad_to_multiple_of=None,
-        truncation=None,
-        max_length=None,
-        return_tensors="pt",
-        return_mm_token_type_ids=False,
-    ):
+    def _tokenize(self, samples: list[ExpandedPrompt], options: TextOptions, with_masks: bool) -> dict[str, Any]:
         """Ids, mask and slot bounds of expanded prompts; with `with_masks` also what the assistant wrote."""
         encoded = [encode_prompt(self.tokenizer, sample.text) for sample in samples]
         query_num, slot = self.image_processor.image_feature_size, self.image_token_id
@@ -401,50 +419,52 @@ class MiniCPMVProcessor(ProcessorMixin):
         for index, (sample, (ids, offsets)) in enumerate(zip(samples, encoded, strict=True)):
             slots = [place for place, token in enumerate(ids) if token == slot]
             if len(slots) != query_num * len(sample.temporal_ids):
-                raise ValueError(
+                raise MiniCPMVError(
                     f"Prompt {index} has {len(slots)} {self.image_token} tokens, but its pictures take "
                     f"{query_num * len(sample.temporal_ids)}. Mark pictures by {IMAGE_PLACEHOLDER} only."
                 )
-            if max_length is not None and len(ids) > max_length:
-                if truncation in (None, False, "do_not_truncate") or (slots and slots[-1] >= max_length):
+            limit = options.max_length
+            if limit is not None and len(ids) > limit:
+                if options.truncation in (None, False, "do_not_truncate") or (slots and slots[-1] >= limit):
                     raise PromptTooLongError(
                         f"Prompt {index} has {len(ids)} tokens, {len(slots)} of them for pictures; the limit is "
-                        f"{max_length}. Shorten the text, give fewer or smaller pictures (max_slice_nums) or fewer "
+                        f"{limit}. Shorten the text, give fewer or smaller pictures (max_slice_nums) or fewer "
                         "frames (fps, max_num_packing), or raise the limit (max_length; in chat() max_inp_length)."
                     )
-                ids, offsets = ids[:max_length], offsets[:max_length]
+                ids, offsets = ids[:limit], offsets[:limit]
             starts = slots[::query_num]
             row = {"input_ids": ids, "bounds": [(start, start + query_num) for start in starts]}
             if with_masks:
                 row["assistant_masks"] = [
                     int(any(first <= start < last for first, last in sample.spans)) for start, _ in offsets
                 ]
-            if return_mm_token_type_ids:
+            if options.return_mm_token_type_ids:
                 row["mm_token_type_ids"] = [int(token == slot) for token in ids]
             rows.append(row)
+        padding = options.padding
         if padding is None:
-            padding = len(samples) > 1 and return_tensors is not None
+            padding = len(samples) > 1 and options.return_tensors is not None
         self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # its advice does not fit here
-        data = self.tokenizer.pad(
+        padded = self.tokenizer.pad(
             {"input_ids": [row["input_ids"] for row in rows]},
             padding=padding,
-            padding_side=padding_side,
-            max_length=max_length if padding == "max_length" else None,
-            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=options.padding_side,
+            max_length=options.max_length if padding == "max_length" else None,
+            pad_to_multiple_of=options.pad_to_multiple_of,
             return_attention_mask=True,
-            return_tensors=return_tensors,
+            return_tensors=options.return_tensors,
         )
-        data = dict(data)
+        data = dict(padded)
         before = [
-            len(ids) - len(row["input_ids"]) if padding_side == "left" else 0
+            len(ids) - len(row["input_ids"]) if options.padding_side == "left" else 0
             for ids, row in zip(data["input_ids"], rows, strict=True)
         ]
         for name in rows[0].keys() & {"assistant_masks", "mm_token_type_ids"} if rows else ():
-            padded = [
+            values = [
                 ([0] * shift + row[name] + [0] * len(ids))[: len(ids)]
                 for shift, row, ids in zip(before, rows, data["input_ids"], strict=True)
             ]
-            data[name] = BatchFeature({name: padded}, tensor_type=return_tensors)[name]
+            data[name] = BatchFeature({name: values}, tensor_type=options.return_tensors)[name]
         data["image_bound"] = [
             torch.tensor(row["bounds"]).reshape(-1, 2).long() + shift for row, shift in zip(rows, before, strict=True)
         ]
@@ -454,20 +474,20 @@ class MiniCPMVProcessor(ProcessorMixin):
 
     def apply_chat_template(
         self,
-        conversation,
-        chat_template=None,
-        tools=None,
-        documents=None,
-        add_generation_prompt=False,
-        continue_final_message=False,
-        return_assistant_tokens_mask=False,
-        tokenize=False,
-        return_tensors=None,
-        return_dict=False,
-        processor_kwargs=None,
-        sanitize_control_tokens=True,
-        **kwargs,
-    ):
+        conversation: Sequence,
+        chat_template: str | None = None,
+        tools: list | None = None,
+        documents: list | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+        processor_kwargs: dict | None = None,
+        sanitize_control_tokens: bool = True,
+        **kwargs: Any,
+    ) -> str | list[str] | list[list[int]] | BatchFeature:
         """Turn messages into a prompt, and with `tokenize=True` into the inputs of the model.
 
         Args:
@@ -493,7 +513,9 @@ class MiniCPMVProcessor(ProcessorMixin):
         """
         template = chat_template or self.chat_template
         if template is None:
-            raise ValueError("This processor has no chat template. Load it from its folder, or pass chat_template=.")
+            raise MiniCPMVError(
+                "This processor has no chat template. Load it from its folder, or pass chat_template=."
+            )
         options = dict(processor_kwargs or {})
         template_variables = {}
         for name, value in kwargs.items():
@@ -502,7 +524,7 @@ class MiniCPMVProcessor(ProcessorMixin):
         conversations = conversation if is_batched else [conversation]
         pending = {name: options.pop(name, None) for name in ("images", "videos")}
         media = [{"image": [], "video": []} for _ in conversations]
-        guard = control_tokens(self.tokenizer) if tokenize and sanitize_control_tokens else None
+        guard = typed_guard(self.tokenizer) if tokenize and sanitize_control_tokens else None
         rendered_messages = [
             [read_message(message, found, guard) for message in messages]
             for messages, found in zip(conversations, media, strict=True)
@@ -520,7 +542,7 @@ class MiniCPMVProcessor(ProcessorMixin):
         if not tokenize:
             return prompts if is_batched else prompts[0]
         inputs = {
-            "images": self._fill_in(prompts, media, "image", pending["images"], IMAGE_PLACEHOLDER, _as_list),
+            "images": self._fill_in(prompts, media, "image", unstack(pending["images"]), IMAGE_PLACEHOLDER, _as_list),
             "videos": self._fill_in(prompts, media, "video", pending["videos"], VIDEO_PLACEHOLDER, flatten_videos),
         }
         output = self._process(
@@ -532,17 +554,28 @@ class MiniCPMVProcessor(ProcessorMixin):
         )
         return output if return_dict else output["input_ids"]
 
-    def _fill_in(self, prompts, media, kind, pending, placeholder, as_list):
+    def _fill_in(
+        self,
+        prompts: list[str],
+        media: list[dict[str, list]],
+        kind: str,
+        pending: Any,
+        placeholder: str,
+        as_list: Callable[[Any], list],
+    ) -> list[list] | None:
         """Media of each prompt: those that stood in the messages, or those given beside them."""
-        if pending is not None:
-            if any(found[kind] for found in media):
-                raise ValueError(f"{kind}s stand in the messages and in {kind}s=. Give them in one way only.")
-            return _share_out(prompts, pending, placeholder, f"{kind}s", as_list)
-        return [found[kind] for found in media] if any(found[kind] for found in media) else None
+        is_in_messages = any(found[kind] for found in media)
+        if pending is None:
+            return [found[kind] for found in media] if is_in_messages else None
+        if is_in_messages:
+            raise MiniCPMVError(f"{kind}s stand in the messages and in {kind}s=. Give them in one way only.")
+        return _share_out(prompts, pending, placeholder, f"{kind}s", as_list)
 
     # ---- for other software ----
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
         """Slots and slices that pictures of `image_sizes` (height, width) take.
 
         Serving engines split the places where `mm_token_type_ids` is 1 by these numbers: the tokens around the slots of
@@ -557,7 +590,9 @@ class MiniCPMVProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=[query_num * count for count in slices], num_image_patches=slices)
 
     @classmethod
-    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str, processor_dict: dict | None = None, **kwargs: Any
+    ) -> list:
         # The classes imported above, not those that the Auto classes would load once more as twins: what the parts
         # raise is what `processor.ImageInputError` and its kin name.
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -568,17 +603,15 @@ class MiniCPMVProcessor(ProcessorMixin):
         images, videos = (part.from_pretrained(pretrained_model_name_or_path, **kwargs) for part in parts)
         return [images, tokenizer, videos]
 
-    def check_argument_for_proper_class(self, argument_name, argument):
-        # transformers looks up video processors in a mapping that is empty without torchvision.
-        if argument_name == "video_processor":
-            return MiniCPMVVideoProcessor
-        return super().check_argument_for_proper_class(argument_name, argument)
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> list:
         """Save all parts. `preprocessor_config.json` stands beside transformers' own file: other engines read it."""
         files = super().save_pretrained(save_directory, *args, **kwargs)
         self.image_processor.save_pretrained(save_directory)
         return files
+
+
+def _names_of(options: type) -> set[str]:
+    return {each.name for each in fields(options)}
 
 
 class _NotMadeError(Exception):
@@ -589,13 +622,13 @@ def _not_made() -> NoReturn:
     raise _NotMadeError
 
 
-def _is_text(value):
+def _is_text(value: Any) -> bool:
     return isinstance(value, str) or (
         isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, str) for item in value)
     )
 
 
-def _is_nested(value):
+def _is_nested(value: Any) -> bool:
     """Whether a list holds one list for each sample."""
     return (
         isinstance(value, (list, tuple))
@@ -604,46 +637,36 @@ def _is_nested(value):
     )
 
 
-def _as_list(value):
+def _as_list(value: Any) -> list:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _is_single_video(video):
+def _is_single_video(video: Any) -> bool:
     # By identity: `==` on arrays gives an array.
     return not isinstance(video, (list, tuple)) or any(item is video for item in flatten_videos(video))
 
 
-def _share_out(prompts, media, placeholder, name, as_list):
+def _share_out(
+    prompts: Sequence[str], media: Any, placeholder: str, name: str, as_list: Callable[[Any], list]
+) -> list[list] | None:
     """One list of pictures (or videos) a prompt; a flat list is shared out by the places in the prompts."""
     if media is None:
         return None
     if _is_nested(media) and not (name == "videos" and all(_is_single_video(item) for item in media)):
         if len(media) != len(prompts):
-            raise ValueError(f"{name} are lists for {len(media)} prompts, but there are {len(prompts)} prompts.")
+            raise MiniCPMVError(f"{name} are lists for {len(media)} prompts, but there are {len(prompts)} prompts.")
         return [as_list(item) if item is not None else [] for item in media]
     flat, counts = as_list(media), [prompt.count(placeholder) for prompt in prompts]
-    if sum(counts) != len(flat):
-        raise ValueError(
-            f"The prompts have {sum(counts)} places {placeholder} for {name}, but {len(flat)} {name} were given. Give one "
-            "for each place, in order."
-        )
+    _check_places("prompts have", placeholder, name, sum(counts), flat)
     items = iter(flat)
     return [[next(items) for _ in range(count)] for count in counts]
 
 
-def _groups_by_prompt(temporal_ids, count):
-    """One list of groups a prompt, or None for still pictures; the groups of a single prompt may come bare."""
-    if temporal_ids is None:
-        return [None] * count
-    temporal_ids = temporal_ids.tolist() if isinstance(temporal_ids, torch.Tensor) else list(temporal_ids)
-    is_bare = bool(temporal_ids) and all(
-        isinstance(group, (list, tuple)) and all(isinstance(frame, int) for frame in group) for group in temporal_ids
-    )
-    samples = [temporal_ids] if is_bare else temporal_ids
-    if len(samples) != count:
-        raise FramePackingError(
-            f"temporal_ids are given for {len(samples)} prompts, but there are {count}. Give one list of groups a prompt."
+def _check_places(subject: str, placeholder: str, name: str, places: int, given: list) -> None:
+    if places != len(given):
+        raise MiniCPMVError(
+            f"The {subject} {places} places {placeholder} for {name}, but {len(given)} {name} were given. Give one for each "
+            "place, in order."
         )
-    return [None if sample is None else [list(group) for group in sample] for sample in samples]

@@ -1,12 +1,14 @@
 """The MiniCPM-V tokenizer: Qwen's byte-level BPE plus the control tokens of pictures, frames and boxes."""
 
-from transformers import Qwen2TokenizerFast
+from typing import Any
+
+from .compat_minicpmv import TokenizerBase
 
 
-def _id_of(token):
+def _id_of(token: str) -> property:
     """A read-only attribute: the id of `token` in whatever vocabulary is loaded."""
 
-    def get(self):
+    def get(self: Any) -> int:
         token_id = self.backend_tokenizer.token_to_id(token)
         if token_id is None:  # convert_tokens_to_ids would answer with <unk>, which is the picture slot
             raise ValueError(f"the vocabulary has no token {token!r}; add it to `added_tokens` in tokenizer.json")
@@ -15,7 +17,7 @@ def _id_of(token):
     return property(get, doc=f"Id of {token!r}.")
 
 
-class MiniCPMVTokenizerFast(Qwen2TokenizerFast):
+class MiniCPMVTokenizerFast(TokenizerBase):
     """Qwen2's tokenizer with the attributes that MiniCPM-V software reads.
 
     Ids are looked up by name, so a checkpoint with a small vocabulary works with the same class.
@@ -43,7 +45,7 @@ class MiniCPMVTokenizerFast(Qwen2TokenizerFast):
 
     newline_id = _id_of("Ċ")  # "\n" in the byte-level alphabet
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.backend_tokenizer.get_vocab_size(with_added_tokens=False) < 256:  # not even a token for each byte
             raise ValueError(
@@ -51,23 +53,18 @@ class MiniCPMVTokenizerFast(Qwen2TokenizerFast):
                 "`minicpmv build-tokenizer FOLDER` (in a clone: `make demo`)."
             )
 
-    @classmethod
-    def _patch_mistral_regex(cls, tokenizer, *args, **kwargs):
-        """Some versions of transformers take every large vocabulary for a Mistral one and advise to change its regex."""
-        return tokenizer
-
     @property
-    def bos_id(self):
+    def bos_id(self) -> int:
         """Id of `bos_token`, `<|im_start|>`."""
         return self.bos_token_id
 
     @property
-    def eos_id(self):
+    def eos_id(self) -> int:
         """Id of `eos_token`, `<|im_end|>`."""
         return self.eos_token_id
 
     @property
-    def unk_id(self):
+    def unk_id(self) -> int:
         """Id of `unk_token`, which is the picture slot."""
         return self.unk_token_id
 

@@ -1,12 +1,12 @@
-"""Frames out of a video: files by whichever decoder is installed, animations by Pillow, lists and folders as they are.
+"""Frames out of a video: files by PyAV, animations by Pillow, lists and folders as they are.
 
 What is special:
-- Every decoder is optional and imported by name: decord (or decord2, which has the same import name), PyAV, torchcodec.
-- The same index gives the same frame with each of them in MP4, MOV, Matroska, WebM and WMV files. In others (AVI, MPEG,
-  transport streams, FLV) decord 0.6 miscounts frames after a jump, so PyAV goes first there. decord also comes out up
-  to three frames late in streams with open groups of pictures (some HEVC); `video_backend="pyav"` is exact.
-- Only the frames asked for become pictures, a few at a time. Thumbnails are scaled by the decoder where it can.
-- Nothing is fetched: an address is refused.
+- Frames are found by their time stamps in MP4, MOV, Matroska and WebM files, by a jump to the key frame before them;
+  elsewhere (AVI, MPEG, raw streams) they are counted from the start.
+- decord (or decord2, of the same import name) reads only on request: it is out of care, miscounts frames after a jump in
+  some kinds of files, and fails on narrow clips.
+- Only the frames asked for become pictures, a few at a time. Thumbnails are scaled by the decoder.
+- Sizes are looked at before anything is decoded. Nothing is fetched: an address is refused.
 """
 
 import bisect
@@ -15,31 +15,28 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from transformers.utils import logging
+from PIL import Image
 
 from .configuration_minicpmv import MiniCPMVError
+from .image_loading_minicpmv import DECODE_ERRORS, check_pixels, open_formats
 
 
-logger = logging.get_logger(__name__)
-
-DECODERS = ("decord", "pyav", "torchcodec")  # in order of preference
 STILL_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".jp2"}
 PILLOW_SIGNATURES = (b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")  # and RIFF....WEBP
-DECORD_SIGNATURES = (b"\x1aE\xdf\xa3", b"0&\xb2u")  # Matroska and WebM, WMV; and MP4, see _is_exact_in_decord
-MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
 SEEKABLE_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # those whose time stamps are complete
 THUMBNAIL = 32  # side of a thumbnail
 DECODE_CHUNK = 16  # full-size frames held at once; with 1080p about 100 MB
+FRAME_PIXELS = 2**25  # of a video's frame: 7680 x 4320 has fewer
+ANIMATION_PIXELS = 2**29  # of all frames of an animation, which all have to be decoded: 258 of 1920 x 1080
 
 
 class VideoInputError(MiniCPMVError):
-    """The video cannot be used: missing, broken, empty, without a picture track, or not a video."""
+    """The video cannot be used: missing, broken, too large, empty, without a picture track, or not a video."""
 
 
 class FrameSource:
@@ -76,7 +73,7 @@ class _FrameList(FrameSource):
     def __init__(self, items: Sequence[Any], load: Callable[[Any], Image.Image]):
         self.items, self.num_frames, self.load = items, len(items), load
 
-    def frames(self, indices):
+    def frames(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         for i in indices:
             _refuse_address(self.items[i])
             yield self.load(self.items[i])
@@ -87,13 +84,20 @@ class _Pillow(FrameSource):
 
     decoder = "pillow"
 
-    def __init__(self, source, load: Callable[[Any], Image.Image]):
+    def __init__(self, source: Any, load: Callable[[Any], Image.Image]):
         self.load = load
-        self.image = Image.open(source)
+        self.image = open_formats(source)
+        width, height = self.image.size
         self.num_frames = getattr(self.image, "n_frames", 1)
         if self.num_frames == 1 and self.image.format != "GIF":
             raise VideoInputError(
                 f"a still {self.image.format} picture is not a video; give it as an image, or as a list of one frame"
+            )
+        check_pixels("the animation", self.image)
+        if width * height * self.num_frames > ANIMATION_PIXELS:
+            raise VideoInputError(
+                f"an animation of {self.num_frames} frames of {width} x {height} has more than {ANIMATION_PIXELS} pixels; "
+                "scale it down, or convert it to MP4, of which only the frames that are looked at are decoded"
             )
         durations = []
         for i in range(self.num_frames):
@@ -103,98 +107,76 @@ class _Pillow(FrameSource):
         self.times = (np.cumsum(durations) - durations) / 1000
         self.native_fps = self.num_frames * 1000 / sum(durations)
 
-    def frames(self, indices):
+    def frames(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         for i in indices:
-            self.image.seek(i)
-            yield self.load(self.image.convert("RGBA"))
-
-    def close(self):
-        self.image.close()
-
-
-class _Decord(FrameSource):
-    decoder = "decord"
-
-    def __init__(self, source, decord):
-        self.decord, self.source = decord, source
-        self.reader = self._open()
-        self.num_frames = len(self.reader)
-        self.native_fps = float(self.reader.get_avg_fps())
-        self.times = self.reader.get_frame_timestamp(range(self.num_frames))[:, 0].astype(np.float64)
-
-    def _open(self, **size):
-        try:
-            return self.decord.VideoReader(_rewound(self.source), ctx=self.decord.cpu(0), **size)
-        except (RuntimeError, AssertionError, self.decord.DECORDError) as error:
-            raise VideoInputError(_first_line(error)) from error
-
-    def _batches(self, reader, indices, size) -> Iterator[np.ndarray]:
-        for start in range(0, len(indices), size):
             try:
-                yield from reader.get_batch(list(indices[start : start + size])).asnumpy()
-            except (RuntimeError, self.decord.DECORDError) as error:
-                raise VideoInputError(
-                    f"decord cannot decode the video after frame {indices[start]} ({_first_line(error)}); "
-                    "the file is damaged or its codec too new, try video_backend='pyav'"
-                ) from error
+                self.image.seek(i)
+                frame = self.image.convert("RGBA")
+            except DECODE_ERRORS as error:
+                raise VideoInputError(f"frame {i} of the animation is damaged ({_first_line(error)})") from error
+            yield self.load(frame)
 
-    def frames(self, indices):
-        for frame in self._batches(self.reader, indices, DECODE_CHUNK):
-            yield Image.fromarray(frame)
-
-    def thumbnails(self, first, stop):
-        small = self._open(width=THUMBNAIL, height=THUMBNAIL)
-        yield from self._batches(small, range(first, stop), 16 * DECODE_CHUNK)
+    def close(self) -> None:
+        self.image.close()
 
 
 class _PyAV(FrameSource):
     decoder = "pyav"
 
-    def __init__(self, source, av):
+    def __init__(self, source: Any, av: ModuleType):
         self.av, self.source = av, source
         self._open()
+        width, height = self.stream.codec_context.width, self.stream.codec_context.height
+        if width * height > FRAME_PIXELS:
+            raise VideoInputError(f"frames of {width} x {height} have more than {FRAME_PIXELS} pixels; scale it down")
         # Reading the packets without decoding them gives the exact number of frames, their times and the key frames.
-        packets = [packet for packet in self.container.demux(self.stream) if packet.size and not packet.is_discard]
+        try:
+            packets = [packet for packet in self.container.demux(self.stream) if packet.size and not packet.is_discard]
+        except self.av.error.FFmpegError as error:
+            raise VideoInputError(_first_line(error)) from error
         if not packets:
             raise VideoInputError("the video track is empty")
         self.num_frames = len(packets)
-        rate = self.stream.average_rate or self.stream.guessed_rate or Fraction(0)
+        self.native_fps = float(self.stream.average_rate or self.stream.guessed_rate or 0)
         self.pts = sorted(packet.pts for packet in packets if packet.pts is not None)
-        if len(self.pts) == self.num_frames:
-            self.times = np.array(self.pts, dtype=np.float64) * float(self.stream.time_base)
-            if not rate and self.times[-1] > self.times[0]:
-                rate = (self.num_frames - 1) / (self.times[-1] - self.times[0])
-        self.native_fps = float(rate)
         self.key_pts = sorted(packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None)
-        self.seekable = self.times is not None and self.container.format.name in SEEKABLE_FORMATS
+        has_times = len(self.pts) == self.num_frames
+        self.seekable = has_times and self.container.format.name in SEEKABLE_FORMATS
+        if has_times:
+            times = np.array(self.pts, dtype=np.float64) * float(self.stream.time_base)
+            span = times[-1] - times[0]
+            # Matroska may state a rate that its frames do not have: the time stamps are right.
+            if span > 0 and (not self.native_fps or (self.seekable and not agree(times, self.native_fps))):
+                self.native_fps = (self.num_frames - 1) / span
+            self.times = times if self.seekable or agree(times, self.native_fps) else None
 
-    def _open(self):
+    def _open(self) -> None:
         try:
-            self.container = self.av.open(_rewound(self.source))
-        except (OSError, self.av.error.FFmpegError) as error:
+            self.container = self.av.open(_rewound(self.source), metadata_errors="replace")
+        except (OSError, ValueError, self.av.error.FFmpegError) as error:
             raise VideoInputError(_first_line(error)) from error
         if not self.container.streams.video:
             raise VideoInputError("the file has no video track")
         self.stream = self.container.streams.video[0]
         self.stream.thread_type = "AUTO"
 
-    def frames(self, indices):
+    def frames(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         for frame in self._decode(indices):
             image = frame.to_image()
             rotation = self._rotation(frame)
             yield image.rotate(rotation, expand=True) if rotation else image
 
-    def thumbnails(self, first, stop):
+    def thumbnails(self, first: int, stop: int) -> Iterator[np.ndarray]:
         for frame in self._decode(range(first, stop)):
             yield frame.reformat(THUMBNAIL, THUMBNAIL, "rgb24").to_ndarray()
 
-    def _rotation(self, frame) -> float:
+    def _rotation(self, frame: Any) -> float:
         """Degrees against the clock by which the picture has to be turned, as phones note it."""
         if hasattr(frame, "rotation"):  # PyAV 14
             return frame.rotation % 360
         return getattr(self.stream, "side_data", {}).get("DISPLAYMATRIX", 0) % 360
 
-    def _decode(self, indices):
+    def _decode(self, indices: Sequence[int]) -> Iterator[Any]:
         try:
             yield from self._decode_by_time(indices) if self.seekable else self._decode_by_count(indices)
         except self.av.error.FFmpegError as error:
@@ -202,7 +184,7 @@ class _PyAV(FrameSource):
                 f"PyAV cannot decode the video ({_first_line(error)}); the file is damaged"
             ) from error
 
-    def _decode_by_time(self, indices):
+    def _decode_by_time(self, indices: Sequence[int]) -> Iterator[Any]:
         """Find frames by their time stamps, jumping to a key frame where one lies between here and the next frame."""
         decoded, position = None, None  # position: time stamp of the last frame that came out
         for index in indices:
@@ -221,7 +203,7 @@ class _PyAV(FrameSource):
             position = frame.pts
             yield frame
 
-    def _decode_by_count(self, indices):
+    def _decode_by_count(self, indices: Sequence[int]) -> Iterator[Any]:
         """Count frames from the start, where time stamps are missing or those of decoding (AVI, MPEG, raw H.264)."""
         wanted, found = set(indices), 0
         self._reopen()
@@ -235,53 +217,67 @@ class _PyAV(FrameSource):
             f"{len(wanted) - found} of {len(wanted)} frames could not be decoded; the file is damaged"
         )
 
-    def _reopen(self):
+    def _reopen(self) -> None:
         self.container.close()
         self._open()
 
-    def close(self):
+    def close(self) -> None:
         self.container.close()
 
 
-class _TorchCodec(FrameSource):
-    """torchcodec knows the times of frames only after decoding them, so a variable rate is treated as constant."""
+class _Decord(FrameSource):
+    decoder = "decord"
 
-    decoder = "torchcodec"
-
-    def __init__(self, source, torchcodec):
-        source = _rewound(source)
+    def __init__(self, source: Any, decord: ModuleType):
+        self.decord, self.source = decord, source
+        self.errors = (RuntimeError, LookupError, AssertionError, decord.DECORDError)
+        self.reader = self._open()
+        self.num_frames = len(self.reader)
+        self.native_fps = float(self.reader.get_avg_fps())
         try:
-            self.reader = torchcodec.decoders.VideoDecoder(source if isinstance(source, str) else source.read())
-        except (RuntimeError, ValueError) as error:
+            times = self.reader.get_frame_timestamp(range(self.num_frames))[:, 0].astype(np.float64)
+        except self.errors as error:
             raise VideoInputError(_first_line(error)) from error
-        self.num_frames = self.reader.metadata.num_frames or 0
-        self.native_fps = float(self.reader.metadata.average_fps or 0)
+        self.times = times if agree(times, self.native_fps) else None  # it makes them up where the file has none
 
-    def frames(self, indices):
-        for start in range(0, len(indices), DECODE_CHUNK):
-            chunk = list(indices[start : start + DECODE_CHUNK])
+    def _open(self, **size: int) -> Any:
+        try:
+            return self.decord.VideoReader(_rewound(self.source), ctx=self.decord.cpu(0), **size)
+        except self.errors as error:
+            raise VideoInputError(_first_line(error)) from error
+
+    def _batches(self, reader: Any, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(indices), size):
             try:
-                frames = self.reader.get_frames_at(indices=chunk).data  # (frames, 3, height, width) uint8
-            except (RuntimeError, IndexError) as error:
+                yield from reader.get_batch(list(indices[start : start + size])).asnumpy()
+            except self.errors as error:
                 raise VideoInputError(
-                    f"torchcodec cannot decode the video after frame {chunk[0]} ({_first_line(error)}); "
-                    "try video_backend='pyav'"
+                    f"decord cannot decode the video after frame {indices[start]} ({_first_line(error)}); leave out "
+                    "video_backend, and PyAV reads it"
                 ) from error
-            for frame in frames:
-                yield Image.fromarray(frame.permute(1, 2, 0).numpy())
+
+    def frames(self, indices: Sequence[int]) -> Iterator[Image.Image]:
+        for frame in self._batches(self.reader, indices, DECODE_CHUNK):
+            yield Image.fromarray(frame)
+
+    def thumbnails(self, first: int, stop: int) -> Iterator[np.ndarray]:
+        small = self._open(width=THUMBNAIL, height=THUMBNAIL)
+        yield from self._batches(small, range(first, stop), 16 * DECODE_CHUNK)
 
 
-def _import_decoder(name: str):
-    """The decoder's module, or None. Imported by name: nothing here may require a decoder to be installed."""
-    try:
-        if name == "torchcodec":
-            importlib.import_module("torchcodec.decoders")
-        return importlib.import_module("av" if name == "pyav" else name)
-    except (ImportError, OSError, RuntimeError):  # torchcodec raises the last two where FFmpeg is missing
-        return None
+DECODERS: dict[str, tuple[str, Callable[[Any, ModuleType], FrameSource]]] = {
+    "pyav": ("av", _PyAV),
+    "decord": ("decord", _Decord),
+}
 
 
-def _rewound(source):
+def agree(times: np.ndarray, fps: float) -> bool:
+    """Whether time stamps are those of a clip of about `fps` frames a second."""
+    average = (times[-1] - times[0]) * fps / max(len(times) - 1, 1)  # 1 if they agree
+    return bool(np.isfinite(times).all() and (np.diff(times) >= 0).all() and 0.5 < average < 2)
+
+
+def _rewound(source: Any) -> Any:
     if hasattr(source, "seek"):
         source.seek(0)
     return source
@@ -291,46 +287,37 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _open_file(source: str | io.IOBase, name: str, backend: str | None, load: Callable) -> FrameSource:
-    """Open a file, in Pillow where its first bytes are those of a picture format, else in the first decoder that can."""
+def _open_file(source: Any, name: str, backend: str | None, load: Callable[[Any], Image.Image]) -> FrameSource:
+    """Open a file, in Pillow where its first bytes are those of a picture format, else in a decoder of videos."""
     header = source.read(16) if hasattr(source, "read") else _read_header(source)
     _rewound(source)
     if not header:
         raise VideoInputError(f"{name} is an empty file")
-    if header.startswith(PILLOW_SIGNATURES) or (header[:4] == b"RIFF" and header[8:12] == b"WEBP"):
-        try:
-            return _Pillow(source, load)
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, EOFError, SyntaxError) as error:
-            raise VideoInputError(f"{name} is damaged: {_first_line(error)}") from error
-    readers: dict[str, Callable] = {"decord": _Decord, "pyav": _PyAV, "torchcodec": _TorchCodec}
-    wanted = DECODERS if backend is None else (backend,)
-    modules = {decoder: module for decoder in wanted if (module := _import_decoder(decoder)) is not None}
-    if not modules:
-        raise ImportError(
-            f"no video decoder found for {name} (looked for: {', '.join(wanted)}). "
-            "Install one: `pip install decord` (Linux x86, Windows), `pip install av` (everywhere) or `pip install torchcodec`"
-        )
-    order = list(modules)
-    if order[0] == "decord" and not _is_exact_in_decord(header):
-        order.append(order.pop(0))
-        if len(order) == 1:
-            logger.warning_once("decord may miscount frames of this kind of file; `pip install av` for exact ones")
-    reasons = []
-    for decoder in order:
-        try:
-            reader = readers[decoder](source, modules[decoder])
-            if reader.num_frames < 1:
-                raise VideoInputError("it has no frames")
-            return reader
-        except VideoInputError as error:
-            reasons.append(f"{decoder}: {error}")
-    raise VideoInputError(
-        f"{name} cannot be read as a video ({'; '.join(reasons)}). Check that it is a whole file with a picture track"
-    )
+    is_animation = header.startswith(PILLOW_SIGNATURES) or (header[:4] == b"RIFF" and header[8:12] == b"WEBP")
+    module_name, reader_class = DECODERS[backend or "pyav"]
+    try:
+        if is_animation:
+            return _open_animation(source, load)
+        # By name: nothing here may require a decoder to be installed.
+        reader = reader_class(source, importlib.import_module(module_name))
+        if reader.num_frames < 1:
+            raise VideoInputError("it has no frames")
+        return reader
+    except ImportError as error:
+        raise VideoInputError(f"{module_name} is needed to read {name}: pip install {module_name}") from error
+    except MiniCPMVError as error:
+        raise VideoInputError(
+            f"{name} cannot be read as a video ({error}). Check that it is a whole file with a picture track"
+        ) from error
 
 
-def _is_exact_in_decord(header: bytes) -> bool:
-    return header.startswith(DECORD_SIGNATURES) or header[4:8] in MP4_BOXES
+def _open_animation(source: Any, load: Callable[[Any], Image.Image]) -> FrameSource:
+    try:
+        return _Pillow(source, load)
+    except MiniCPMVError:
+        raise
+    except DECODE_ERRORS as error:
+        raise VideoInputError(f"the animation is damaged: {_first_line(error)}") from error
 
 
 def _read_header(path: str) -> bytes:
@@ -349,12 +336,12 @@ def open_video(video: Any, backend: str | None, load: Callable[[Any], Image.Imag
     """Open a path, bytes, open file, folder of frames, list of frames or 4-D array.
 
     Args:
-        backend: one of `DECODERS`, or None for the first that is installed and can open the file.
+        backend: one of `DECODERS`; None is PyAV.
         load: turns what the caller gave as a frame (and a frame of an animation) into an RGB picture.
 
     Raises:
-        VideoInputError: missing, broken, empty, an address, without a picture track, or not a video.
-        ImportError: no decoder is installed.
+        VideoInputError: missing, broken, too large, empty, an address, without a picture track, or not a video; or its
+            decoder is not installed.
     """
     if isinstance(video, (str, os.PathLike)):
         name = os.fspath(video)

@@ -1,38 +1,126 @@
 """Video for MiniCPM-V 4.5: which frames are looked at, when they were shown, and how they share visual tokens.
 
 What is special:
-- Frames are packed. Up to six neighbouring frames form a *group*, and a group costs 64 tokens, as a picture does. Each
+- Frames are packed. Up to six neighboring frames form a *group*, and a group costs 64 tokens, as a picture does. Each
   frame carries a temporal id: the time at which it is shown, in tenths of a second.
 - The sampling recipe is the published one, number for number, float truncation included. It differs in what the
   recipe leaves open: at least one frame, and never the same frame twice.
 - Only the frames that were chosen are decoded into pictures, and each is sliced before the next ones come.
-- The settings are the image processor's, except that a frame is not sliced and has no image id unless asked.
+
+Reading order: options -> which frames (pure functions) -> the processor.
 """
 
-import difflib
-import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import numbers
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from transformers.processing_utils import VideosKwargs
-from transformers.video_processing_utils import BaseVideoProcessor
+from transformers.video_processing_utils import BaseVideoProcessor  # at the top level a dummy without torchvision
 
 from .configuration_minicpmv import MiniCPMVError
-from .image_processing_minicpmv import MiniCPMVBatchFeature, MiniCPMVImageProcessor, pack_frames
+from .image_loading_minicpmv import ImageInputError  # noqa: F401  # transformers 4 copies only the files named here
+from .image_processing_minicpmv import (
+    MiniCPMVBatchFeature,
+    MiniCPMVImageProcessor,
+    check_return_tensors,
+    did_you_mean,
+    visual_features,
+)
 from .video_decoding_minicpmv import DECODERS, VideoInputError, flatten_videos, open_video
 
 
 MAX_PACKING = 6  # frames in a group the resampler was trained on
 FRAME_SELECTIONS = ("uniform", "keyframes")
+LEAST_TIME_SCALE = 1e-3  # of a temporal id, in seconds
 
 
 class FrameSamplingError(MiniCPMVError):
     """A sampling option lies outside its range, or asks for a part of the video that is not there."""
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """How a video is looked at: settings of the processor, each of which a call may change.
+
+    Args:
+        fps: frames per second to look at.
+        max_num_frames: groups (of 64 tokens) before frames are packed more tightly.
+        max_num_packing: most frames in a group, 1 to 6. With 6 a frame of 448 x 448 costs 96 times less than one
+            token per patch.
+        force_packing: frames in a group for short clips too (the recipe packs long ones only); no more than
+            `max_num_packing` are used.
+        num_frames: a number of frames instead of a rate; a shorter clip gives all it has.
+        time_scale: seconds that one step of a temporal id means; the model was trained with 0.1.
+        frame_selection: "uniform" takes the centers of equal time bins; "keyframes" takes as many frames with the
+            same packing, but those that differ most from the frame before them (cuts first). It decodes the whole
+            clip once, in small.
+        do_sample_frames: False keeps every frame (the caller has chosen them).
+        video_backend: what decodes files: "pyav" (the default) or "decord".
+        max_slice_nums: slices a frame may be cut into; 1 keeps a frame whole.
+        use_image_id: whether groups get `<image_id>` numbers in the prompt.
+        start, end: seconds of a part, which is sampled as if it had been cut out first.
+
+    Raises:
+        FrameSamplingError: an option outside its range.
+    """
+
+    fps: float = 3
+    max_num_frames: int = 180
+    max_num_packing: int = 3
+    force_packing: int | None = None
+    num_frames: int | None = None
+    time_scale: float = 0.1
+    frame_selection: str = "uniform"
+    do_sample_frames: bool = True
+    video_backend: str | None = None
+    max_slice_nums: int = 1
+    use_image_id: bool = False
+    start: float | None = None
+    end: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check_number("fps", above=0, hint="frames per second, e.g. 3")
+        self._check_number("time_scale", above=LEAST_TIME_SCALE, hint="seconds; the published value is 0.1")
+        self._check_whole("max_num_frames", math.inf, "the published value is 180")
+        for name in ("max_num_packing", "force_packing"):
+            self._check_whole(name, MAX_PACKING, "frames in a group; the published value is 3")
+        self._check_whole(
+            "num_frames",
+            self.max_num_frames * self.max_num_packing,
+            f"(max_num_frames={self.max_num_frames} x max_num_packing={self.max_num_packing}); ask for fewer frames, or "
+            f"raise max_num_packing (at most {MAX_PACKING})",
+        )
+        self._check_whole("max_slice_nums", math.inf, "1 keeps a frame whole")
+        for name, allowed in (("frame_selection", FRAME_SELECTIONS), ("video_backend", (None, *DECODERS))):
+            if getattr(self, name) not in allowed:
+                raise FrameSamplingError(f"{name}={getattr(self, name)!r} is unknown; give one of {allowed}")
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or value < 0):
+                raise FrameSamplingError(f"{name}={value!r} must be 0 or more seconds")
+        if self.end is not None and (self.start or 0) >= self.end:
+            raise FrameSamplingError(f"start={self.start} must lie before end={self.end} (seconds)")
+
+    def _check_number(self, name: str, above: float, hint: str) -> None:
+        value = getattr(self, name)
+        if not _is_number(value) or not above <= value < math.inf or value == 0:
+            raise FrameSamplingError(f"{name}={value!r} must be a positive number, at least {above}, of {hint}")
+
+    def _check_whole(self, name: str, most: float, hint: str) -> None:
+        value = getattr(self, name)
+        if value is None and name in ("force_packing", "num_frames"):
+            return
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= value <= most:
+            limits = "at least 1" if most == math.inf else f"from 1 to {most}"
+            raise FrameSamplingError(f"{name}={value!r} must be a whole number {limits}; {hint}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
 # --- which frames: pure functions ------------------------------------------------------------------------------------
@@ -50,35 +138,25 @@ class FramePlan:
         return math.ceil(len(self.indices) / self.packing)
 
 
-def plan_frames(
-    total_num_frames: int,
-    native_fps: float,
-    *,
-    fps: float = 3,
-    max_num_frames: int = 180,
-    max_num_packing: int = 3,
-    force_packing: int | None = None,
-    num_frames: int | None = None,
-) -> FramePlan:
-    """Choose frames at the centres of equal bins, and the packing that makes them fit.
+def plan_frames(total_num_frames: int, native_fps: float, options: VideoOptions | None = None) -> FramePlan:
+    """Choose frames at the centers of equal bins, and the packing that makes them fit.
+
+    `max_num_frames` groups are exceeded by the fraction of a second that the recipe does not count.
 
     Args:
         total_num_frames: frames the clip has.
         native_fps: frames per second of the clip.
-        fps: frames per second to look at.
-        max_num_frames: groups a clip may have before frames are packed. It is exceeded by the fraction of a second
-            that the recipe does not count.
-        max_num_packing: most frames in a group, 1 to 6.
-        force_packing: frames in a group whatever the length; no more than `max_num_packing` are used.
-        num_frames: this many frames in all, instead of a rate; the packing is then the least that fits.
+        options: of which `fps`, `num_frames`, `max_num_frames`, `max_num_packing` and `force_packing` count.
 
     Raises:
-        FrameSamplingError: an option outside its range.
+        FrameSamplingError: a clip without frames or rate.
 
     Source: the video recipe of the MiniCPM-V 4.5 model card. Where it would give no frame, or a frame twice (the clip
     is slower than `fps`), every frame of the clip is taken once.
     """
-    _check_plan_options(total_num_frames, native_fps, fps, max_num_frames, max_num_packing, force_packing, num_frames)
+    _check_clip(total_num_frames, native_fps)
+    options = options or VideoOptions()
+    fps, max_num_frames, num_frames = options.fps, options.max_num_frames, options.num_frames
     duration = total_num_frames / native_fps
     if num_frames is not None:
         count, packing = num_frames, math.ceil(min(num_frames, total_num_frames) / max_num_frames)
@@ -88,16 +166,26 @@ def plan_frames(
         count, packing = round(min(fps, native_rate) * min(max_num_frames, duration)), 1
     else:
         count, packing = round(duration * fps), math.ceil(duration * fps / max_num_frames)
-        if packing > max_num_packing:
-            count, packing = max_num_frames * max_num_packing, max_num_packing
+        if packing > options.max_num_packing:
+            count, packing = max_num_frames * options.max_num_packing, options.max_num_packing
     if count > total_num_frames:
         count = total_num_frames
         packing = min(packing, math.ceil(count / max_num_frames))
     count = max(count, 1)
-    if force_packing is not None:
-        packing = min(force_packing, max_num_packing)
+    if options.force_packing is not None:
+        packing = min(options.force_packing, options.max_num_packing)
     gap = total_num_frames / count
     return FramePlan(tuple(int(i * gap + gap / 2) for i in range(count)), packing)
+
+
+def _check_clip(total_num_frames: int, native_fps: float) -> None:
+    if total_num_frames < 1:
+        raise FrameSamplingError(f"the clip has {total_num_frames} frames; at least 1 is needed")
+    if not _is_number(native_fps) or not 0 < native_fps < math.inf:
+        raise FrameSamplingError(
+            f"the clip's frame rate is {native_fps!r}, not a positive number; "
+            'give the true one as video_metadata={"fps": ...}'
+        )
 
 
 def temporal_ids_of(
@@ -151,32 +239,17 @@ def keyframe_indices(thumbnails: Iterator[np.ndarray], plan: FramePlan) -> tuple
     return tuple(sorted(ranking[: len(plan.indices)]))
 
 
-def _check_plan_options(
-    total_num_frames, native_fps, fps, max_num_frames, max_num_packing, force_packing, num_frames
-) -> None:
-    if not (math.isfinite(fps) and fps > 0):
-        raise FrameSamplingError(f"fps={fps} must be a positive number of frames per second, e.g. 3")
-    if total_num_frames < 1:
-        raise FrameSamplingError(f"the clip has {total_num_frames} frames; at least 1 is needed")
-    if not (math.isfinite(native_fps) and native_fps > 0):
-        raise FrameSamplingError(
-            f"the clip's frame rate is {native_fps}, not a positive number; "
-            'give the true one as video_metadata={"fps": ...}'
-        )
-    if max_num_frames < 1:
-        raise FrameSamplingError(f"max_num_frames={max_num_frames} must be at least 1; the published value is 180")
-    for name, value in (("max_num_packing", max_num_packing), ("force_packing", force_packing)):
-        if value is not None and not (1 <= value <= MAX_PACKING and int(value) == value):
-            raise FrameSamplingError(
-                f"{name}={value} must be a whole number from 1 to {MAX_PACKING} frames in a group; "
-                "the published value is 3"
-            )
-    limit = max_num_frames * max_num_packing
-    if num_frames is not None and not 1 <= num_frames <= limit:
-        raise FrameSamplingError(
-            f"num_frames={num_frames} must lie between 1 and {limit} (max_num_frames={max_num_frames} x "
-            f"max_num_packing={max_num_packing}); ask for fewer frames, or raise max_num_packing (at most {MAX_PACKING})"
-        )
+def part_of_clip(clock: np.ndarray, duration: float, start: float | None, end: float | None) -> tuple[int, int]:
+    """(first, stop) of the frames shown from `start` to `end` seconds; at least the frame on screen at `start`."""
+    start, end = start or 0.0, math.inf if end is None else end
+    duration = max(duration, float(clock[-1]))
+    if start >= duration:
+        raise FrameSamplingError(f"start={start} lies past the end of the video, which lasts {duration:.3f} seconds")
+    first, stop = (int(i) for i in np.searchsorted(clock, (start - 1e-6, end - 1e-6)))
+    if first >= stop:
+        first = max(int(np.searchsorted(clock, start + 1e-6)) - 1, 0)
+        stop = first + 1
+    return first, stop
 
 
 # --- the processor ----------------------------------------------------------------------------------------------------
@@ -189,15 +262,15 @@ class VideoReport:
     total_num_frames: int  # of the whole video
     fps: float  # native
     duration: float  # seconds, of the whole video
-    width: int
-    height: int
     video_backend: str
     frames_indices: list[int]  # in the whole video
     timestamps: list[float]  # seconds from the beginning of the whole video
     packing: int
     num_groups: int
-    num_tokens: int  # visual tokens the language model reads
     variable_frame_rate: bool
+    width: int = 0
+    height: int = 0
+    num_tokens: int = 0  # visual tokens the language model reads
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -212,109 +285,72 @@ class SampledVideo:
     metadata: VideoReport
 
 
-class MiniCPMVVideosKwargs(VideosKwargs, total=False):
-    """Keyword arguments of the video processor beyond those of transformers."""
-
-    max_num_frames: int | None
-    max_num_packing: int | None
-    force_packing: int | None
-    time_scale: float | None
-    frame_selection: str | None
-    video_backend: str | None
-    max_slice_nums: int | None
-    use_image_id: bool | None
-    start: float | None
-    end: float | None
-
-
-class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
-    """Samples, decodes and slices videos for MiniCPM-V 4.5. Every option can also be given to a single call.
+class MiniCPMVVideoProcessor(BaseVideoProcessor):
+    """Samples, decodes and slices videos for MiniCPM-V 4.5.
 
     Args:
-        fps: frames per second to look at.
-        max_num_frames: groups (of 64 tokens) before frames are packed more tightly.
-        max_num_packing: most frames in a group, 1 to 6. With 6 a frame of 448 x 448 costs 96 times less than one
-            token per patch.
-        force_packing: frames in a group for short clips too (the recipe packs long ones only).
-        num_frames: a number of frames instead of a rate; a shorter clip gives all it has.
-        time_scale: seconds that one step of a temporal id means; the model was trained with 0.1.
-        frame_selection: "uniform" takes the centres of equal time bins; "keyframes" takes as many frames with the
-            same packing, but those that differ most from the frame before them (cuts first). It decodes the whole
-            clip once, in small.
-        do_sample_frames: False keeps every frame (the caller has chosen them).
-        video_backend: force "decord", "pyav" or "torchcodec"; by default the first that is installed and can open the file.
-        max_slice_nums: slices a frame may be cut into; 1 keeps a frame whole.
-        use_image_id: whether frames get `<image_id>` numbers in the prompt.
-        kwargs: those of the image processor.
+        settings: those of `VideoOptions`, each of which can also be given to a single call, and those of
+            `MiniCPMVImageProcessor`, which slices the frames (`image_processor`).
 
-    Parts of a video: `start` and `end` (seconds) sample as if the part had been cut out first.
     Frame lists, folders and arrays have no clock: give `video_metadata={"fps": ...}`; without it they count as frames
     sampled at `fps`, and all are kept up to `max_num_frames * max_num_packing`.
     A variable frame rate: frames are chosen evenly by number, and their ids come from the real time stamps.
     """
 
     model_input_names = ["pixel_values", "image_sizes", "tgt_sizes", "temporal_ids"]
-    valid_kwargs = MiniCPMVVideosKwargs
-    _auto_class = None  # not the image processor's, should that have been registered
+    option_names = tuple(field.name for field in fields(VideoOptions))
 
-    def __init__(
-        self,
-        fps: float = 3,
-        max_num_frames: int = 180,
-        max_num_packing: int = 3,
-        force_packing: int | None = None,
-        num_frames: int | None = None,
-        time_scale: float = 0.1,
-        frame_selection: str = "uniform",
-        do_sample_frames: bool = True,
-        video_backend: str | None = None,
-        max_slice_nums: int = 1,
-        use_image_id: bool = False,
-        **kwargs,
-    ):
-        kwargs.pop("video_processor_type", None)
-        super().__init__(max_slice_nums=max_slice_nums, use_image_id=use_image_id, **kwargs)
-        self.fps = fps
-        self.max_num_frames = max_num_frames
-        self.max_num_packing = max_num_packing
-        self.force_packing = force_packing
-        self.num_frames = num_frames
-        self.time_scale = time_scale
-        self.frame_selection = frame_selection
-        self.do_sample_frames = do_sample_frames
-        self.video_backend = video_backend
+    def __init__(self, **settings: Any):
+        # Not the parent's, which prepares resizing by torchvision.
+        if auto_map := settings.pop("auto_map", None):
+            self.auto_map = auto_map
+        options = VideoOptions(**{name: settings.pop(name) for name in self.option_names if name in settings})
+        vars(self).update(asdict(options))
+        shared = {"max_slice_nums": options.max_slice_nums, "use_image_id": options.use_image_id}
+        self.image_processor = MiniCPMVImageProcessor.from_dict(settings | shared)
 
-    def __call__(self, videos, **kwargs) -> MiniCPMVBatchFeature:
-        return self.preprocess(videos, **kwargs)
+    def options(self, **changes: Any) -> VideoOptions:
+        """This processor's options with those of one call over them; None means the processor's own.
 
-    def sample_video(self, video, video_metadata: Mapping | None = None, **options) -> SampledVideo:
+        Raises:
+            TypeError: an unknown option.
+            FrameSamplingError: an option outside its range.
+        """
+        for name in changes:
+            if name not in self.option_names:
+                hint = did_you_mean(name, self.option_names)
+                raise TypeError(f"unknown video option {name!r}.{hint} All: {', '.join(self.option_names)}")
+        own = {name: getattr(self, name) for name in self.option_names}
+        return VideoOptions(**own | {name: value for name, value in changes.items() if value is not None})
+
+    def sample_video(self, video: Any, video_metadata: Mapping | None = None, **options: Any) -> SampledVideo:
         """Choose and decode the frames of one video.
 
         Args:
             video: a path, bytes or open file of a video, GIF, APNG or animated WebP; a folder of frames (natural
                 order); a list of frames; an array or tensor (frames, height, width, 3) or (frames, 3, height, width).
             video_metadata: `{"fps": ...}`, the clock of a list of frames.
-            options: see the class; also `start` and `end` in seconds. None means the processor's own setting.
+            options: see `VideoOptions`; None means the processor's own setting.
 
         Raises:
-            VideoInputError: the video is missing, broken, empty, or has no picture track.
+            VideoInputError: the video is missing, broken, empty, too large, or has no picture track.
+            ImageInputError: a frame of a list or folder cannot be used.
             FrameSamplingError: an option outside its range.
             TypeError: an unknown option.
-            ImportError: no decoder is installed.
         """
-        settings = self._settings(options)
-        frames, temporal_ids, report_of = self._sample(video, video_metadata, settings)
-        frames = list(frames)
-        units_per_group = self.get_slice_layout(frames[0].size, settings["max_slice_nums"]).num_slices
-        return SampledVideo(frames, temporal_ids, report_of(frames[0].size, units_per_group * len(temporal_ids)))
+        settings = self.options(**options)
+        decoded, groups, report = self._sample(video, video_metadata, settings)
+        frames = list(decoded)
+        units = self.image_processor.get_slice_layout(frames[0].size, settings.max_slice_nums).num_slices
+        return SampledVideo(frames, groups, self._completed(report, frames[0].size, units * len(groups)))
 
-    def preprocess(
+    def preprocess(  # type: ignore[override]
         self,
-        videos,
+        videos: Any,
         video_metadata: Mapping | Sequence[Mapping | None] | None = None,
         return_metadata: bool = False,
         return_tensors: str | None = None,
-        **options,
+        **options: Any,
     ) -> MiniCPMVBatchFeature:
         """Sample, decode and slice videos; each frame is sliced as soon as it is decoded.
 
@@ -331,10 +367,8 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
 
         Raises: as `sample_video`.
         """
-        if return_tensors not in (None, "pt", "np"):
-            raise ValueError(f"return_tensors={return_tensors!r} is not supported; give None, 'pt' or 'np'")
-        convert = (lambda tensor: tensor.numpy()) if return_tensors == "np" else (lambda tensor: tensor)
-        settings = self._settings(options)
+        check_return_tensors(return_tensors)
+        settings = self.options(**options)
         videos = flatten_videos(videos)
         if video_metadata is None or isinstance(video_metadata, Mapping):
             video_metadata = [video_metadata] * len(videos)
@@ -342,72 +376,56 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
             raise VideoInputError(
                 f"{len(video_metadata)} video_metadata for {len(videos)} videos; give one (or None) for each"
             )
-        data: dict[str, list] = {"pixel_values": [], "image_sizes": [], "tgt_sizes": [], "temporal_ids": []}
-        reports = []
+        samples, reports = [], []
         for video, metadata in zip(videos, video_metadata, strict=True):
-            frames, temporal_ids, report_of = self._sample(video, metadata, settings)
-            sliced = self.slice_all_to_patches(frames, settings["max_slice_nums"])
-            pixel_values, tgt_sizes, unit_temporal_ids = pack_frames(sliced, temporal_ids)
-            data["pixel_values"].append([convert(strip) for strip in pixel_values])
-            data["image_sizes"].append([frame.image_size for frame in sliced])
-            data["tgt_sizes"].append(convert(torch.tensor(tgt_sizes, dtype=torch.int64)))
-            data["temporal_ids"].append(unit_temporal_ids)
-            reports.append(report_of(sliced[0].image_size, len(unit_temporal_ids)))
+            decoded, groups, report = self._sample(video, metadata, settings)
+            frames = self.image_processor.slice_all_to_patches(decoded, settings.max_slice_nums)
+            samples.append((frames, groups))
+            units = len(frames[0].pixel_values) * len(groups)
+            reports.append(self._completed(report, frames[0].image_size, units))
+        features = visual_features(samples, return_tensors)
         if return_metadata:
-            data["video_metadata"] = reports
-        return MiniCPMVBatchFeature(data)
+            features["video_metadata"] = reports
+        return features
 
-    def _settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """This processor's options with those of one call over them."""
-        names = [name for name in inspect.signature(MiniCPMVVideoProcessor.__init__).parameters if hasattr(self, name)]
-        settings = {"start": None, "end": None, **{name: getattr(self, name) for name in names}}
-        for name, value in options.items():
-            if name not in settings:
-                nearest = difflib.get_close_matches(name, settings, n=1, cutoff=0)[0]
-                raise TypeError(f"unknown video option {name!r}; did you mean {nearest!r}? All: {', '.join(settings)}")
-            if value is not None:
-                settings[name] = value
-        for name, allowed in (("frame_selection", FRAME_SELECTIONS), ("video_backend", (None, *DECODERS))):
-            if settings[name] not in allowed:
-                raise FrameSamplingError(f"{name}={settings[name]!r} is unknown; give one of {allowed}")
-        if not 0 < settings["time_scale"] < math.inf:
-            raise FrameSamplingError(f"time_scale={settings['time_scale']} must be a positive number of seconds")
-        return settings
+    def get_video_placeholder(self, image_size: Sequence[int], num_groups: int, **options: Any) -> str:
+        """Prompt text that stands for a video with frames of `image_size` (width, height): a line for each group."""
+        settings = self.options(**options)
+        placeholder = self.image_processor.get_slice_image_placeholder
+        limit, use_image_id = settings.max_slice_nums, settings.use_image_id
+        return "\n".join(placeholder(image_size, group, limit, use_image_id) for group in range(num_groups))
 
-    def _sample(self, video, video_metadata: Mapping | None, settings: dict[str, Any]):
-        """The chosen frames (an iterator that decodes them), their groups of ids, and a maker of the report."""
-        source = open_video(video, settings["video_backend"], self.load_image)
+    def _sample(
+        self, video: Any, video_metadata: Mapping | None, options: VideoOptions
+    ) -> tuple[Iterable[Image.Image], list[list[int]], VideoReport]:
+        """The chosen frames (decoded as they are asked for), their groups of ids, and the report but for sizes."""
+        source = open_video(video, options.video_backend, self.image_processor.load_image)
         count = source.num_frames
-        limit = settings["max_num_frames"] * settings["max_num_packing"]
-        num_frames = settings["num_frames"] if settings["do_sample_frames"] else count
+        num_frames = options.num_frames if options.do_sample_frames else count
         native_fps = (video_metadata or {}).get("fps")
         times = source.times if native_fps is None else None
         if native_fps is None and source.native_fps is None:  # frames without a clock: taken as sampled already
-            native_fps, num_frames = settings["fps"], num_frames or min(count, limit)
-        native_fps = float(source.native_fps if native_fps is None else native_fps)
-        options = {key: settings[key] for key in ("fps", "max_num_frames", "max_num_packing", "force_packing")}
-        _check_plan_options(count, native_fps, num_frames=settings["num_frames"], **options)
+            limit = options.max_num_frames * options.max_num_packing
+            native_fps, num_frames = options.fps, num_frames or min(count, limit)
+        native_fps = source.native_fps if native_fps is None else native_fps
+        _check_clip(count, native_fps)
 
         clock = np.arange(count) / native_fps  # seconds
         # Within half a frame the rate is constant, and the ids are those of the published recipe.
-        variable = (
-            times is not None
-            and _is_clock(times, native_fps)
-            and bool(np.abs(times - times[0] - clock).max() > 0.5 / native_fps)
-        )
+        variable = times is not None and bool(np.abs(times - times[0] - clock).max() > 0.5 / native_fps)
         if variable:
             clock = times - times[0]
-        first, stop = _part(clock, count / native_fps, settings["start"], settings["end"])
-        if not settings["do_sample_frames"]:
+        first, stop = part_of_clip(clock, count / native_fps, options.start, options.end)
+        if not options.do_sample_frames:
             num_frames = stop - first
-        plan = plan_frames(stop - first, native_fps, num_frames=num_frames, **options)
-        if settings["frame_selection"] == "keyframes":
+        plan = plan_frames(stop - first, native_fps, replace(options, num_frames=num_frames))
+        if options.frame_selection == "keyframes":
             plan = replace(plan, indices=keyframe_indices(source.thumbnails(first, stop), plan))
         indices = [first + index for index in plan.indices]
         if variable:
-            ids = temporal_ids_at(clock[indices] - clock[first], settings["time_scale"])
+            ids = temporal_ids_at(clock[indices] - clock[first], options.time_scale)
         else:
-            ids = temporal_ids_of(plan.indices, native_fps, settings["time_scale"], stop - first)
+            ids = temporal_ids_of(plan.indices, native_fps, options.time_scale, stop - first)
 
         def decode() -> Iterator[Image.Image]:
             try:
@@ -415,70 +433,40 @@ class MiniCPMVVideoProcessor(MiniCPMVImageProcessor):
             finally:
                 source.close()
 
-        def report_of(size: tuple[int, int], num_units: int) -> VideoReport:
-            return VideoReport(
-                total_num_frames=count,
-                fps=native_fps,
-                duration=count / native_fps,
-                width=size[0],
-                height=size[1],
-                video_backend=source.decoder,
-                frames_indices=indices,
-                timestamps=clock[indices].tolist(),
-                packing=plan.packing,
-                num_groups=plan.num_groups,
-                num_tokens=num_units * self.image_feature_size,
-                variable_frame_rate=variable,
-            )
+        report = VideoReport(
+            total_num_frames=count,
+            fps=float(native_fps),
+            duration=count / native_fps,
+            video_backend=source.decoder,
+            frames_indices=indices,
+            timestamps=clock[indices].tolist(),
+            packing=plan.packing,
+            num_groups=plan.num_groups,
+            variable_frame_rate=variable,
+        )
+        return decode(), group_temporal_ids(ids, plan.packing), report
 
-        return decode(), group_temporal_ids(ids, plan.packing), report_of
+    def _completed(self, report: VideoReport, size: tuple[int, int], units: int) -> VideoReport:
+        tokens = units * self.image_processor.image_feature_size
+        return replace(report, width=size[0], height=size[1], num_tokens=tokens)
 
     # Saving and loading: a file of its own (video_preprocessor_config.json), or the image processor's settings.
 
-    save_pretrained = BaseVideoProcessor.save_pretrained
-
     @classmethod
-    def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        return BaseVideoProcessor.get_video_processor_dict(pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
-    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build from saved settings. Those of an image processor do not decide how frames are sliced and numbered."""
-        if "image_processor_type" in image_processor_dict or "max_num_packing" not in image_processor_dict:
-            of_images = ("image_processor_type", "max_slice_nums", "use_image_id")
-            image_processor_dict = {key: v for key, v in image_processor_dict.items() if key not in of_images}
-        # Overrides of the parent's settings go through __init__ and its checks, like those of this class.
-        inherited = inspect.signature(MiniCPMVImageProcessor.__init__).parameters
-        overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in inherited}
-        return super().from_dict({**image_processor_dict, **overrides}, **kwargs)
+        settings = {name: v for name, v in video_processor_dict.items() if name != "video_processor_type"}
+        if settings.pop("image_processor_type", None) or "max_num_packing" not in settings:
+            settings = {name: v for name, v in settings.items() if name not in ("max_slice_nums", "use_image_id")}
+        is_wanted = kwargs.pop("return_unused_kwargs", False)
+        known = {*cls.option_names, *MiniCPMVImageProcessor.setting_names()}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
+        video_processor = cls(**settings | overrides)
+        return (video_processor, kwargs) if is_wanted else video_processor
 
     def to_dict(self) -> dict[str, Any]:
-        # No "video_processor_type" either: without torchvision, transformers 4 fails on it.
-        return {key: value for key, value in super().to_dict().items() if key != "image_processor_type"}
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class="AutoVideoProcessor"):
-        super().register_for_auto_class(auto_class)
-
-
-def _is_clock(times: np.ndarray, native_fps: float) -> bool:
-    """Whether time stamps are real: decord makes some up where the file has none (AVI, MPEG)."""
-    average = (times[-1] - times[0]) * native_fps / max(len(times) - 1, 1)  # 1 if they agree with the rate
-    return bool(np.isfinite(times).all() and (np.diff(times) >= 0).all() and 0.5 < average < 2)
-
-
-def _part(clock: np.ndarray, duration: float, start: float | None, end: float | None) -> tuple[int, int]:
-    """(first, stop) of the frames shown from `start` to `end` seconds; at least the frame on screen at `start`."""
-    start, end = start or 0.0, math.inf if end is None else end
-    if start < 0:
-        raise FrameSamplingError(f"start={start} must be 0 or more seconds")
-    if start >= end:
-        raise FrameSamplingError(f"start={start} must lie before end={end} (seconds)")
-    duration = max(duration, float(clock[-1]))
-    if start >= duration:
-        raise FrameSamplingError(f"start={start} lies past the end of the video, which lasts {duration:.3f} seconds")
-    first, stop = (int(i) for i in np.searchsorted(clock, (start - 1e-6, end - 1e-6)))
-    if first >= stop:
-        first = max(int(np.searchsorted(clock, start + 1e-6)) - 1, 0)
-        stop = first + 1
-    return first, stop
+        # No "video_processor_type": without torchvision, transformers 4 fails on it.
+        own = {name: value for name, value in vars(self).items() if name != "image_processor" and value is not None}
+        images = self.image_processor.to_dict()
+        images.pop("image_processor_type", None)
+        return deepcopy(images | own)

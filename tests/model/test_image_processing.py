@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import math
+import os
 import pickle
 import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -17,7 +20,7 @@ import torch
 from conftest import FIXTURES, REPOSITORY, ground_floor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
@@ -174,18 +177,36 @@ def test_pixels_match_the_reference(processor, case):
         assert strip.double().abs().sum().item() == pytest.approx(case["abs_sums"][number], rel=1e-6)
 
 
-def test_slice_image_and_reshape_by_patch_give_the_same_strips(tiny):
+def test_strips_are_the_patches_of_equal_cuts_row_by_row(tiny):
     image = wave(90, 50)
-    source, rows, grid = tiny.slice_image(image)
-    strips = []
-    for view in [source, *(cut for row in rows for cut in row)]:
-        tensor = torch.from_numpy(np.array(view)).permute(2, 0, 1).float() / 255
-        strips.append(tiny.reshape_by_patch((tensor - 0.5) / 0.5))
     sliced = tiny.slice_to_patches(image)
-    assert sliced.grid == grid == (3, 1)
-    assert len(strips) == len(sliced.pixel_values) == 4
-    for got, expected in zip(sliced.pixel_values, strips, strict=True):
-        torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+    (columns, rows), side = sliced.grid, tiny.patch_size
+    tall, wide = sliced.tgt_sizes[1]
+    refined = image.resize((columns * wide * side, rows * tall * side), Image.Resampling.BICUBIC)
+    views = [image.resize((sliced.tgt_sizes[0][1] * side, sliced.tgt_sizes[0][0] * side), Image.Resampling.BICUBIC)]
+    views += [
+        refined.crop((x * wide * side, y * tall * side, (x + 1) * wide * side, (y + 1) * tall * side))
+        for y in range(rows)
+        for x in range(columns)
+    ]
+    assert len(views) == len(sliced.pixel_values) == 4
+    for view, strip in zip(views, sliced.pixel_values, strict=True):
+        pixels = np.asarray(view, np.float32) / 127.5 - 1
+        patches = [
+            pixels[y : y + side, x : x + side] for y in range(0, view.height, side) for x in range(0, view.width, side)
+        ]
+        np.testing.assert_allclose(strip.numpy(), np.concatenate(patches, 1).transpose(2, 0, 1), atol=1e-6)
+
+
+def test_tall_pictures_have_the_pixels_of_pillow_9_to_12_whose_first_pass_is_horizontal():
+    values = np.arange(400 * 900 * 3, dtype=np.uint64) * np.uint64(2654435761)
+    noise = ((values >> np.uint64(13)) % np.uint64(256)).astype(np.uint8).reshape(900, 400, 3)
+    for picture, size, digest in (
+        (noise, (448, 448), "17f2869aad1e8742"),
+        (noise.reshape(400, 900, 3), (448, 448), "3b5dee69056ed991"),
+    ):
+        resized = image_processing.resize_bicubic(Image.fromarray(picture), size)
+        assert hashlib.sha256(resized.tobytes()).hexdigest()[:16] == digest  # measured with Pillow 9.4 and 12.3
 
 
 def test_mean_and_std_of_each_channel_are_used():
@@ -330,21 +351,55 @@ def test_paths_bytes_and_data_urls_agree(tmp_path):
         assert np.array_equal(pixels(source), np.asarray(image))
 
 
-def test_web_addresses_go_through_transformers(monkeypatch):
-    monkeypatch.setattr(image_loading, "load_image_from_url", lambda url, timeout: Image.new("RGB", (3, 2), url[8:]))
-    assert (pixels("https://red") == (255, 0, 0)).all()
+class PictureServer(BaseHTTPRequestHandler):
+    """Gives a picture with a transparent pixel, a page for any other path, or something that does not end."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        body = encoded(Image.fromarray(np.array([[[9, 8, 7, 255], [0, 0, 0, 0]]], np.uint8)))
+        self.wfile.write(body if self.path == "/picture.png" else b"<html>Something else</html>")
+        while self.path == "/endless":
+            try:
+                self.wfile.write(b"x" * 2**14)
+            except OSError:
+                return
+        while self.path == "/dripping":
+            try:
+                self.wfile.write(b"x")
+                time.sleep(0.02)
+            except OSError:
+                return
+
+    def log_message(self, *args):
+        pass
 
 
-def test_an_address_that_gives_no_picture_or_no_answer_is_said_so(monkeypatch):
-    monkeypatch.setattr(image_loading, "FETCH_TIMEOUT", 0.2)
-    with ThreadingHTTPServer(
-        ("127.0.0.1", 0), BaseHTTPRequestHandler
-    ) as server:  # a page with an error for everything
+@pytest.fixture
+def address():
+    with ThreadingHTTPServer(("127.0.0.1", 0), PictureServer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/gone.jpg"
-        with pytest.raises(ImageInputError, match=f"{address}: cannot be used.*not a picture"):
-            load_image(address)
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+def test_a_picture_at_an_address_is_as_if_it_were_a_file(address):
+    assert pixels(f"{address}/picture.png").tolist() == [[[9, 8, 7], [255] * 3]]
+    with pytest.raises(ImageInputError, match=f"{address}/page: not a picture.*perhaps a page"):
+        load_image(f"{address}/page")
+
+
+def test_a_download_ends_at_a_size_and_after_a_time(address, monkeypatch):
+    monkeypatch.setattr(image_loading, "FETCH_BYTES", 2**20)
+    with pytest.raises(ImageInputError, match=f"{address}/endless: more than 1048576 bytes"):
+        load_image(f"{address}/endless")
+    monkeypatch.setattr(image_loading, "FETCH_SECONDS", 0.2)
+    with pytest.raises(ImageInputError, match="0.2 seconds; download it"):
+        load_image(f"{address}/dripping")
+
+
+def test_an_address_without_an_answer_is_said_so(monkeypatch):
+    monkeypatch.setattr(image_loading, "FETCH_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/late.jpg"
         with pytest.raises(ImageInputError, match=f"{address}: cannot be fetched.*timed out"):
@@ -352,6 +407,18 @@ def test_an_address_that_gives_no_picture_or_no_answer_is_said_so(monkeypatch):
         silent.close()
         with pytest.raises(ImageInputError, match=f"{address}: cannot be fetched.*give the file"):
             load_image(address)
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageInputError, match="not a file"):
+        load_image(tmp_path / "pipe.png")
+
+
+def test_formats_whose_readers_start_programs_are_not_opened():
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    with pytest.raises(ImageInputError, match="not a picture in a format"):
+        load_image(script)
 
 
 def test_arrays_and_tensors_agree_with_pillow():
@@ -408,8 +475,9 @@ def jpeg_cut_short():
         (3, "type int"),
         ({"type": "image"}, "type dict"),
         ("no/such/picture.png", "no such file"),
-        ("x" * 5000, "cannot be read"),
-        (REPOSITORY, "cannot be read"),
+        ("x" * 5000, "no such file"),
+        (REPOSITORY, "not a file"),
+        ("data:image/png;base64,é", "base64"),
         (b"", "not a picture"),
         (b"plain text", "not a picture"),
         ("data:image/png;base64", "no comma"),
@@ -419,6 +487,7 @@ def jpeg_cut_short():
         (Image.new("RGB", (0, 5)), "0 x 5"),
         (np.zeros((0, 5, 3), np.uint8), "empty"),
         (np.zeros((2, 4, 4, 3), np.uint8), "list"),
+        (np.zeros((1, 2, 4, 4, 3), np.uint8), "not one picture"),
         (np.zeros((7, 8, 9), np.uint8), "1 to 4 channels"),
         (np.zeros(5, np.uint8), "not one picture"),
         (np.zeros((4, 4), np.int64), "int64"),
@@ -440,10 +509,25 @@ def test_lazy_broken_picture_is_named():
         load_image(Image.open(io.BytesIO(jpeg_cut_short())))
 
 
-def test_decompression_bomb_is_refused(monkeypatch):
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [11, 30])  # Pillow itself warns from the limit on, and refuses twice as much
+def test_a_file_of_too_many_pixels_is_refused(monkeypatch, side):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ImageInputError, match="MAX_IMAGE_PIXELS = 100"):
-        load_image(encoded(Image.new("RGB", (30, 30))))
+    with pytest.raises(ImageInputError, match="MAX_IMAGE_PIXELS for a source you trust"):
+        load_image(encoded(Image.new("RGB", (side, side))))
+    assert load_image(Image.new("RGB", (side, side))).size == (side, side)  # in memory already
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert load_image(encoded(Image.new("RGB", (side, side)))).size == (side, side)
+
+
+def test_wrong_facts_about_a_picture_cost_no_more_than_the_picture():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", "\nexif\n 4\nnot hexadecimal")
+    assert load_image(encoded(wave(30, 20), pnginfo=info)).size == (30, 20)
+    image = wave(30, 20)
+    image.info["transparency"] = "no color"
+    with pytest.raises(ImageInputError, match="cannot be decoded"):
+        load_image(image)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own about damaged TIFF tags
@@ -475,10 +559,16 @@ def test_packed_slices_are_ordered_by_position_across_the_frames(processor):
 
 def test_stills_and_groups_mix(tiny):
     frames = [tiny.slice_to_patches(wave(90, 50))] + [tiny.slice_to_patches(wave(20, 20, k), 1) for k in range(3)]
-    pixel_values, tgt_sizes, unit_ids = pack_frames(frames, [[-1], np.array([0, 1]), torch.tensor([2])])
+    pixel_values, tgt_sizes, unit_ids = pack_frames(frames, [[-1], [0, 1], [2]])
     assert unit_ids == [[-1]] * 4 + [[0, 1], [2]]
     assert len(pixel_values) == len(tgt_sizes) == 7
     assert pack_frames([], []) == ([], [], [])
+
+
+def test_groups_of_different_shapes_do_not_pack(tiny):
+    frames = [tiny.slice_to_patches(Image.new("RGB", size)) for size in ((20, 20), (20, 20), (90, 50))]
+    with pytest.raises(FramePackingError, match="different shapes"):
+        pack_frames(frames, [[0, 1, 2]])
 
 
 @pytest.mark.parametrize(
@@ -486,18 +576,21 @@ def test_stills_and_groups_mix(tiny):
     [
         ([[0, 1]], "2 ids, but there are 3 pictures"),
         ([[0, 1], [2, 3]], "4 ids, but there are 3 pictures"),
-        ([[0, 1, 2]], "different shapes"),
         ([[0, 1], [-1, 2]], "not allowed"),
         ([[0, 1], [2], []], "not allowed"),
         ([[0, 1], [-2]], "not allowed"),
-        ([0, 1, 2], "no group"),
-        ([[0, 1], [2.5]], "integers"),
+        ([0, 1, 2], "list of groups"),
+        (7, "list of groups"),
+        ("012", "list of groups"),
+        ([[0, 1], [2.5]], "whole numbers"),
+        ([[0, 1], [None]], "whole numbers"),
+        ([[0], ["1", 2]], "whole numbers"),
     ],
 )
-def test_bad_temporal_ids_are_named(tiny, temporal_ids, message):
-    frames = [tiny.slice_to_patches(Image.new("RGB", size)) for size in ((20, 20), (20, 20), (90, 50))]
-    with pytest.raises(FramePackingError, match=message):
-        pack_frames(frames, temporal_ids)
+def test_bad_temporal_ids_are_named(temporal_ids, message):
+    for samples, counts in ((temporal_ids, [3]), ([temporal_ids, None], [3, 1])):
+        with pytest.raises(FramePackingError, match=message):
+            image_processing.read_groups(samples, counts)
 
 
 # preprocess
@@ -541,10 +634,16 @@ def test_temporal_ids_for_a_sample_and_for_a_batch(tiny):
         [[[0, 1], torch.tensor([2])]],
     ):
         assert tiny(frames, temporal_ids=groups)["temporal_ids"] == [[[0, 1], [2]]]
-    with pytest.raises(FramePackingError, match="no group"):
-        tiny(frames, temporal_ids=[0, 1, 2])
-    with pytest.raises(FramePackingError, match="1 samples, but images have 2"):
+    with pytest.raises(FramePackingError, match="each of 2 samples"):
         tiny([frames, frames], temporal_ids=[[0, 1, 2]])
+
+
+def test_an_array_of_several_pictures_is_its_pictures(tiny):
+    clip = np.stack([np.asarray(wave(20, 20, k)) for k in range(3)])
+    expected = tiny([Image.fromarray(frame) for frame in clip])
+    for images in (clip, [clip], [[clip]], torch.from_numpy(clip.transpose(0, 3, 1, 2).copy())):
+        assert all(map(torch.equal, tiny(images)["pixel_values"][0], expected["pixel_values"][0]))
+    assert tiny([[clip], [clip[0], clip]])["image_sizes"] == [[(20, 20)] * 3, [(20, 20)] * 4]
 
 
 def test_max_slice_nums_of_a_call_wins(tiny):

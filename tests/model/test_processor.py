@@ -83,6 +83,29 @@ def test_an_exclamation_mark_is_a_token_like_any_other(processor):
     assert processor.decode(batch["input_ids"][0][batch["attention_mask"][0].bool()]) == "Hi!"
 
 
+def test_the_place_of_a_video_typed_by_a_user_stays_text(processor, picture):
+    """The tags around it are no tokens, so nothing but the mark tells it from a place."""
+    place = "(<video>./</video>)"
+    for content in ([picture, f"What is {place}?"], [CLIP, f"{place}{place}"]):
+        inputs = encode(processor, *content, fps=1)
+        assert content[1] in processor.tokenizer.decode(inputs["input_ids"][0])
+        assert int((inputs["input_ids"] == processor.image_token_id).sum()) == 64 * len(inputs["pixel_values"][0])
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<image>", "</think>"])
+def test_control_tokens_in_the_names_of_fields_stay_text(processor, token):
+    question = [{"role": "user", "content": "?"}]
+    schema = {"type": "function", "function": {"name": "f", "parameters": {"properties": {token: {token: 1}}}}}
+    call = {"type": "function", "function": {"name": "f", "arguments": {token: [{token: 1}]}}}
+    harmless = json.loads(json.dumps([schema, call]).replace(token, "plain"))
+    counts = []
+    for tool, used in ((schema, call), harmless):
+        messages = [*question, {"role": "assistant", "content": "", "tool_calls": [used]}, *question]
+        ids = processor.apply_chat_template(messages, tools=[tool], tokenize=True)[0]
+        counts.append(control_ids(processor, ids))
+    assert counts[0] == counts[1]
+
+
 def test_an_assistant_keeps_its_own_tokens_and_no_others(processor):
     messages = [
         {"role": "user", "content": "Where?"},
@@ -176,7 +199,7 @@ def test_temporal_ids_may_leave_out_a_system_of_stills_and_are_checked(processor
     text = processor.tokenizer.decode(inputs["input_ids"][0]).replace("<unk>" * 64, "#")
     assert text == "<image>#</image><image>#</image> go"
     assert inputs["temporal_ids"] == [[[-1], [0, 4]]]
-    with pytest.raises(ValueError, match="2 frames, but the prompt has 3"):
+    with pytest.raises(ValueError, match="2 ids, but there are 3 pictures"):
         processor(prompt, [picture] * 3, temporal_ids=[[0, 4]])
     with pytest.raises(ValueError, match="do not stand together"):
         processor("(<image>./</image>) and (<image>./</image>)", [picture] * 2, temporal_ids=[[0, 1]])

@@ -173,7 +173,7 @@ def small_folder(repository, folder, leave_out=()):
     vocabulary = {character: n for n, character in enumerate(build_tokenizer.byte_alphabet().values())}
     build_tokenizer.backend(vocabulary, [], config).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    for name in ("tokenization_minicpmv.py", "chat_template.jinja", "config.json"):
+    for name in ("tokenization_minicpmv.py", "compat_minicpmv.py", "chat_template.jinja", "config.json"):
         shutil.copy(repository / name, folder)
     return folder
 
@@ -301,7 +301,8 @@ def test_from_hub_takes_the_published_files_and_checks_them(repository, built, c
 
 
 def test_a_folder_without_vocabulary_is_an_error_that_names_the_remedy(repository, tmp_path):
-    for name in ("config.json", "configuration_minicpmv.py", "tokenizer_config.json", "tokenization_minicpmv.py"):
+    names = ("config.json", "tokenizer_config.json", "configuration_minicpmv.py", "compat_minicpmv.py")
+    for name in (*names, "tokenization_minicpmv.py"):
         shutil.copy(repository / name, tmp_path)
     # Older versions fail on their own, earlier or later, and some 5.x versions before the class of the folder is asked.
     own_message = Version(transformers.__version__) >= Version("5.23")

@@ -89,3 +89,11 @@ class MiniCPMVProcessorTest(ProcessorTesterMixin, unittest.TestCase):
         alone, inputs = self.get_component("image_processor")(picture), self.get_processor()(images=picture)
         for name in ("pixel_values", "tgt_sizes", "image_sizes"):
             torch.testing.assert_close(alone[name], inputs[name])
+
+    def test_save_load_pretrained_additional_features(self):
+        """As in the mixin, but by settings that these classes have; its `do_normalize` is none of them."""
+        changes = {"cls_token": "(CLS)", "max_slice_nums": 2, "fps": 5}
+        processor = self.processor_class.from_pretrained(self.tmpdirname, **changes)
+        self.assertEqual(processor.tokenizer.cls_token, "(CLS)")
+        self.assertEqual(processor.image_processor.max_slice_nums, 2)
+        self.assertEqual((processor.video_processor.max_slice_nums, processor.video_processor.fps), (2, 5))
