@@ -308,4 +308,4 @@ def test_a_folder_without_vocabulary_is_an_error_that_names_the_remedy(repositor
     own_message = Version(transformers.__version__) >= Version("5.23")
     with pytest.raises(ValueError if own_message else (ValueError, ImportError)) as error:
         AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
-    assert "build_tokenizer" in str(error.value) or not own_message
+    assert "build-tokenizer" in str(error.value) or not own_message
