@@ -289,7 +289,10 @@ def _first_line(error: Exception) -> str:
 
 def _open_file(source: Any, name: str, backend: str | None, load: Callable[[Any], Image.Image]) -> FrameSource:
     """Open a file, in Pillow where its first bytes are those of a picture format, else in a decoder of videos."""
-    header = source.read(16) if hasattr(source, "read") else _read_header(source)
+    try:
+        header = source.read(16) if hasattr(source, "read") else _read_header(source)
+    except OSError as error:
+        raise VideoInputError(f"{name} cannot be read ({error})") from error
     _rewound(source)
     if not header:
         raise VideoInputError(f"{name} is an empty file")

@@ -256,7 +256,7 @@ def test_a_bad_row_is_named_with_its_reason_or_left_out_and_counted(processor, c
     ]
     reasons = [
         r"Row train\.json\[17\]: 7 bytes: .*not a picture",
-        "Row x9: .*2 frames",
+        "Row x9: .*2 ids",
         "Row place 1 of the batch: .*the user's",
     ]
     collator = ConversationCollator(processor)
