@@ -1,4 +1,7 @@
-"""`ProcessorTesterMixin` of transformers on `MiniCPMVProcessor`, with the tokenizer and the settings of this repository."""
+"""`ProcessorTesterMixin` of transformers on `MiniCPMVProcessor`, with the tokenizer and the settings of nano.
+
+The published tokenizer takes a second to load, which the mixin does for each test.
+"""
 
 import sys
 import unittest
@@ -25,9 +28,9 @@ VIDEO_OPTIONS = {"force_packing": 2}
 
 class MiniCPMVProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     processor_class = MiniCPMVProcessor
-    model_id = str(REPOSITORY)
+    model_id = str(REPOSITORY / "nano")
     videos_input_name = "pixel_values"  # the frames of a clip are pictures
-    # Room for one slice of 64 tokens, and for eight frames of a clip in four groups.
+    # Room for one slice of 36 tokens, and for eight frames of a video in four groups.
     images_unstructured_max_length = 90
     videos_unstructured_max_length = videos_text_kwargs_max_length = 300
 
