@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoProcessor
 
 
 trl = pytest.importorskip("trl")
-from datasets import Dataset  # noqa: E402
+from datasets import Dataset, IterableDataset  # noqa: E402
 
 from minicpmv.data.formats import BadRowError  # noqa: E402
 from minicpmv.train import grpo  # noqa: E402
@@ -54,7 +54,7 @@ def color_rows(count):
     return Dataset.from_list(rows)
 
 
-def mixed_rows():
+def mixed_row(index):
     """A picture, two of which one is cut into slices, a packed clip, and text alone."""
     clip = {"type": "video", "video": str(REPOSITORY / "assets/star.mp4")}
     wide = PICTURES["blue"].resize((300, 200))
@@ -64,7 +64,12 @@ def mixed_rows():
         {"prompt": ask(clip, text="Which way does it move?"), "fps": 3.0, "force_packing": 3},
         {"prompt": ask(text="Hi!")},
     ]
-    return rows  # with columns of their own, as a stream gives them
+    return rows[index]
+
+
+def mixed_rows():
+    """As a stream, where each row has columns of its own."""
+    return IterableDataset.from_generator(lambda: (mixed_row(index) for index in range(4)))
 
 
 def trainer(
@@ -104,10 +109,44 @@ def trainer(
     )
 
 
-def rollouts(trained, rows, generations):
-    """A generation batch as the trainer makes it: each row `generations` times."""
-    trained.model.train()
-    return trained._generate_and_score_completions([row for row in rows for _ in range(generations)])
+class Recorder:
+    """A reward function that keeps what it is given, and gives its rewards in turn."""
+
+    __name__ = "recorder"
+
+    def __init__(self, *rewards):
+        self.rewards, self.batches = rewards or (0.0,), []
+
+    def __call__(self, prompts, **columns):
+        self.batches.append(columns | {"prompts": prompts})
+        return [self.rewards[place % len(self.rewards)] for place in range(len(prompts))]
+
+
+def asked(model):
+    """The prompts that a model is asked to complete from now on: a list that grows by one tensor a batch."""
+    prompts, generate = [], model.generate
+
+    def watched(**inputs):
+        prompts.append(inputs["input_ids"])
+        return generate(**inputs)
+
+    model.generate = watched
+    return prompts
+
+
+def scripted(model, processor, texts):
+    """Let a model complete the prompts of a batch with `texts`."""
+
+    def generate(input_ids, **inputs):
+        written = processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
+        return torch.cat([input_ids, written], 1)
+
+    model.generate = generate
+    return model
+
+
+def completions_table(folder, step=1):
+    return Dataset.from_parquet(str(folder / f"completions/completions_{step:05d}.parquet"))
 
 
 def inputs_of(processor, row, enable_thinking):
@@ -134,87 +173,75 @@ def inputs_of(processor, row, enable_thinking):
     )
 
 
-def no_reward(prompts, **kwargs):
-    return [0.0] * len(prompts)
-
-
 # --- Modes and rollouts ---
 
 
 def test_half_of_the_groups_think_all_rollouts_of_a_group_alike(processor, tmp_path):
-    seen = []
-
-    def record(enable_thinking, **kwargs):
-        seen.append(enable_thinking)
-        return [0.0] * len(enable_thinking)
-
-    run = trainer(nano(), processor, color_rows(4), tmp_path, [record], num_generations=2)
-    batch = rollouts(run, color_rows(4), 2)
-    assert seen == [[False, False, True, True] * 2]
-    endings = processor.batch_decode(batch["prompt_ids"][:, -4:])
-    for text, thinks in zip(endings, seen[0], strict=True):
+    seen, model = Recorder(), nano()
+    prompts = asked(model)
+    trainer(model, processor, color_rows(4), tmp_path, [seen], num_generations=2, log_completions=True).train()
+    ((batch,), (ids,)) = seen.batches, prompts
+    assert batch["enable_thinking"] == [False, False, True, True] * 2
+    for text, thinks in zip(processor.batch_decode(ids[:, -4:]), batch["enable_thinking"], strict=True):
         assert text.endswith("<think>\n" if thinks else "</think>\n\n")
-    assert list(run._logs["extra"]["enable_thinking"]) == seen[0]
+    assert completions_table(tmp_path)["enable_thinking"][:] == batch["enable_thinking"]
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0, 0), (1, 12), (1 / 3, 4), (0.5, 6)])
 def test_the_share_of_thinking_groups_is_kept_over_batches(processor, tmp_path, share, expected):
-    run = trainer(nano(), processor, color_rows(4), tmp_path, [no_reward], thinking_share=share)
-    run.model.train()
-    groups = [group for _ in range(4) for group in run._groups(12)]  # three groups of four a batch
-    assert groups == [group for group in range(12) for _ in range(4)]
-    assert sum(run._thinks(group) for group in range(12)) == expected
+    seen = Recorder()
+    settings = {"per_device_train_batch_size": 12, "max_completion_length": 1, "max_steps": 4}
+    trainer(nano(), processor, color_rows(4), tmp_path, [seen], thinking_share=share, **settings).train()
+    modes = [mode for batch in seen.batches for mode in batch["enable_thinking"]]  # three groups of four a batch
+    groups = [modes[first : first + 4] for first in range(0, 48, 4)]
+    assert all(len(set(group)) == 1 for group in groups)
+    assert sum(group[0] for group in groups) == expected
 
 
-def test_rollouts_of_pictures_clips_and_text_are_what_the_model_answers_alone(processor, tmp_path):
-    run = trainer(
-        nano(),
-        processor,
-        color_rows(4),
-        tmp_path,
-        [no_reward],
-        num_generations=2,
-        thinking_share=0.5,
-        generation_kwargs={"do_sample": False},
-    )
-    batch = rollouts(run, mixed_rows(), 2)
-    model = run.model.eval()
-    for place, ids in enumerate(batch["completion_ids"]):
-        inputs = inputs_of(processor, mixed_rows()[place // 2], enable_thinking=place // 2 % 2 == 1)
+# The second group thinks, and so does the fourth.
+IN_ORDER = {"num_generations": 2, "shuffle_dataset": False, "learning_rate": 0.0}
+
+
+def test_rollouts_of_images_videos_and_text_are_what_the_model_answers_alone(processor, tmp_path):
+    seen, model = Recorder(), nano()
+    greedy = {"do_sample": False}
+    run = trainer(model, processor, mixed_rows(), tmp_path, [seen], generation_kwargs=greedy, **IN_ORDER)
+    run.train()
+    model.eval()
+    (batch,) = seen.batches
+    for place, written in enumerate(batch["completion_ids"]):
+        inputs = inputs_of(processor, mixed_row(place // 2), enable_thinking=place // 2 % 2 == 1)
         expected = model.generate(**inputs, max_new_tokens=12, do_sample=False, repetition_penalty=1.0)
-        expected = expected[0, inputs["input_ids"].shape[1] :]
-        written = ids[batch["completion_mask"][place].bool()]
-        assert written.tolist() == expected[: len(written)].tolist()
+        expected = expected[0, inputs["input_ids"].shape[1] :].tolist()
+        assert list(written) == expected[: len(written)]
         assert len(written) == len(expected) or written[-1] == processor.tokenizer.eos_token_id
 
 
-def test_log_probabilities_are_those_of_the_model_and_the_first_importance_ratio_is_1(processor, tmp_path):
-    # Two updates from the same rollouts: only then are the old log-probabilities kept.
-    run = trainer(nano(), processor, color_rows(4), tmp_path, [no_reward], num_generations=2, num_iterations=2)
-    batch = rollouts(run, mixed_rows(), 2)
-    assert {"pixel_values", "tgt_sizes", "temporal_ids", "old_per_token_logps"} <= batch.keys()
-    mask = batch["completion_mask"].bool()
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    order = torch.tensor([3, 6, 0, 5, 1, 7, 2, 4])  # the trainer shuffles rollouts before it splits them
-    shuffled = {name: batch[name][order] for name in ("pixel_values", "tgt_sizes", "temporal_ids")}
-    run._visual_inputs = shuffled
-    new, _, _ = run._get_per_token_logps_and_entropies(
-        run.model, ids[order], attention_mask[order], mask.shape[1], batch_size=3
-    )
-    ratio = (new[order.argsort()] - batch["old_per_token_logps"]).exp()
-    assert (ratio[mask] - 1).abs().max() < 1e-4
+def test_probabilities_are_those_of_the_model_and_the_first_importance_ratio_is_1(processor, tmp_path):
+    """The trainer shuffles rollouts before it splits them into steps: images have to go along."""
+    seen, model = Recorder(0.0, 1.0), nano()
+    # Two updates from the same rollouts: only then are the old log-probabilities kept. All that leaves 1 +- 1e-4 is clipped.
+    twice = {"num_iterations": 2, "max_steps": 2, "epsilon": 1e-4}
+    split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    whole = {"generation_kwargs": {"min_new_tokens": 12}}  # so that the mean of the parts is that of all tokens
+    run = trainer(model, processor, mixed_rows(), tmp_path, [seen], **IN_ORDER, **twice, **split, **whole)
+    run.train()
+    steps = [entry for entry in run.state.log_history if "entropy" in entry]
+    assert len(steps) == 2 and all(entry["clip_ratio/region_mean"] == 0 for entry in steps)
 
-    model = run.model.eval()
-    for place in range(8):
-        inputs = inputs_of(processor, mixed_rows()[place // 2], enable_thinking=place // 2 % 2 == 1)
-        prompt_length, written = inputs["input_ids"].shape[1], batch["completion_ids"][place, mask[place]]
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], written[None]], 1)
+    model.eval()
+    (batch,) = seen.batches
+    entropies = []
+    for place, written in enumerate(batch["completion_ids"]):
+        inputs = inputs_of(processor, mixed_row(place // 2), enable_thinking=place // 2 % 2 == 1)
+        prompt_length = inputs["input_ids"].shape[1]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([written])], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with torch.no_grad():
             logits = model(**inputs).logits[0, prompt_length - 1 : -1]
-        expected = logits.log_softmax(-1).gather(1, written[:, None])[:, 0]
-        torch.testing.assert_close(batch["old_per_token_logps"][place, mask[place]], expected, atol=1e-3, rtol=1e-4)
+        entropies.append(torch.distributions.Categorical(logits=logits).entropy())
+    expected = torch.cat(entropies).mean().item()
+    assert [entry["entropy"] for entry in steps] == pytest.approx([expected] * 2, rel=1e-3)
 
 
 def test_a_batch_of_text_alone_trains(processor, tmp_path):
@@ -241,34 +268,45 @@ def test_vllm_rollouts_are_refused_before_anything_starts(processor, tmp_path):
 def test_rewards_judge_the_whole_text_though_the_full_tokenizer_parses_thoughts_out(repository, tmp_path):
     processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True)
     assert processor.tokenizer.response_template  # TRL would hand over thought and answer apart
-    run = trainer(name_seeded_model(tiny_config()), processor, color_rows(4), tmp_path)
-    texts = ["see\n</think>\n\nred<|im_end|>", "see<|im_end|>", "<box>1 2 3 4</box><|im_end|>", "red!"]
-    thinks = [True, True, False, False]
-    rows = [
-        {"enable_thinking": mode, "answer": answer}
-        for mode, answer in zip(thinks, ["red", "red", "<box>1 2 3 4</box>", "red"], strict=True)
-    ]
-    ids = [processor.tokenizer(text).input_ids for text in texts]
-    parsed = [[{"role": "assistant", "reasoning_content": "see", "content": "red"}]] * 4
-    rewards = run._calculate_rewards(rows, [ask()] * 4, parsed, ids)
-    assert rewards.tolist() == [[1, 1], [0, 0], [1, 1], [0, 1]]  # accuracy, format
+    texts = ["<box>1 2 3 4</box>", "red!", "see\n</think>\n\nred", "see"]
+    model = scripted(name_seeded_model(tiny_config()), processor, [f"{text}<|im_end|>" for text in texts])
+    rows = [{"prompt": ask(text=answer), "answer": answer} for answer in ("<box>1 2 3 4</box>", "red")]
+    settings = IN_ORDER | {"per_device_train_batch_size": 4, "log_completions": True}
+    seen = Recorder()
+    terms = [accuracy_reward, format_reward, seen]
+    trainer(model, processor, Dataset.from_list(rows), tmp_path, terms, **settings).train()
+    assert [completion[0]["content"] for completion in seen.batches[0]["completions"]] == texts
+    table = completions_table(tmp_path)
+    assert table["enable_thinking"][:] == [False, False, True, True]
+    assert table["accuracy_reward"][:] == [1, 0, 1, 0]
+    assert table["format_reward"][:] == [1, 1, 1, 0]
 
 
-def test_the_score_of_a_reward_model_is_standardised_and_sees_final_answers_only(processor, tmp_path):
+def test_the_score_of_a_reward_model_is_standardized_and_sees_final_answers_only(processor, tmp_path):
     torch.manual_seed(0)
     reward_model = load_reward_model(NANO, new_head=True, trust_remote_code=True)
     term = reward_model_term(reward_model, processor)
-    run = trainer(nano(), processor, color_rows(4), tmp_path, [format_reward, term], reward_weights=[1.0, 0.5])
-    prompts = [ask({"type": "image", "image": PICTURES[color]}) for color in ("red", "red", "blue", "red", "red")]
-    texts = ["see\n</think>\n\nred", "other words\n</think>\n\nred", "red", "blue", "never closed"]
-    modes = [True, True, False, False, True]
-    rows = [{"enable_thinking": mode} for mode in modes]
-    ids = [processor.tokenizer(text).input_ids for text in texts]
-    scores = run._calculate_rewards(rows, prompts, [None] * 5, ids)[:, 1]
-    raw = score_answers(reward_model, processor, prompts[:4], ["red", "red", "red", "blue"])
-    torch.testing.assert_close(scores[:4], (raw - raw.mean()) / raw.std(), atol=1e-4, rtol=1e-4)
-    assert scores[4] == 0  # no answer, no score
-    assert (scores[0] - scores[1]).abs() < 1e-4
+    texts = [
+        "red",
+        "blue",
+        "see\n</think>\n\nred",
+        "other words\n</think>\n\nred",
+        "red",
+        "red",
+        "never closed",
+        "red",
+    ]
+    model = scripted(nano(), processor, [f"{text}<|im_end|>" for text in texts])
+    colors = ["red", "red", "blue", "blue"]
+    rows = [{"prompt": ask({"type": "image"}), "images": [PICTURES[color]]} for color in colors]
+    settings = IN_ORDER | {"reward_weights": [1.0, 0.5], "log_completions": True}
+    trainer(model, processor, Dataset.from_list(rows), tmp_path, [format_reward, term], **settings).train()
+    scores = torch.tensor(completions_table(tmp_path)["reward_model_score"][:])
+    answered = [0, 1, 2, 3, 4, 5]  # the thoughts of the last two were never closed
+    prompts = [ask({"type": "image", "image": PICTURES[colors[place // 2]]}) for place in answered]
+    raw = score_answers(reward_model, processor, prompts, ["red", "blue", "red", "red", "red", "red"])
+    torch.testing.assert_close(scores[:6], (raw - raw.mean()) / raw.std(), atol=1e-4, rtol=1e-4)
+    assert scores[6:].tolist() == [0, 0]  # no answer, no score
 
 
 def test_a_run_with_a_reward_model_logs_every_term_and_each_mode(processor, tmp_path):
@@ -438,7 +476,7 @@ def test_grpo_learns_what_the_reward_wants_about_pictures_in_both_modes(processo
 
 TWO_RANKS = """
 import json, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_grpo import *
 
 torch.set_num_threads(1)
@@ -453,22 +491,24 @@ rows = Dataset.from_list(
     [{{"prompt": ask({{"type": "image"}}), "images": [PICTURES["red"]]}}, {{"prompt": ask(text="Hi!"), "images": []}}] * 2
 )
 model = nano()
+pictures = []
+generate = model.generate
+model.generate = lambda **inputs: pictures.append("pixel_values" in inputs) or generate(**inputs)
 before = sum(p.double().sum() for p in model.parameters()).item()
 processor = AutoProcessor.from_pretrained(NANO, trust_remote_code=True)
 run = trainer(model, processor, rows, output, [by_place], per_device_train_batch_size=4, max_steps=2,
               shuffle_dataset=False, ddp_find_unused_parameters=False)
 run.train()
 after = sum(p.double().sum() for p in model.parameters()).item()
-pictures = "pixel_values" in run._visual_inputs
 with open(f"{{output}}/rank{{run.accelerator.process_index}}.json", "w") as file:
-    json.dump({{"before": before, "after": after, "modes": modes, "pictures": pictures}}, file)
+    json.dump({{"before": before, "after": after, "modes": modes, "pictures": any(pictures)}}, file)
 """
 
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_model_though_one_has_no_pictures(tmp_path):
     script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS.format(tests=str(REPOSITORY / "tests/train")))
+    script.write_text(TWO_RANKS.format(tests=[str(REPOSITORY / "tests"), str(REPOSITORY / "tests/train")]))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"]
     launch += ["--num_processes=2", "--mixed_precision=no", "--main_process_port=0", str(script), str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
