@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
 DEFAULT_FOLDER = Path("runs")
 MODES: dict[str, Any] = {"on": True, "off": False, "auto": "auto"}
-OF_ENDPOINTS = "With --endpoint"  # heading of these options in the help
-
-Rows = Annotated[str | None, typer.Option(help="Only these rows, such as count,chart.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Questions the model answers at once.")]
 
 evaluate_app = typer.Typer(help="Measure a model; compare measurements.", no_args_is_help=True)
 
@@ -37,6 +33,86 @@ class Clips(str, Enum):
 
     frames = "frames"
     video_url = "video_url"
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="Model folder or Hub repository; this folder by default. With --endpoint, the name that it knows.",
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="Samples for each row and seed; a whole data set by default, and 100 of drawn ones."
+    ),
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of drawn samples.")]
+Seeds = Annotated[
+    str | None,
+    typer.Option(metavar="LIST", help="Several seeds instead of --seed, such as 0,1,2: reports mean and spread."),
+]
+Rows = Annotated[str | None, typer.Option(metavar="LIST", help="Only these rows, such as count,chart.")]
+Thinking = Annotated[
+    str,
+    typer.Option(
+        metavar="WHEN",
+        help="on, off, auto, or the rows that think, such as count,chart. Some rows decide it themselves.",
+    ),
+]
+BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Questions the model answers at once.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help=f"Folder for answers and results; by default one for each setting in {DEFAULT_FOLDER}/."
+    ),
+]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help='Also write {row: {metric: value, "n": samples}} to this file.'),
+]
+EndpointUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint",
+        metavar="URL",
+        help="Ask an OpenAI-compatible API, such as http://127.0.0.1:8000/v1, instead of loading a model.",
+    ),
+]
+ApiKeyEnv = Annotated[
+    str | None, typer.Option(metavar="NAME", help="With --endpoint: environment variable that holds the API key.")
+]
+Concurrency = Annotated[int, typer.Option(metavar="N", min=1, help="With --endpoint: requests in flight at once.")]
+Retries = Annotated[
+    int,
+    typer.Option(metavar="N", min=0, help="With --endpoint: further tries after a timeout or an answer 429 or 5xx."),
+]
+Timeout = Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="With --endpoint: limit of each try.")]
+ClipsAs = Annotated[Clips, typer.Option(help="With --endpoint: send a clip as images, or as a file.")]
+Frames = Annotated[int, typer.Option(metavar="N", min=1, help="With --endpoint: images sent for a clip.")]
+ProcessorOptions = Annotated[
+    bool,
+    typer.Option(
+        "--processor-options",
+        help="With --endpoint: send a question's image options as mm_processor_kwargs (vLLM, minicpmv serve).",
+    ),
+]
+NoThinkingSwitch = Annotated[
+    bool,
+    typer.Option(
+        "--no-thinking-switch",
+        help="With --endpoint: do not send chat_template_kwargs.enable_thinking, which some APIs refuse.",
+    ),
+]
+ExtraBody = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON", help='With --endpoint: more fields for every request, such as \'{"reasoning_effort": "low"}\'.'
+    ),
+]
 
 
 def names(text: str | None) -> list[str] | None:
@@ -63,95 +139,27 @@ def json_object(text: str | None) -> dict[str, Any]:
 def add_benchmark(benchmark_name: str, summary: str) -> None:
     @evaluate_app.command(benchmark_name, help=summary)
     def run(
-        model: Annotated[
-            str | None,
-            typer.Option(
-                "--model",
-                "-m",
-                metavar="MODEL",
-                help="Model folder or Hub repository; this folder by default. With --endpoint, the name that it knows.",
-            ),
-        ] = None,
+        model: Model = None,
         revision: options.Revision = None,
         trust_remote_code: options.TrustRemoteCode = False,
-        samples: Annotated[
-            int | None,
-            typer.Option(
-                min=1, help="Samples for each row and seed (default: the whole data set; 100 of drawn ones)."
-            ),
-        ] = None,
-        seed: Annotated[int, typer.Option(help="Seed of drawn samples.")] = 0,
-        seeds: Annotated[
-            str | None, typer.Option(help="Several seeds instead of --seed, such as 0,1,2: reports mean and spread.")
-        ] = None,
+        samples: Samples = None,
+        seed: Seed = 0,
+        seeds: Seeds = None,
         rows: Rows = None,
-        thinking: Annotated[
-            str,
-            typer.Option(
-                help="on, off, auto, or the rows that think, such as count,chart. Some rows always or never think."
-            ),
-        ] = "off",
+        thinking: Thinking = "off",
         batch_size: BatchSize = 50,
-        output: Annotated[
-            Path | None,
-            typer.Option(
-                help=f"Folder for answers and results (default: a folder for each setting in {DEFAULT_FOLDER}/)."
-            ),
-        ] = None,
-        json_file: Annotated[
-            Path | None, typer.Option("--json", help='Also write {row: {metric: value, "n": samples}} to this file.')
-        ] = None,
-        endpoint: Annotated[
-            str | None,
-            typer.Option(
-                metavar="URL",
-                help="Ask an OpenAI-compatible API instead of loading a model, such as http://127.0.0.1:8000/v1.",
-                rich_help_panel=OF_ENDPOINTS,
-            ),
-        ] = None,
-        api_key_env: Annotated[
-            str | None,
-            typer.Option(metavar="NAME", help="Environment variable with the API key.", rich_help_panel=OF_ENDPOINTS),
-        ] = None,
-        concurrency: Annotated[
-            int, typer.Option(min=1, help="Requests in flight at once.", rich_help_panel=OF_ENDPOINTS)
-        ] = 8,
-        retries: Annotated[
-            int,
-            typer.Option(
-                min=0, help="Further tries after a timeout or an answer 429 or 5xx.", rich_help_panel=OF_ENDPOINTS
-            ),
-        ] = 6,
-        timeout: Annotated[float, typer.Option(min=0.1, help="Seconds per try.", rich_help_panel=OF_ENDPOINTS)] = 600,
-        clips: Annotated[
-            Clips, typer.Option(help="Send a clip as images, or as a file.", rich_help_panel=OF_ENDPOINTS)
-        ] = Clips.frames,
-        frames: Annotated[
-            int, typer.Option(min=1, help="Frames sent for each clip.", rich_help_panel=OF_ENDPOINTS)
-        ] = 32,
-        processor_options: Annotated[
-            bool,
-            typer.Option(
-                "--processor-options",
-                help="Send a question's image options as mm_processor_kwargs (vLLM, minicpmv serve).",
-                rich_help_panel=OF_ENDPOINTS,
-            ),
-        ] = False,
-        thinking_switch: Annotated[
-            bool,
-            typer.Option(
-                help="Send chat_template_kwargs.enable_thinking; turn it off for APIs that refuse it.",
-                rich_help_panel=OF_ENDPOINTS,
-            ),
-        ] = True,
-        extra_body: Annotated[
-            str | None,
-            typer.Option(
-                metavar="JSON",
-                help='More fields for every request, such as \'{"reasoning_effort": "low"}\'.',
-                rich_help_panel=OF_ENDPOINTS,
-            ),
-        ] = None,
+        output: Output = None,
+        json_file: Json = None,
+        endpoint: EndpointUrl = None,
+        api_key_env: ApiKeyEnv = None,
+        concurrency: Concurrency = 8,
+        retries: Retries = 6,
+        timeout: Timeout = 600,
+        clips: ClipsAs = Clips.frames,
+        frames: Frames = 32,
+        processor_options: ProcessorOptions = False,
+        no_thinking_switch: NoThinkingSwitch = False,
+        extra_body: ExtraBody = None,
     ) -> None:
         all_seeds = whole_numbers(seeds) if seeds else [seed]
         fields = json_object(extra_body)
@@ -185,7 +193,7 @@ def add_benchmark(benchmark_name: str, summary: str) -> None:
                     clips=clips.value,
                     frames=frames,
                     processor_options=processor_options,
-                    thinking_switch=thinking_switch,
+                    thinking_switch=not no_thinking_switch,
                     extra_body=fields,
                 )
             else:
@@ -248,18 +256,26 @@ def calibrate(
     model: options.Model = ".",
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    benchmark: Annotated[str, typer.Option(help="Benchmark that provides the questions.")] = "nanobench",
+    benchmark: Annotated[
+        str, typer.Option(metavar="NAME", help="Benchmark that provides the questions.")
+    ] = "nanobench",
     samples: Annotated[
-        int, typer.Option(min=1, help="Questions per row to choose on, and as many again to check.")
+        int, typer.Option(metavar="N", min=1, help="Questions per row to choose on, and as many again to check.")
     ] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the questions; the check uses the next one.")] = 1,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the questions; the check uses the next one.")] = 1,
     rows: Rows = None,
     keep: Annotated[
-        float, typer.Option(help="Share of the best accuracy that any threshold reaches, which the choice must keep.")
+        float,
+        typer.Option(
+            metavar="SHARE", help="Share of the best accuracy that any threshold reaches, which the choice must keep."
+        ),
     ] = 0.95,
     batch_size: BatchSize = 50,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for answers, curve and result (default: a folder per model in runs/).")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help=f"Folder for answers, curve and result; by default one per model in {DEFAULT_FOLDER}/."
+        ),
     ] = None,
     save: Annotated[bool, typer.Option("--save", help="Store the threshold in the model's config.json.")] = False,
 ) -> None:

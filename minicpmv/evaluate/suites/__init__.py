@@ -16,7 +16,10 @@ class UnknownBenchmarkError(MiniCPMVError):
 
 # id -> (module, what `minicpmv evaluate --help` says)
 BENCHMARKS = {
-    "nanobench": ("minicpmv.evaluate.suites.nanobench", "What the repository can draw: one row a capability."),
+    "nanobench": (
+        "minicpmv.evaluate.suites.nanobench",
+        "Read, count and compare what the repository draws: one row for each capability.",
+    ),
 }
 
 
