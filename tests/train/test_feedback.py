@@ -36,6 +36,7 @@ from minicpmv.train.feedback.claims import (  # noqa: E402
     parse_claims,
 )
 from minicpmv.train.feedback.judged import Feedback  # noqa: E402
+from minicpmv.train.feedback.log import FeedbackLog  # noqa: E402
 from minicpmv.train.feedback.pairs import Pair, ScoredAnswer, balance_lengths, choose_pairs  # noqa: E402
 from minicpmv.train.feedback.respondent import (  # noqa: E402
     Respondent,
@@ -457,6 +458,15 @@ def test_a_log_of_other_options_or_prompts_is_refused(prompts, scripted, tmp_pat
     log.write_text(log.read_text().replace('"errors"', "errors", 1))
     with pytest.raises(TrainingError, match="line 2 is damaged"):
         run(prompts, tmp_path / "out")
+
+
+@pytest.mark.parametrize("line", ["null", "[1]", "3", "{}", '{"prompt": "x"}', '{"settings": 5}', "\0", "[" * 100_000])
+def test_a_damaged_line_of_the_log_is_named(tmp_path, line):
+    FeedbackLog(tmp_path, {"seed": 0}).add([{"prompt": 0}])
+    path = tmp_path / "answers-000.jsonl"
+    path.write_text(path.read_text() + line + "\n" + '{"prompt": 1}\n')
+    with pytest.raises(TrainingError, match=r"answers-000\.jsonl, line 3 is damaged .* Delete the line"):
+        FeedbackLog(tmp_path, {"seed": 0})
 
 
 def test_rounds_take_their_own_prompts(prompts, scripted, tmp_path):

@@ -9,6 +9,7 @@ What is special:
 import json
 from pathlib import Path
 
+from minicpmv.files import drop_torn_line
 from minicpmv.train.common.errors import TrainingError
 
 
@@ -23,7 +24,7 @@ class FeedbackLog:
             self._read(path)
         self.path = folder / f"answers-{process:03d}.jsonl"
         if self.path.exists():
-            _cut_unfinished_line(self.path)
+            drop_torn_line(self.path)
         if not self.path.exists() or not self.path.stat().st_size:
             self._write([{"settings": settings}])
 
@@ -33,7 +34,9 @@ class FeedbackLog:
                 break  # a run was killed while it wrote
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+                if not (isinstance(record["settings"], dict) if "settings" in record else record["prompt"] >= 0):
+                    raise TypeError("neither settings nor what became of a prompt")
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise TrainingError(f"{path}, line {number + 1} is damaged ({error}). Delete the line.") from error
             if "settings" not in record:
                 self.records[record["prompt"]] = record
@@ -52,10 +55,3 @@ class FeedbackLog:
     def _write(self, records):
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def _cut_unfinished_line(path):
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
