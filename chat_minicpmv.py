@@ -1,52 +1,69 @@
 """`model.chat(...)`: questions about pictures and videos in one call.
 
+The road of an answer: settings -> prompt -> generate -> [`ChatOutput`]; [`Turn`] goes it, from top to bottom.
+
 What is special:
 - The calling style of the published code, with its positional order and defaults; every prompt goes through the
   processor's own `apply_chat_template`, so chat, sessions, training and serving agree token for token.
 - Nothing is cut from a prompt and nothing from an answer but the closing token.
-- Streams end cleanly: an error in the generating thread reaches the reader, and closing the stream stops the model.
-- A seed belongs to one call: other threads and the global random state neither see nor disturb it.
 """
 
 import copy
 import difflib
 import inspect
 import json
+import math
+import numbers
 import os
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import lru_cache
 from itertools import chain
+from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoProcessor,
+    DynamicCache,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
+    ProcessorMixin,
     StoppingCriteriaList,
 )
 
-from .conversation_cache_minicpmv import ConversationCache, Prompt, read_units, slot_keys
-from .messages_minicpmv import read_part
-from .streaming_minicpmv import AnswerStream, Watch, stop_ids_of
-from .thinking_minicpmv import (
-    CLOSED_THOUGHT,
+from .compat_minicpmv import CACHE_NAME
+from .configuration_minicpmv import MiniCPMVError
+from .decoding_minicpmv import (
+    CLOSING,
+    DEFAULT_THRESHOLD,
     DRAFT_TOKENS,
     OPENING,
     THINK_END,
-    ThinkingError,
+    AnswerStream,
+    AnswerStreamer,
+    SeededChoice,
     ThoughtBudget,
+    Watch,
     least_certainty,
     need_to_think,
-    split_thought,
 )
+from .messages_minicpmv import read_part
 
 
-# Arguments of older callers that never had an effect.
-TOLERATED_ARGUMENTS = ("context",)
+# What each way to decode means; None falls back to the library's own default.
+_NO_SAMPLING = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+DECODINGS = {
+    "greedy": {**_NO_SAMPLING, "num_beams": 1, "repetition_penalty": 1.0},
+    "beam": {**_NO_SAMPLING, "num_beams": 3, "repetition_penalty": 1.2},
+    "sample": {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 100, "repetition_penalty": 1.03},
+}
+SAMPLE_THINKING = {"do_sample": True, "temperature": 0.7}
+TOLERATED_ARGUMENTS = ("context",)  # VLMEvalKit passes it; it never had an effect
+
+
+class ChatError(MiniCPMVError):
+    """Messages that cannot be read, or settings that cannot be used, alone or together."""
 
 
 @dataclass
@@ -66,52 +83,478 @@ class ChatOutput:
     cached_tokens: int = 0  # of the prompt, that a session had computed before
     dropped_turns: int = 0  # oldest turns that a session dropped to make room for this one
     # Seconds from the call until the inputs were ready, the pictures were read, the first token and the last one.
-    timings: dict = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.text
 
 
-@dataclass(frozen=True)
-class ChatSettings:
-    """How to answer: the arguments of `chat()` in the form in which they are used."""
+@lru_cache(maxsize=1)
+def generation_names() -> frozenset[str]:
+    """Keyword arguments of `generate`."""
+    names = {*vars(GenerationConfig()), *inspect.signature(GenerationMixin.generate).parameters}
+    return frozenset(name for name in names if not name.startswith("_")) - {"self", "inputs", "kwargs"}
 
-    template: dict  # for apply_chat_template
-    decoding: dict  # for generate, over the defaults
-    thinking: bool | str
-    thinking_budget: int | None
-    max_new_tokens: int
-    min_new_tokens: int
-    sampling: bool
-    stream: bool
-    seed: int | None
+
+class ChatSettings:
+    """How to answer: the arguments of `chat()`, checked, as `template` for the processor and `decoding` for `generate`.
+
+    Raises:
+        TypeError: for a keyword that neither of them knows; names the nearest.
+        ChatError: for values and combinations that do not exist.
+    """
+
+    def __init__(
+        self,
+        model: "ChatMixin",
+        processor: ProcessorMixin,
+        max_new_tokens: int = 2048,
+        min_new_tokens: int = 0,
+        sampling: bool | None = None,
+        max_inp_length: int | None = None,
+        stream: bool = False,
+        enable_thinking: bool | str = False,
+        thinking_budget: int | None = None,
+        seed: int | str | None = None,
+        decoding: str | None = None,
+        **kwargs,
+    ):
+        self.thinking, self.thinking_budget, self.seed = enable_thinking, thinking_budget, seed
+        self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
+        self.template, given = {"max_length": max_inp_length}, {}
+        for name, value in kwargs.items():
+            if name in generation_names():
+                given[name] = value
+            elif processor.is_option(name):
+                self.template[name] = value
+            elif name not in TOLERATED_ARGUMENTS:
+                own = {*inspect.signature(model.chat).parameters, *chain(*processor.option_names.values()), "decoding"}
+                nearest = difflib.get_close_matches(name, own | generation_names(), n=1)
+                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+                raise TypeError(f"chat() got an unexpected keyword argument {name!r}.{hint}")
+        _check_number("max_new_tokens", max_new_tokens, 1)
+        _check_number("min_new_tokens", min_new_tokens, 0)
+        if given.get("num_beams") is not None:
+            _check_number("num_beams", given["num_beams"], 1)
+        if enable_thinking not in (True, False, "auto"):
+            raise ChatError(f'enable_thinking={enable_thinking!r} does not exist: choose True, False or "auto".')
+        if enable_thinking and thinking_budget is not None:
+            closing = len(processor.tokenizer(CLOSING)["input_ids"])
+            why = (
+                f"max_new_tokens={max_new_tokens} bounds thought and answer together, and closing the thought takes "
+                f"{closing}. Lower the budget or raise max_new_tokens."
+            )
+            _check_number("thinking_budget", thinking_budget, 0, max_new_tokens - closing - 1, why)
+        if decoding is not None and (decoding not in DECODINGS or sampling is not None):
+            known = ", ".join(DECODINGS)
+            raise ChatError(f"decoding={decoding!r}: choose one of {known}, and leave away its older name sampling=.")
+        config = model.generation_config
+        asks_to_sample = sampling or any(given.get(name) is not None for name in ("temperature", "top_p", "top_k"))
+        if decoding is None and (sampling is not None or asks_to_sample or config.do_sample):
+            decoding = "beam" if sampling is False else "sample"
+        thinks = enable_thinking is True and decoding == "sample"
+        self.decoding = {} if decoding is None else dict(SAMPLE_THINKING if thinks else DECODINGS[decoding])
+        if sampling is False and stream:
+            self.decoding["num_beams"] = 1
+        self.decoding |= given
+        beams = self.decoding.get("num_beams") or config.num_beams or 1
+        self.samples = self.decoding.get("do_sample", config.do_sample)
+        if stream and beams > 1:
+            raise ChatError(f"stream=True cannot follow {beams} beams: pass num_beams=1 or another decoding.")
+        if seed is not None and beams > 1 and self.samples:
+            raise ChatError(f"seed={seed} cannot steer {beams} beams that sample: pass num_beams=1.")
+
+    @property
+    def max_slice_nums(self) -> int | None:
+        """That of pictures; None: the processor's own."""
+        own = self.template.get("images_kwargs") or {}
+        return own.get("max_slice_nums", self.template.get("max_slice_nums"))
+
+    def of_row(self, row: int, temporal_ids: Sequence | None) -> "ChatSettings":
+        """Those of one conversation of a batch, to be answered alone."""
+        own = copy.copy(self)
+        own.template = self.template | {"temporal_ids": temporal_ids}
+        own.seed = self.seed if row == 0 or self.seed is None else f"{self.seed}/{row}"
+        return own
+
+
+def _check_number(name: str, value: Any, least: int, most: float = math.inf, why: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:
+        limit = f" to {most}: " if most < math.inf else "."
+        raise ChatError(f"{name}={value!r} has to be a whole number from {least}{limit}{why}")
+
+
+# ---- pictures ----
+
+
+@dataclass(frozen=True, eq=False)
+class VisualUnit:
+    """Slices that share their slots: one of a picture, or the same one of each frame in a group. Units are equal where
+    their slices are the same objects."""
+
+    temporal_ids: tuple[int, ...]  # one a slice, tenths of a second; (-1,) for a picture
+    slices: tuple[torch.Tensor, ...]  # [3, P, P * patches]; on the meta device where features stand in for pixels
+    sizes: tuple[tuple[int, int], ...]  # (rows, columns) in patches
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, VisualUnit) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self):
+        return self.temporal_ids, *map(id, self.slices)
+
+
+def read_units(inputs: Mapping[str, Any]) -> list[list[VisualUnit]]:
+    """The visual units of each sample in the processor's output."""
+    samples = []
+    for index, slices in enumerate(inputs.get("pixel_values") or [[]] * len(inputs["input_ids"])):
+        groups = inputs["temporal_ids"][index] if "temporal_ids" in inputs else [[-1]] * len(slices)
+        pairs = zip(slices, map(tuple, inputs["tgt_sizes"][index].tolist()), strict=True) if len(slices) else iter(())
+        samples.append(
+            [VisualUnit(tuple(group), *zip(*(next(pairs) for _ in group), strict=True)) for group in groups]
+        )
+    return samples
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """A picture that a model has read (`model.encode_images`); stands in its messages where a picture may stand."""
+
+    image: Any  # what was given
+    sliced: Any  # the processor's `SlicedImage`, its slices on the meta device
+    features: dict[tuple["ChatMixin", VisualUnit], torch.Tensor]  # [Q, D] each
+
+    def slices(self, image_processor, max_slice_nums: int | None):
+        """The `SlicedImage`, if the call cuts it as it was cut; else a ChatError."""
+        if image_processor.get_sliced_grid(self.sliced.image_size, max_slice_nums) != self.sliced.grid:
+            raise ChatError(
+                f"A picture was encoded in slices {self.sliced.grid}, but max_slice_nums={max_slice_nums} cuts it "
+                "otherwise. Give encode_images the same max_slice_nums."
+            )
+        return self.sliced
+
+
+def encode(model: "ChatMixin", units: list[VisualUnit]) -> torch.Tensor:
+    """Features [units, Q, D] of visual units."""
+    slices = [pixels for unit in units for pixels in unit.slices]
+    if any(pixels.is_meta for pixels in slices):
+        raise ChatError(
+            "A picture was encoded by another model, or as a still picture, and has no pixels left: pass the picture "
+            "itself. An assistant_model of a session is given to all its turns."
+        )
+    sizes = [size for unit in units for size in unit.sizes]
+    groups = [list(unit.temporal_ids) for unit in units]
+    return model.get_image_features([[s.to(model.device) for s in slices]], [sizes], [groups]).pooler_output
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads: a batch of prompts, padded on the left."""
+
+    input_ids: torch.LongTensor  # [B, L]
+    attention_mask: torch.LongTensor  # [B, L]
+    units: list[list[VisualUnit]]  # of each prompt, in the order of their slots
+
+
+class CallMemory:
+    """What one call need not compute twice: pictures that were encoded before, and with "auto" the states of the draft.
+
+    A session brings a memory of its own with the same four methods.
+    """
+
+    def __init__(self, image_processor, max_slice_nums: int | None, keeps_states: bool):
+        self._image_processor, self._max_slice_nums = image_processor, max_slice_nums
+        self._features: dict[tuple[ChatMixin, VisualUnit], torch.Tensor] = {}
+        self._keeps_states, self._ids, self._states = keeps_states, [], None
+
+    def get(self, kind: str, source: Any, make: Callable[[], Any]) -> Any:
+        """What the processor makes of a picture or video: the `media_cache` of `MiniCPMVProcessor.__call__`."""
+        if not isinstance(source, EncodedImage):
+            return make()
+        self._features |= source.features
+        return source.slices(self._image_processor, self._max_slice_nums)
+
+    def features(self, units: list[VisualUnit], model: "ChatMixin") -> torch.Tensor:
+        """Features [units, Q, D], encoded where they are new."""
+        if new := [unit for unit in dict.fromkeys(units) if (model, unit) not in self._features]:
+            self._features |= {(model, unit): rows for unit, rows in zip(new, encode(model, new), strict=True)}
+        return torch.stack([self._features[model, unit] for unit in units])
+
+    def cached_tokens(self, prompt: Prompt) -> int:
+        """Tokens of the prompt whose states a session holds."""
+        return 0
+
+    def generate(self, model: "ChatMixin", prompt: Prompt, draft: list[int], arguments: dict[str, Any]) -> Any:
+        """`model.generate` behind the prompt and the beginning of an answer; returns its output."""
+        if not self._keeps_states or (arguments.get("num_beams") or 1) > 1:
+            return model.generate(prompt.input_ids, attention_mask=prompt.attention_mask, **arguments)
+        ids = [*prompt.input_ids[0].tolist(), *draft]
+        self._states = DynamicCache(config=model.config) if self._states is None else self._states
+        pairs = enumerate(zip(self._ids, ids[:-1], strict=False))
+        common = next((place for place, (ours, wanted) in pairs if ours != wanted), min(len(self._ids), len(ids) - 1))
+        if common < len(self._ids):
+            self._states.crop(common - len(self._ids))  # a negative number means the same in every version
+        given = torch.tensor([ids], device=prompt.input_ids.device)
+        arguments = arguments | {"attention_mask": torch.ones_like(given), CACHE_NAME: self._states}
+        output = model.generate(given, **arguments)
+        self._ids = getattr(output, "sequences", output)[0, : self._states.get_seq_length()].tolist()
+        return output
+
+
+# ---- one answer ----
+
+
+class Turn:
+    """One answer in the making, to one conversation or to a batch of them.
+
+    Attributes:
+        prompt: what the model will read (with "auto": unless it thinks).
+        watch: the times of its stages, and the switch that stops it.
+    """
+
+    def __init__(
+        self,
+        model: "ChatMixin",
+        processor: ProcessorMixin,
+        conversations: list[list[dict]],
+        settings: ChatSettings,
+        memory: CallMemory | None = None,
+        features: Any = None,
+        watch: Watch | None = None,
+    ):
+        self.model, self.processor, self.settings = model, processor, settings
+        self.watch = watch or Watch(exact=True)
+        is_auto = settings.thinking == "auto"
+        if memory is None:
+            memory = CallMemory(processor.image_processor, settings.max_slice_nums, keeps_states=is_auto)
+        self._memory = memory
+        self._conversations, self._features, self._prompts = conversations, features, {}
+        self.prompt = self._write(False if is_auto else settings.thinking)
+        self.watch.note("inputs")
+
+    @torch.no_grad()
+    def run(self, streamer: AnswerStreamer | None = None) -> list[ChatOutput]:
+        """Let the model answer; one output for each conversation."""
+        settings, watch = self.settings, self.watch
+        facts = {"cached_tokens": self._memory.cached_tokens(self.prompt)}
+        features = self._read_pictures()
+        thinking, draft = settings.thinking, []
+        if thinking == "auto":
+            thinking, draft, facts["need"], facts["draft_tokens"] = self._decide(features)
+        prompt = self._write(thinking)
+        length, left = prompt.input_ids.shape[1], settings.max_new_tokens - len(draft)
+        arguments = self._arguments(prompt, thinking, features)
+        stop_ids = arguments["eos_token_id"]
+        if streamer is not None:
+            streamer.expect(length, thinking, settings.max_new_tokens, stop_ids)
+        if (draft and (len(draft) < DRAFT_TOKENS or draft[-1] in stop_ids or not left)) or watch.cancelled.is_set():
+            rows = [draft]  # the draft is the answer
+            watch.note("first_token")
+            if streamer is not None:
+                streamer.put(torch.tensor([[*prompt.input_ids[0].tolist(), *draft]]))
+                streamer.end()
+        else:
+            arguments |= {"max_new_tokens": left, "streamer": streamer}
+            arguments["min_new_tokens"] = max(settings.min_new_tokens - len(draft), 0) or None
+            output = self._memory.generate(self.model, prompt, draft, arguments)
+            new = getattr(output, "sequences", output)[:, length + len(draft) :].tolist()
+            rows = [draft + row for row in new]
+        watch.note("total")
+        tokens = prompt.attention_mask.sum(-1).tolist()
+        return [self._output(*pair, thinking, stop_ids, facts) for pair in zip(rows, tokens, strict=True)]
+
+    def stream(self, finish: Callable[[ChatOutput | None], None] = lambda output: None) -> AnswerStream:
+        """`run()` in a thread, whose text comes in pieces; `finish` gets the output, None where nothing was read."""
+        return AnswerStream(self, finish)
+
+    def _write(self, thinking: bool) -> Prompt:
+        """The prompts with the opening of the mode; of conversations that end with an answer, as far as they go."""
+        if thinking not in self._prompts:
+            is_begun = self._conversations[0][-1]["role"] == "assistant"
+            inputs = self.processor.apply_chat_template(
+                self._conversations,
+                chat_template=self.processor.tokenizer.chat_template,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                add_generation_prompt=not is_begun,
+                continue_final_message=is_begun,
+                enable_thinking=thinking,
+                media_cache=self._memory,
+                **self.settings.template,
+            )
+            ids, mask = (inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
+            self._prompts[thinking] = Prompt(ids, mask, read_units(inputs))
+        return self._prompts[thinking]
+
+    def _read_pictures(self) -> dict[str, Any]:
+        """Features of all pictures, as `generate` takes them: of the model, and of an assistant with a tower."""
+        if self._features is not None:
+            return {"image": self._features}
+        units = list(chain.from_iterable(self.prompt.units))
+        assistant = self.settings.decoding.get("assistant_model")
+        readers = {"image": self.model, "assistant": assistant}
+        readers = {name: reader for name, reader in readers.items() if units and hasattr(reader, "get_image_features")}
+        features = {name: self._memory.features(units, reader) for name, reader in readers.items()}
+        if features:
+            self.watch.note("vision", features["image"])
+        return features
+
+    def _arguments(self, prompt: Prompt, thinking: bool, features: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `generate` besides the ids."""
+        settings, config, tokenizer = self.settings, self.model.generation_config, self.processor.tokenizer
+        arguments = {"pad_token_id": tokenizer.pad_token_id, "tokenizer": tokenizer, **settings.decoding}
+        stop_ids = next(
+            ids
+            for ids in (arguments.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id)
+            if ids is not None
+        )
+        arguments["eos_token_id"] = list(stop_ids) if isinstance(stop_ids, (list, tuple)) else [stop_ids]
+        if features:
+            arguments["mm_encoder_outputs"] = dict(features)
+        criteria, processors = (list(arguments.get(n) or ()) for n in ("stopping_criteria", "logits_processor"))
+        length = prompt.input_ids.shape[1]
+        if thinking and settings.thinking_budget is not None:
+            think_end = tokenizer.convert_tokens_to_ids(THINK_END)
+            closing = tokenizer(CLOSING)["input_ids"]
+            processors.append(ThoughtBudget(settings.thinking_budget, length, think_end, closing))
+        if settings.seed is not None and settings.samples and arguments.get("do_sample", True):
+            seeds = [f"{settings.seed}/{row}" for row in range(len(prompt.input_ids))]
+            processors.append(SeededChoice(seeds, length))
+        arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, self.watch])
+        return arguments | ({"logits_processor": LogitsProcessorList(processors)} if processors else {})
+
+    def _decide(self, features: dict[str, Any]) -> tuple[bool, list[int], float, int]:
+        """Let the model begin to answer without a thought. Returns whether to think, the ids of the draft to go on with,
+        the need, and the number of tokens thrown away."""
+        settings, prompt = self.settings, self.prompt
+        arguments = self._arguments(prompt, False, features)
+        for name in ("prompt_lookup_num_tokens", "assistant_model"):
+            arguments.pop(name, None)
+        beams = arguments.get("num_beams") or 1
+        if beams > 1:
+            arguments |= {"num_beams": 1, "do_sample": False}
+        arguments |= {"return_dict_in_generate": True, "output_logits": True}
+        arguments["max_new_tokens"] = min(DRAFT_TOKENS, settings.max_new_tokens)
+        arguments["min_new_tokens"] = min(DRAFT_TOKENS, settings.min_new_tokens) or None
+        output = self._memory.generate(self.model, prompt, [], arguments)
+        self.watch.timings.pop("first_token", None)  # nobody has seen it yet
+        draft = output.sequences[0, prompt.input_ids.shape[1] :].tolist()
+        question = [message for message in self._conversations[0] if message["role"] == "user"][-1]
+        content = question.get("content") or ""
+        parts = [read_part(part) for part in (content if isinstance(content, (list, tuple)) else [content])]
+        texts = [value for kind, value in parts if kind == "text"]
+        tokens = len(self.processor.tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"])
+        need = need_to_think(least_certainty(output.logits), tokens, len(parts) - len(texts))
+        thinking = need >= self.model.thinking_threshold
+        goes_on = not thinking and beams == 1
+        return thinking, draft if goes_on else [], need, 0 if goes_on else len(draft)
+
+    def _output(
+        self, ids: list[int], prompt_tokens: int, thinking: bool, stop_ids: list[int], facts: dict[str, Any]
+    ) -> ChatOutput:
+        """[`ChatOutput`] of the generated ids of one answer."""
+        tokenizer, limit = self.processor.tokenizer, self.settings.max_new_tokens
+        ids = ids[:limit]  # guessed decoding may come to more (transformers 4.57, 5.0)
+        length = next((place for place, token in enumerate(ids) if token in stop_ids), None)
+        answer = ids[:length]
+        if length is not None:
+            finish_reason = "stop"
+        elif self.watch.cancelled.is_set():
+            finish_reason = "cancelled"
+        else:
+            finish_reason = "length" if len(ids) >= limit else "stop"  # "stop" by a stop string
+        raw_text = (OPENING if thinking else "") + tokenizer.decode(answer, skip_special_tokens=False)
+        reasoning, text, reasoning_tokens = None, raw_text, 0
+        if thinking:
+            reasoning, text = self.processor.split_thought(raw_text)
+            think_end = tokenizer.convert_tokens_to_ids(THINK_END)
+            reasoning_tokens = answer.index(think_end) + 1 if think_end in answer else len(answer)
+        return ChatOutput(
+            text=text,
+            reasoning=reasoning,
+            finish_reason=finish_reason,
+            prompt_tokens=prompt_tokens,
+            generated_tokens=len(answer) + (length is not None),
+            mode="deep" if thinking else "fast",
+            raw_text=raw_text,
+            reasoning_tokens=reasoning_tokens,
+            timings=dict(self.watch.timings),
+            **facts,
+        )
+
+
+def read_conversations(
+    msgs: Sequence | str | None, image: Any = None, system_prompt: str = ""
+) -> tuple[list[list[dict]], bool]:
+    """Bring the accepted forms of `msgs` to a list of conversations; also returns whether it was a batch.
+
+    Raises:
+        ChatError: names what is wrong with the messages.
+    """
+    if isinstance(msgs, str):
+        try:
+            msgs = json.loads(msgs)
+        except json.JSONDecodeError as error:
+            raise ChatError(f"msgs is a string, but not JSON ({error}). Pass a list of messages.") from error
+    if not isinstance(msgs, (list, tuple)) or not msgs:
+        raise ChatError(f"msgs is a list of messages with at least one, not {msgs!r}.")
+    is_batch = isinstance(msgs[0], (list, tuple))
+    conversations = [list(messages) for messages in (msgs if is_batch else [msgs])]
+    images = image if is_batch and image is not None else [image] * len(conversations)
+    if len(images) != len(conversations):
+        raise ChatError(f"image has {len(images)} entries for {len(conversations)} conversations.")
+    for index, (messages, picture) in enumerate(zip(conversations, images, strict=True)):
+        for message in messages:
+            if not isinstance(message, Mapping) or message.get("role") not in ("system", "user", "assistant", "tool"):
+                raise ChatError(
+                    f"A message is a dict with 'content' and a 'role' of system, user, assistant or tool, not {message!r}."
+                )
+        if not messages or all(message["role"] == "system" for message in messages):
+            raise ChatError(f"Conversation {index} has no message of a user.")
+        if picture is not None:
+            place = next(place for place, message in enumerate(messages) if message["role"] != "system")
+            content = messages[place].get("content")
+            if not isinstance(content, str):
+                raise ChatError(
+                    "image= goes with a first message whose content is a string. Put pictures into the content list."
+                )
+            pictures = list(picture) if isinstance(picture, (list, tuple)) else [picture]
+            messages[place] = {**messages[place], "content": [*pictures, content]}
+        if system_prompt:
+            messages.insert(0, {"role": "system", "content": system_prompt})
+    return conversations, is_batch
 
 
 class ChatMixin:
-    """Adds `chat` to a model that has `generate`."""
+    """Adds `chat` and `encode_images` to a model that has `generate`, and what sessions are built on."""
+
+    draft_tokens = DRAFT_TOKENS
 
     def chat(
         self,
-        image=None,
-        msgs=None,
-        tokenizer=None,
-        processor=None,
-        vision_hidden_states=None,
-        max_new_tokens=2048,
-        min_new_tokens=0,
-        sampling=True,
-        max_inp_length=16384,
-        system_prompt="",
-        stream=False,
-        max_slice_nums=None,
-        use_image_id=None,
-        temporal_ids=None,
-        enable_thinking=False,
-        thinking_budget=None,
-        seed=None,
-        return_dict=False,
+        image: Any = None,
+        msgs: Sequence | str | None = None,
+        tokenizer: Any = None,
+        processor: ProcessorMixin | None = None,
+        vision_hidden_states: Sequence[torch.Tensor] | None = None,
+        max_new_tokens: int = 2048,
+        min_new_tokens: int = 0,
+        sampling: bool | None = None,
+        max_inp_length: int = 16384,
+        system_prompt: str = "",
+        stream: bool = False,
+        max_slice_nums: int | None = None,
+        use_image_id: bool | None = None,
+        temporal_ids: Sequence | None = None,
+        enable_thinking: bool | str = False,
+        thinking_budget: int | None = None,
+        seed: int | None = None,
+        return_dict: bool = False,
         **kwargs,
-    ):
+    ) -> str | list[str] | ChatOutput | list[ChatOutput] | AnswerStream:
         """Answer a conversation, or a batch of them.
 
         Args:
@@ -124,37 +567,40 @@ class ChatMixin:
             vision_hidden_states: features [units, query_num, D] of each conversation, in place of encoding the
                 pictures again; the pictures are still needed, for the prompt.
             max_new_tokens, min_new_tokens: bounds of thought and answer together, in tokens.
-            sampling: True: temperature 0.7 and, without thinking, top_p 0.8, top_k 100, repetition_penalty 1.03.
-                False: 3 beams (1 when streaming), repetition_penalty 1.2. Keyword arguments override these; greedy
-                search is `sampling=False, num_beams=1, repetition_penalty=1.0`.
+            sampling: the older name of `decoding`: True is "sample", False is "beam" (1 beam when streaming).
             max_inp_length: most tokens the prompt may have; a longer one is an error.
             system_prompt: stands in front of each conversation.
             stream: return an [`AnswerStream`] of text instead of the text; closing it stops the model.
             max_slice_nums, use_image_id, temporal_ids: see `MiniCPMVProcessor.__call__`.
             enable_thinking: True lets the model think first; the text then begins with "<think>\\n". "auto" lets it
-                decide for each conversation (see `thinking_minicpmv`); those of a batch are then answered one by one.
+                decide for each conversation (see `decoding_minicpmv`); those of a batch are then answered one by one.
             thinking_budget: most tokens of a thought; then it is closed and the answer begins.
-            seed: makes sampling repeatable, without touching the global random state.
+            seed: makes sampling repeatable, without touching the global random state. Equal conversations of a batch
+                get different answers.
             return_dict: return [`ChatOutput`], with the thought apart, instead of text.
-            kwargs: arguments of `generate` (temperature, num_beams, stop_strings, ...), and options of the video
-                processor (fps, max_num_packing, start, ...).
+            kwargs: `decoding`: "greedy", "beam" (3 beams, repetition_penalty 1.2) or "sample" (temperature 0.7 and,
+                without thinking, top_p 0.8, top_k 100, repetition_penalty 1.03); without it the model's
+                generation_config decides whether it samples, unless temperature, top_p or top_k ask for it. Arguments of `generate` (temperature, num_beams,
+                stop_strings, ...) count over those, and options of the video processor (fps, max_num_packing, start,
+                ...) go there.
 
         Returns:
             `str`, for a batch a list of `str`, with `stream` an [`AnswerStream`]; with `return_dict` [`ChatOutput`].
 
         Raises:
             PromptTooLongError: the prompt has more than `max_inp_length` tokens.
+            ChatError: for messages that cannot be read, and for values and combinations that do not exist.
             TypeError: for an unknown keyword; names the nearest.
-            ValueError: for messages that cannot be read, and for combinations that do not exist.
         """
-        watch = Watch()
-        processor = self._chat_processor(processor, tokenizer)
+        watch = Watch(exact=return_dict)
+        processor = self.chat_processor(processor, tokenizer)
         conversations, is_batch = read_conversations(msgs, image, system_prompt)
         if stream and (is_batch or return_dict):
-            raise ValueError(
+            raise ChatError(
                 "stream=True gives the text of one conversation: pass one, and no return_dict (the stream has `output`)."
             )
-        settings = self._read_settings(
+        settings = ChatSettings(
+            self,
             processor,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
@@ -171,169 +617,93 @@ class ChatMixin:
         )
         begun = {messages[-1]["role"] == "assistant" for messages in conversations}
         if True in begun and (False in begun or settings.thinking):
-            raise ValueError(
+            raise ChatError(
                 "A conversation that ends with an answer is continued, without a thought: pass enable_thinking=False, and "
                 "no other conversations in the same batch."
             )
-        if settings.thinking == "auto":
-            if vision_hidden_states is not None:
-                raise ValueError(
-                    'enable_thinking="auto" takes no vision_hidden_states: put an EncodedImage into the messages.'
-                )
-            groups = temporal_ids if is_batch and temporal_ids is not None else [temporal_ids] * len(conversations)
-            if len(groups) != len(conversations):
-                raise ValueError(f"temporal_ids has {len(groups)} entries for {len(conversations)} conversations.")
-            each = [replace(settings, template=settings.template | {"temporal_ids": ids}) for ids in groups]
-            answers = [
-                self._prepare_turn(processor, messages, own)[1]
-                for messages, own in zip(conversations, each, strict=True)
-            ]
-        else:
-            answers = [self._prepare_batch(processor, conversations, settings, vision_hidden_states)]
-        watch.note("inputs")
-
-        def answer(watch, streamer=None):
-            with seeded(seed, self.device):
-                outputs = answers[0](watch, streamer)
-                for following in answers[1:]:
-                    outputs += following(Watch())
-                return outputs
-
+        if settings.thinking != "auto":
+            turns = [Turn(self, processor, conversations, settings, features=vision_hidden_states, watch=watch)]
+        elif vision_hidden_states is not None:
+            raise ChatError(
+                'enable_thinking="auto" takes no vision_hidden_states: put an EncodedImage into the messages.'
+            )
+        else:  # each may think or not
+            ids = temporal_ids if is_batch and temporal_ids is not None else [temporal_ids] * len(conversations)
+            if len(ids) != len(conversations):
+                raise ChatError(f"temporal_ids has {len(ids)} entries for {len(conversations)} conversations.")
+            rows = enumerate(zip(conversations, ids, strict=True))
+            each = [([messages], settings.of_row(row, own)) for row, (messages, own) in rows]
+            turns = [Turn(self, processor, *pair, watch=None if row else watch) for row, pair in enumerate(each)]
         if stream:
-            return AnswerStream(answer, watch, processor.tokenizer)
-        outputs = answer(watch)
-        if not return_dict:
-            outputs = [output.raw_text for output in outputs]
-        return outputs if is_batch else outputs[0]
+            return turns[0].stream()
+        outputs = [output for turn in turns for output in turn.run()]
+        answers = outputs if return_dict else [output.raw_text for output in outputs]
+        return answers if is_batch else answers[0]
 
-    # ---- one road to an answer ----
+    @torch.no_grad()
+    def encode_images(
+        self, images: Any, processor: ProcessorMixin | None = None, max_slice_nums: int | None = None
+    ) -> EncodedImage | list[EncodedImage]:
+        """Read pictures once, to ask about them many times.
 
-    def _prompts(self, processor, conversations, settings, thinking):
-        """The processor's inputs for conversations, with the mode's opening, or all with an answer to go on with."""
-        is_begun = conversations[0][-1]["role"] == "assistant"
-        variables = {} if thinking is None else {"enable_thinking": thinking}
-        return processor.apply_chat_template(
-            conversations,
-            chat_template=processor.tokenizer.chat_template,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=not is_begun,
-            continue_final_message=is_begun,
-            **variables,
-            **settings.template,
-        )
+        Args:
+            images: a picture, or a list of pictures.
+            processor: that in the model's own folder where it is not given.
+            max_slice_nums: see `MiniCPMVProcessor.__call__`; calls that use the pictures need the same.
 
-    def _prepare_batch(self, processor, conversations, settings, features=None):
-        """Make the inputs of a batch; returns a function (watch, streamer) -> [`ChatOutput`] list."""
-        memory = ConversationCache()
-        inputs = self._prompts(memory.attach(processor), conversations, settings, settings.thinking)
-        units = list(chain.from_iterable(read_units(inputs)))
+        Returns:
+            [`EncodedImage`], for a list a list of them: they stand in messages of this model as pictures do.
+        """
+        processor = self.chat_processor(processor)
+        is_one = not isinstance(images, (list, tuple))
+        images = [images] if is_one else list(images)
+        sliced = processor.image_processor.slice_all_to_patches(images, max_slice_nums)
+        units = [
+            VisualUnit((-1,), (pixels,), (size,))
+            for picture in sliced
+            for pixels, size in zip(picture.pixel_values, picture.tgt_sizes, strict=True)
+        ]
+        features = iter(encode(self, units) if units else ())
+        encoded = []
+        for image, picture in zip(images, sliced, strict=True):
+            slices = [torch.empty_like(pixels, device="meta") for pixels in picture.pixel_values]
+            own = [VisualUnit((-1,), (s,), (size,)) for s, size in zip(slices, picture.tgt_sizes, strict=True)]
+            features_of = {(self, unit): next(features).clone() for unit in own}
+            encoded.append(EncodedImage(image, replace(picture, pixel_values=slices), features_of))
+        return encoded[0] if is_one else encoded
 
-        def answer(watch, streamer=None):
-            ids, mask = inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
-            arguments = self._decoding_arguments(processor, settings, settings.thinking, ids.shape[1], watch)
-            if features is not None:
-                arguments["mm_encoder_outputs"] = {"image": features}
-            elif units:
-                readers = _readers(self, arguments)
-                memory.encode(units, *readers.values())
-                arguments["mm_encoder_outputs"] = {name: memory.rows(units, m) for name, m in readers.items()}
-                watch.note("vision", arguments["mm_encoder_outputs"]["image"])
-            if streamer is not None:
-                streamer.expect(ids.shape[1], settings.thinking, settings.max_new_tokens)
-                arguments["streamer"] = streamer
-            output = self.generate(ids, attention_mask=mask, **arguments)
-            rows = getattr(output, "sequences", output)[:, ids.shape[1] :].tolist()
-            lengths = mask.sum(-1).tolist()
-            watch.note("total")
-            return [
-                _read_output(processor, row, tokens, settings, settings.thinking, watch)
-                for row, tokens in zip(rows, lengths, strict=True)
-            ]
+    # ---- what sessions, training and serving are built on ----
 
-        return answer
+    read_conversations = staticmethod(read_conversations)
+    encode_units = encode
 
-    def _prepare_turn(self, processor, messages, settings, memory=None):
-        """Make the prompt of one conversation, whose states are cached in `memory` (with "auto": the fast one); returns
-        it, and a function (watch, streamer) -> list of one [`ChatOutput`]."""
-        memory = memory or ConversationCache()
-        attached = memory.attach(processor)
+    def chat_settings(self, processor: ProcessorMixin, **options) -> ChatSettings:
+        """Options of `chat()` that concern the answer, checked."""
+        return ChatSettings(self, processor, **options)
 
-        @cache
-        def prompt(thinking):
-            inputs = self._prompts(attached, [messages], settings, thinking)
-            ids, (units,) = inputs["input_ids"][0].tolist(), read_units(inputs)
-            return Prompt(ids, slot_keys(ids, units, self.config.image_token_id), units)
+    def chat_turn(
+        self, messages: list[dict], processor: ProcessorMixin, settings: ChatSettings, memory: CallMemory
+    ) -> Turn:
+        """The next answer of a conversation, whose pictures and states are kept in `memory`."""
+        return Turn(self, processor, [messages], settings, memory)
 
-        first = prompt(False if settings.thinking == "auto" else settings.thinking)
+    @staticmethod
+    def seeded_choice(seeds: Sequence[int | str], prompt_length: int) -> SeededChoice:
+        """A logits processor by which `generate(do_sample=True)` draws from `seeds`, one a row, and from nothing else."""
+        return SeededChoice(seeds, prompt_length)
 
-        def answer(watch, streamer=None):
-            thinking, draft = settings.thinking, []
-            facts = {"cached_tokens": memory.common_length(first.keys)}
-            if first.units:
-                readers = _readers(self, settings.decoding)
-                memory.encode(first.units, *readers.values())
-                watch.note("vision", memory.features[self, first.units[-1]])
-            if thinking == "auto":
-                thinking, draft, facts["need"] = self._decide(processor, messages, prompt, settings, memory, watch)
-                watch.timings.pop("first_token", None)  # that of the draft, which nobody has seen yet
-                if thinking:
-                    facts["draft_tokens"], draft = len(draft), []
-            chosen = prompt(thinking)
-            arguments = self._decoding_arguments(processor, settings, thinking, len(chosen.ids), watch)
-            if streamer is not None:
-                streamer.expect(len(chosen.ids), thinking, settings.max_new_tokens)
-            left = settings.max_new_tokens - len(draft)
-            stop_ids = arguments["eos_token_id"]
-            is_over = draft and (len(draft) < DRAFT_TOKENS or draft[-1] in stop_ids or not left)
-            if is_over or watch.cancelled.is_set():
-                new = draft
-                watch.note("first_token")
-                if streamer is not None:
-                    streamer.put(torch.tensor([[*chosen.ids, *draft]]))
-                    streamer.end()
-            else:
-                arguments["max_new_tokens"] = left
-                arguments["min_new_tokens"] = max(settings.min_new_tokens - len(draft), 0) or None
-                output = memory.generate(self, chosen, draft, **arguments, streamer=streamer)
-                new = draft + getattr(output, "sequences", output)[0, len(chosen.ids) + len(draft) :].tolist()
-            watch.note("total")
-            return [_read_output(processor, new, len(chosen.ids), settings, thinking, watch, **facts)]
+    def chat_processor(self, processor: ProcessorMixin | None = None, tokenizer: Any = None) -> ProcessorMixin:
+        """The processor that was given, or the one in the model's own folder; with `tokenizer` in place of its own.
 
-        return first, answer
-
-    def _decide(self, processor, messages, prompt, settings, memory, watch):
-        """Whether to think about this conversation: (decision, ids of a draft of the fast answer, need)."""
-        fast = prompt(False)
-        arguments = self._decoding_arguments(processor, settings, False, len(fast.ids), watch)
-        arguments["max_new_tokens"] = min(DRAFT_TOKENS, settings.max_new_tokens)
-        arguments["min_new_tokens"] = min(DRAFT_TOKENS, settings.min_new_tokens) or None
-        arguments |= {"return_dict_in_generate": True, "output_logits": True}
-        for name in ("prompt_lookup_num_tokens", "assistant_model"):
-            arguments.pop(name, None)
-        beams = arguments.get("num_beams") or 1
-        if beams > 1:
-            arguments |= {"num_beams": 1, "do_sample": False}
-        output = memory.generate(self, fast, **arguments)
-        draft = output.sequences[0, len(fast.ids) :].tolist()
-        question = [message for message in messages if message["role"] == "user"][-1]
-        texts, pictures = _question_size(question)
-        size = len(processor.tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"])
-        need = need_to_think(least_certainty(output.logits), size, pictures)
-        thinking = need >= self.thinking_threshold
-        return thinking, draft if thinking or beams == 1 else [], need
-
-    # ---- arguments ----
-
-    def _chat_processor(self, processor, tokenizer):
-        """The processor that was given, or the one in the model's own folder; with `tokenizer` in place of its own."""
+        Raises:
+            ChatError: there is none on this machine.
+        """
         if processor is None:
             processor = getattr(self, "_own_processor", None)
         if processor is None:
             folder = self.config._name_or_path
             if not folder:
-                raise ValueError(
+                raise ChatError(
                     "This model was not loaded from a folder. Pass processor=AutoProcessor.from_pretrained(...)."
                 )
             try:
@@ -343,9 +713,10 @@ class ChatMixin:
                     trust_remote_code=True,
                     local_files_only=True,
                     revision=None if os.path.isdir(folder) else getattr(self.config, "_commit_hash", None),
+                    **({"subfolder": self._subfolder} if getattr(self, "_subfolder", "") else {}),
                 )
             except (OSError, ValueError) as error:  # ValueError: the folder has a config, but no processor
-                raise ValueError(
+                raise ChatError(
                     f"No processor is stored with the model in {folder!r}, and chat() does not download one. Pass "
                     "processor=AutoProcessor.from_pretrained(...)."
                 ) from error
@@ -355,215 +726,34 @@ class ChatMixin:
             processor.tokenizer = tokenizer
         return processor
 
-    def _read_settings(
-        self,
-        processor,
-        max_new_tokens=2048,
-        min_new_tokens=0,
-        sampling=True,
-        max_inp_length=None,
-        stream=False,
-        max_slice_nums=None,
-        use_image_id=None,
-        temporal_ids=None,
-        enable_thinking=False,
-        thinking_budget=None,
-        seed=None,
-        **kwargs,
-    ):
-        """[`ChatSettings`] of the arguments of `chat()`; the other keywords go to the processor or to `generate`.
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, *args, subfolder: str = "", **kwargs):
+        """As of transformers; a subfolder is remembered, since the processor lies there too."""
+        if subfolder and os.path.isdir(folder := os.path.join(name, subfolder)):
+            name, subfolder = folder, ""  # where transformers would take the outer folder's generation_config.json
+        loaded = super().from_pretrained(name, *args, subfolder=subfolder, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._subfolder = subfolder
+        return loaded
 
-        Raises:
-            TypeError: for a keyword of neither; names the nearest.
-            ValueError: for values and combinations that do not exist.
+    def _get_logits_processor(self, generation_config, *args, **kwargs) -> LogitsProcessorList:
+        # A seeded choice is made from what temperature, top_p and the like leave, and so comes behind them; then nothing
+        # is left to draw, and the global random state stays as it is.
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        ordered = sorted(processors, key=lambda processor: isinstance(processor, SeededChoice))
+        if ordered and isinstance(ordered[-1], SeededChoice):
+            generation_config.do_sample = False
+        return LogitsProcessorList(ordered)
+
+    @property
+    def thinking_threshold(self) -> float:
+        """Need from which `enable_thinking="auto"` thinks."""
+        return getattr(self.config, "thinking_threshold", DEFAULT_THRESHOLD)
+
+    def set_threshold(self, threshold: float) -> None:
+        """Set the need, from 0 (always think) to 1 (never), from which `enable_thinking="auto"` thinks.
+
+        It is kept in the config, so `save_pretrained` stores it.
         """
-        if enable_thinking not in (True, False, "auto"):
-            raise ThinkingError(f'enable_thinking={enable_thinking!r} does not exist: choose True, False or "auto".')
-        if thinking_budget is not None and enable_thinking:
-            closing = len(processor.tokenizer(CLOSED_THOUGHT)["input_ids"])
-            room = max_new_tokens - closing - 1
-            if (
-                isinstance(thinking_budget, bool)
-                or not isinstance(thinking_budget, int)
-                or not 0 <= thinking_budget <= room
-            ):
-                raise ThinkingError(
-                    f"thinking_budget={thinking_budget!r} has to be a number from 0 to {room}: max_new_tokens="
-                    f"{max_new_tokens} bounds thought and answer together, and closing the thought takes {closing}. Lower "
-                    "the budget or raise max_new_tokens."
-                )
-        generation = {*vars(GenerationConfig()), *inspect.signature(GenerationMixin.generate).parameters}
-        generation = {name for name in generation if not name.startswith("_")} - {"self", "inputs", "kwargs"}
-        template, decoding = {}, {}
-        for name, value in kwargs.items():
-            if name in TOLERATED_ARGUMENTS:
-                continue
-            if name in generation:
-                decoding[name] = value
-            elif processor.is_option(name):
-                template[name] = value
-            else:
-                known = {
-                    *generation,
-                    *chain(*processor.option_names.values()),
-                    *inspect.signature(self.chat).parameters,
-                }
-                nearest = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-                raise TypeError(f"chat() got an unexpected keyword argument {name!r}.{hint}")
-        if stream and decoding.get("num_beams", 1) != 1:
-            raise ValueError(f"stream=True cannot follow {decoding['num_beams']} beams: pass num_beams=1.")
-        template |= {
-            "max_length": max_inp_length,
-            "max_slice_nums": max_slice_nums,
-            "use_image_id": use_image_id,
-            "temporal_ids": temporal_ids,
-        }
-        return ChatSettings(
-            template=template,
-            decoding=decoding,
-            thinking=enable_thinking,
-            thinking_budget=thinking_budget,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            sampling=sampling,
-            stream=stream,
-            seed=seed,
-        )
-
-    def _decoding_arguments(self, processor, settings, thinking, prompt_length, watch):
-        """Arguments of `generate` beside the prompt."""
-        tokenizer = processor.tokenizer
-        arguments = {
-            **_decoding_defaults(settings.sampling, thinking, settings.stream),
-            "max_new_tokens": settings.max_new_tokens,
-            "min_new_tokens": settings.min_new_tokens or None,
-            "eos_token_id": stop_ids_of(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "tokenizer": tokenizer,
-            **settings.decoding,
-        }
-        arguments["stopping_criteria"] = StoppingCriteriaList([*(arguments.get("stopping_criteria") or []), watch])
-        if thinking and settings.thinking_budget is not None:
-            closing = tokenizer(CLOSED_THOUGHT)["input_ids"]
-            think_end = tokenizer.convert_tokens_to_ids(THINK_END)
-            budget = ThoughtBudget(settings.thinking_budget, prompt_length, think_end, closing)
-            arguments["logits_processor"] = LogitsProcessorList([*(arguments.get("logits_processor") or []), budget])
-        return arguments
-
-
-def read_conversations(msgs, image=None, system_prompt=""):
-    """Bring the accepted forms of `msgs` to a list of conversations; also returns whether it was a batch.
-
-    Raises:
-        ValueError: names what is wrong with the messages.
-    """
-    if isinstance(msgs, str):
-        try:
-            msgs = json.loads(msgs)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"msgs is a string, but not JSON ({error}). Pass a list of messages.") from error
-    if not isinstance(msgs, (list, tuple)) or not msgs:
-        raise ValueError(f"msgs is a list of messages with at least one, not {msgs!r}.")
-    is_batch = isinstance(msgs[0], (list, tuple))
-    conversations = [list(messages) for messages in (msgs if is_batch else [msgs])]
-    images = image if is_batch and image is not None else [image] * len(conversations)
-    if len(images) != len(conversations):
-        raise ValueError(f"image has {len(images)} entries for {len(conversations)} conversations.")
-    for index, (messages, picture) in enumerate(zip(conversations, images, strict=True)):
-        for message in messages:
-            if not isinstance(message, Mapping) or message.get("role") not in ("system", "user", "assistant", "tool"):
-                raise ValueError(
-                    f"A message is a dict with 'content' and a 'role' of system, user, assistant or tool, not {message!r}."
-                )
-        if not messages or all(message["role"] == "system" for message in messages):
-            raise ValueError(f"Conversation {index} has no message of a user.")
-        if picture is not None:
-            place = next(place for place, message in enumerate(messages) if message["role"] != "system")
-            content = messages[place].get("content")
-            if not isinstance(content, str):
-                raise ValueError(
-                    "image= goes with a first message whose content is a string. Put pictures into the content list."
-                )
-            pictures = list(picture) if isinstance(picture, (list, tuple)) else [picture]
-            messages[place] = {**messages[place], "content": [*pictures, content]}
-        if system_prompt:
-            messages.insert(0, {"role": "system", "content": system_prompt})
-    return conversations, is_batch
-
-
-def _read_output(processor, ids, prompt_tokens, settings, thinking, watch, **facts):
-    """[`ChatOutput`] of the generated ids of one answer."""
-    tokenizer = processor.tokenizer
-    stop_ids = stop_ids_of(tokenizer)
-    ids = ids[: settings.max_new_tokens]  # guessed decoding may come to more (transformers 4.57, 5.0)
-    stops = [place for place, token in enumerate(ids) if token in stop_ids]
-    answer = ids[: stops[0]] if stops else ids
-    if stops:
-        finish_reason = "stop"
-    elif watch.cancelled.is_set():
-        finish_reason = "cancelled"
-    else:
-        finish_reason = "length" if len(ids) >= settings.max_new_tokens else "stop"
-    raw_text = (OPENING if thinking else "") + tokenizer.decode(answer, skip_special_tokens=False)
-    reasoning, text, reasoning_tokens = None, raw_text, 0
-    if thinking:
-        reasoning, text = split_thought(raw_text)
-        think_end = tokenizer.convert_tokens_to_ids(THINK_END)
-        reasoning_tokens = answer.index(think_end) + 1 if think_end in answer else len(answer)
-    return ChatOutput(
-        text=text,
-        reasoning=reasoning,
-        finish_reason=finish_reason,
-        prompt_tokens=prompt_tokens,
-        generated_tokens=len(answer) + bool(stops),
-        mode="deep" if thinking else "fast",
-        raw_text=raw_text,
-        reasoning_tokens=reasoning_tokens,
-        timings=dict(watch.timings),
-        **facts,
-    )
-
-
-def _decoding_defaults(sampling, enable_thinking, stream):
-    """The published defaults. What is None there falls back to the library's own default."""
-    if not sampling:
-        off = {"temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": False, "num_beams": 1 if stream else 3, "repetition_penalty": 1.2, **off}
-    if enable_thinking:
-        return {"do_sample": True, "temperature": 0.7}
-    return {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 100, "repetition_penalty": 1.03}
-
-
-def _readers(model, arguments):
-    """Who has to read the pictures: the model, and an assistant with a tower of its own."""
-    assistant = arguments.get("assistant_model")
-    readers = {"image": model}
-    return readers | {"assistant": assistant} if hasattr(assistant, "get_image_features") else readers
-
-
-def _question_size(message):
-    """Texts, and number of pictures and clips, of a message."""
-    content = message.get("content")
-    parts = [read_part(part) for part in (content if isinstance(content, (list, tuple)) else [content or ""])]
-    texts = [value for kind, value in parts if kind == "text"]
-    return texts, len(parts) - len(texts)
-
-
-class _Seeded(TorchFunctionMode):
-    """Draws of this thread come from a generator of their own."""
-
-    def __init__(self, seed, device):
-        super().__init__()
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is torch.multinomial:
-            kwargs = {"generator": self.generator, **kwargs}
-        return function(*args, **kwargs)
-
-
-def seeded(seed, device):
-    """A context whose sampling follows from `seed`, or where it is None from the global random state."""
-    return nullcontext() if seed is None else _Seeded(seed, device)
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+            raise ChatError(f"threshold={threshold!r} is no number from 0 (always think) to 1 (never think).")
+        self.config.thinking_threshold = float(threshold)

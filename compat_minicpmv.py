@@ -4,7 +4,7 @@ import inspect
 import warnings
 from typing import Any
 
-from transformers import ProcessorMixin, Qwen2TokenizerFast, Qwen3Model
+from transformers import Cache, GenerationMixin, ProcessorMixin, Qwen2TokenizerFast, Qwen3Model
 
 
 # transformers 5.24 renamed `past_key_values` to `cache`, in calls and in outputs.
@@ -12,14 +12,14 @@ CACHE_NAME = "cache" if "cache" in inspect.signature(Qwen3Model.forward).paramet
 CACHE_NAMES = ("cache", "past_key_values")
 
 
-def cache_of(cache, past_key_values):
+def cache_of(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
     """The key-value cache of a call that knows it by both names."""
     if past_key_values is not None and CACHE_NAME == "cache":
         warnings.warn("`past_key_values` is deprecated. Use `cache` instead.", FutureWarning, stacklevel=3)
     return past_key_values if cache is None else cache
 
 
-def take_cache(arguments: dict):
+def take_cache(arguments: dict) -> Cache | None:
     """Take the key-value cache out of keyword arguments, whichever name the caller gave it; None where there is none."""
     given = [arguments.pop(name, None) for name in CACHE_NAMES]
     return next((cache for cache in given if cache is not None), None)
@@ -39,3 +39,17 @@ class TokenizerBase(Qwen2TokenizerFast):
     @classmethod
     def _patch_mistral_regex(cls, tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
         return tokenizer
+
+
+class CompatGenerationMixin(GenerationMixin):
+    """[`GenerationMixin`] with what some versions of it need."""
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        # Before its first guess, assisted decoding passes the whole prompt even where its beginning is cached
+        # (transformers 5.10 to 5.24; earlier ones have no `next_sequence_length`).
+        cache = kwargs.get(CACHE_NAME)
+        if cache is not None and kwargs.get("next_sequence_length", 0) is None:
+            whole = kwargs.get("position_ids") if attention_mask is None else attention_mask
+            if whole is not None and whole.shape[-1] == input_ids.shape[1]:
+                kwargs["next_sequence_length"] = input_ids.shape[1] - cache.get_seq_length()
+        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)

@@ -5,43 +5,49 @@ What is special:
 - Image features replace the embeddings of the slot token (`config.image_token_id`) in the order of `input_ids`; frames
   of a clip are pictures that share their slots (`temporal_ids`), so there is one modality, "image".
 - `pixel_values` come as the processors give them, one list of slices a sample, or as one padded tensor.
-- `base_model` is a view of the same module that returns hidden states instead of logits.
+- `base_model` is the same model without its head: it returns hidden states instead of logits.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel, Qwen3ForCausalLM
+from transformers import Cache, DynamicCache, PreTrainedModel, Qwen3ForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .chat_minicpmv import ChatMixin
-from .compat_minicpmv import CACHE_NAME, CACHE_NAMES, cache_of, take_cache
+from .compat_minicpmv import CACHE_NAME, CACHE_NAMES, CompatGenerationMixin, cache_of, take_cache
 from .configuration_minicpmv import RESAMPLER_HEAD_DIM, MiniCPMVConfig
 
 # transformers 4 copies only the files that are named in this one.
-from .conversation_cache_minicpmv import ConversationCache  # noqa: F401
+from .decoding_minicpmv import SeededChoice  # noqa: F401
 from .image_loading_minicpmv import load_image  # noqa: F401
 from .messages_minicpmv import read_part  # noqa: F401
 from .resampler import STILL_IMAGE_ID, Resampler
-from .session_minicpmv import SessionMixin
-from .streaming_minicpmv import AnswerStream  # noqa: F401
-from .thinking_minicpmv import ThinkingMixin
 from .vision_minicpmv import MiniCPMVVisionTransformer
 
 
 VISUAL_INPUTS = ("pixel_values", "tgt_sizes", "temporal_ids")
 # Processors and other software pass these along; the model finds all it needs in `input_ids` and VISUAL_INPUTS.
-UNUSED_INPUTS = ("image_bound", "image_sizes", "mm_token_type_ids")
+UNUSED_INPUTS = ("image_bound", "image_sizes", "mm_token_type_ids", "video_metadata")
 TEMPORAL_PADDING_ID = -2  # fills up `temporal_ids` in tensor form
 
 
-def flatten_visual_inputs(pixel_values, tgt_sizes, temporal_ids=None):
+def flatten_visual_inputs(
+    pixel_values: Sequence | torch.Tensor,
+    tgt_sizes: Sequence | torch.Tensor,
+    temporal_ids: Sequence | torch.Tensor | None = None,
+) -> tuple[list[torch.Tensor], list[tuple[int, int]], list[list[int]]]:
     """Bring every accepted layout of the visual inputs to flat lists.
 
     Args:
@@ -112,7 +118,7 @@ class MiniCPMVPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         # Only functions reached through `nn.init`: transformers guards those against overwriting loaded weights.
         std = self.config.initializer_range
         if isinstance(module, Resampler):
@@ -125,29 +131,55 @@ class MiniCPMVPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class Backbone:
+class MiniCPMVModel:
     """The model without its head: called, it returns `last_hidden_state`; everything else is the model's own.
 
     Trainers that compute the loss in blocks ask `model.base_model(...)` for hidden states and must not pay for logits.
+    It is no module, since the checkpoint has no names for its parts but those of [`MiniCPMV`], and it holds no parts of
+    its own, since adapters exchange them.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: "MiniCPMV"):
         self._model = model
 
-    def __call__(self, *args, **kwargs):
-        return self._model.backbone_forward(*args, **kwargs)
+    def __call__(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: list | torch.Tensor | None = None,
+        tgt_sizes: list | torch.Tensor | None = None,
+        temporal_ids: list | torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        image_bound: list | None = None,
+        image_sizes: list | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """As `MiniCPMV.forward`, up to the last hidden states [B, L, D]."""
+        inputs_embeds = self._model._embed(
+            input_ids, inputs_embeds, pixel_values, tgt_sizes, temporal_ids, mm_encoder_outputs
+        )
+        cache = take_cache(kwargs)
+        return self._model.get_decoder()(inputs_embeds=inputs_embeds, **{CACHE_NAME: cache}, **kwargs)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str):
+        if name == "_model":  # not yet there while an object is copied
+            raise AttributeError(name)
         return getattr(self._model, name)
 
 
-class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, GenerationMixin):
+# id of a model -> its `base_model`, as long as somebody has it. A model that held it would hold itself, and outlive its
+# last reference.
+_BASE_MODELS: WeakValueDictionary[int, MiniCPMVModel] = WeakValueDictionary()
+
+
+class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
     """MiniCPM-V 4.5 for chat and generation over text, pictures and video.
 
     Source: https://arxiv.org/abs/2509.18154 and the card of openbmb/MiniCPM-V-4_5.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: MiniCPMVConfig):
         super().__init__(config)
         self.llm = Qwen3ForCausalLM(config)
         self.vpm = MiniCPMVVisionTransformer(config.vision_config)
@@ -164,28 +196,29 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
     # ---- parts ----
 
     @property
-    def base_model(self):
-        return Backbone(self)
+    def base_model(self) -> MiniCPMVModel:
+        return _BASE_MODELS.setdefault(id(self), MiniCPMVModel(self))
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.llm.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.llm.set_input_embeddings(value)
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module:
         return self.llm.get_output_embeddings()
 
-    def set_output_embeddings(self, value):
+    def set_output_embeddings(self, value: nn.Module) -> None:
         self.llm.set_output_embeddings(value)
 
-    def get_decoder(self):
+    def get_decoder(self) -> nn.Module:
         return self.llm.get_decoder()
 
-    def set_decoder(self, decoder):
+    def set_decoder(self, decoder: nn.Module) -> None:
         self.llm.set_decoder(decoder)
 
-    def get_encoder(self, modality=None):
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        # For transformers and PEFT, whose own search would go from here to `base_model` and back without end.
         return self.vpm if modality in (None, "image") else self
 
     # ---- pictures ----
@@ -193,13 +226,13 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values,
-        tgt_sizes,
-        temporal_ids=None,
-        output_attentions=None,
-        output_hidden_states=None,
+        pixel_values: list | torch.Tensor,
+        tgt_sizes: list | torch.Tensor,
+        temporal_ids: list | torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs,
-    ):
+    ) -> BaseModelOutputWithPooling:
         """Encode pictures and frames (layouts: [`flatten_visual_inputs`]).
 
         Returns:
@@ -234,7 +267,7 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
             attentions=attentions,
         )
 
-    def _chunks(self, units):
+    def _chunks(self, units: list[list[int]]) -> Iterator[list[list[int]]]:
         """Split units into chunks of about `vision_batch_size` slices, which bounds the memory of the tower.
 
         With ZeRO-3 there is one chunk: every process has to run the tower equally often.
@@ -250,7 +283,12 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
         if chunk:
             yield chunk
 
-    def get_placeholder_mask(self, input_ids, inputs_embeds, image_features=None):
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+        image_features: torch.Tensor | None = None,
+    ) -> torch.BoolTensor:
         """Where the image slots lie: bool [B, L]. Without `input_ids`, where the embeddings are those of the slot token.
 
         Raises:
@@ -269,9 +307,15 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
         return mask
 
     def _embed(
-        self, input_ids, inputs_embeds, pixel_values=None, tgt_sizes=None, temporal_ids=None, mm_encoder_outputs=None
-    ):
-        """Embeddings of the prompt [B, L, D] with image features in their slots."""
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: list | torch.Tensor | None = None,
+        tgt_sizes: list | torch.Tensor | None = None,
+        temporal_ids: list | torch.Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+    ) -> torch.Tensor:
+        """Embeddings of a prompt [B, L, D] with image features in their slots; arguments as of `forward`."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         features = (mm_encoder_outputs or {}).get("image")
@@ -285,7 +329,7 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
             return inputs_embeds + self._vision_zero().to(inputs_embeds) if self._needs_vision() else inputs_embeds
         return inputs_embeds.masked_scatter(mask[..., None].to(inputs_embeds.device), rows.to(inputs_embeds))
 
-    def _needs_vision(self):
+    def _needs_vision(self) -> bool:
         """Whether a batch without pictures has to run tower and resampler all the same. In distributed training every
         process has to touch every parameter that trains; with ZeRO-3 also those that do not, and in evaluation."""
         if is_deepspeed_zero3_enabled():
@@ -294,7 +338,7 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
             return False
         return any(p.requires_grad for p in chain(self.vpm.parameters(), self.resampler.parameters()))
 
-    def _vision_zero(self):
+    def _vision_zero(self) -> torch.Tensor:
         """Zero, computed through tower and resampler."""
         patch_size = self.config.patch_size
         blank = torch.zeros(self.config.vision_config.num_channels, patch_size, patch_size)
@@ -302,28 +346,35 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
 
     # ---- forward ----
 
+    def __call__(self, *args, data: Mapping | None = None, **kwargs):
+        # LLaMA-Factory and the published code give the arguments as one dict; those beside it win.
+        if args and isinstance(args[0], Mapping):
+            data, args = args[0], args[1:]
+        if data is not None:
+            kwargs = dict(data) | {name: value for name, value in kwargs.items() if value is not None}
+        return super().__call__(*args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        pixel_values=None,
-        tgt_sizes=None,
-        temporal_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        cache=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        mm_encoder_outputs=None,
-        image_bound=None,
-        image_sizes=None,
-        mm_token_type_ids=None,
-        data=None,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: list | torch.Tensor | None = None,
+        tgt_sizes: list | torch.Tensor | None = None,
+        temporal_ids: list | torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
+        image_bound: list | None = None,
+        image_sizes: list | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ):
+    ) -> CausalLMOutputWithPast:
         """One pass over a batch.
 
         Args:
@@ -334,7 +385,6 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
             logits_to_keep: compute logits of the last so many positions only (0: all).
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of pixels.
             image_bound, image_sizes, mm_token_type_ids: taken because processors give them; not read.
-            data: the older calling style, a dict with the arguments above; arguments given beside it win.
 
         Returns:
             [`CausalLMOutputWithPast`] of the language model.
@@ -342,26 +392,6 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
         Raises:
             ValueError: when slots and features differ in number, or the visual inputs contradict each other.
         """
-        if isinstance(input_ids, Mapping):
-            input_ids, data = None, input_ids
-        if data is not None:
-            given = {
-                "input_ids": input_ids,
-                "pixel_values": pixel_values,
-                "tgt_sizes": tgt_sizes,
-                "temporal_ids": temporal_ids,
-                "attention_mask": attention_mask,
-                "position_ids": position_ids,
-                CACHE_NAME: cache_of(cache, past_key_values),
-                "inputs_embeds": inputs_embeds,
-                "labels": labels,
-                "use_cache": use_cache,
-                "logits_to_keep": None if isinstance(logits_to_keep, int) and logits_to_keep == 0 else logits_to_keep,
-                "mm_encoder_outputs": mm_encoder_outputs,
-                **kwargs,
-            }
-            # `forward`, not `self`: the hooks of this call (sharding, offloading) have run.
-            return self.forward(**dict(data) | {name: value for name, value in given.items() if value is not None})
         inputs_embeds = self._embed(
             input_ids, inputs_embeds, pixel_values, tgt_sizes, temporal_ids, mm_encoder_outputs
         )
@@ -376,27 +406,7 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
             **kwargs,
         )
 
-    def backbone_forward(
-        self,
-        input_ids=None,
-        pixel_values=None,
-        tgt_sizes=None,
-        temporal_ids=None,
-        inputs_embeds=None,
-        mm_encoder_outputs=None,
-        image_bound=None,
-        image_sizes=None,
-        mm_token_type_ids=None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
-        """`forward` up to the last hidden states, without the head."""
-        inputs_embeds = self._embed(
-            input_ids, inputs_embeds, pixel_values, tgt_sizes, temporal_ids, mm_encoder_outputs
-        )
-        cache = take_cache(kwargs)
-        return self.get_decoder()(inputs_embeds=inputs_embeds, **{CACHE_NAME: cache}, **kwargs)
-
-    def get_vllm_embedding(self, data):
+    def get_vllm_embedding(self, data: Mapping) -> tuple[torch.Tensor, list]:
         """The older way to embed a batch, used by training frameworks; gradients flow.
 
         Args:
@@ -416,7 +426,7 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
             return inputs_embeds, [[] for _ in input_ids]
         return inputs_embeds, self._split_by_sample(_feature_rows(features), input_ids)
 
-    def _split_by_sample(self, rows, input_ids):
+    def _split_by_sample(self, rows: torch.Tensor, input_ids: torch.LongTensor) -> list[torch.Tensor]:
         """Features [slots, D] to one tensor [units, query_num, D] for each row of `input_ids`."""
         slots = (input_ids == self.config.image_token_id).sum(-1).tolist()
         return [part.view(-1, self.config.query_num, rows.shape[-1]) for part in rows.split(slots)]
@@ -424,7 +434,7 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
     # ---- generation ----
 
     @torch.no_grad()
-    def generate(self, inputs=None, *args, **kwargs):
+    def generate(self, inputs: torch.LongTensor | Mapping | None = None, *args, **kwargs):
         """[`GenerationMixin.generate`] over text, pictures and video; the result starts with the prompt ids.
 
         Takes everything that the processor returns. `inputs` may also be that dict itself, and
@@ -448,7 +458,7 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
         self._prefill_pictures(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
         return super().generate(inputs, *args, **kwargs)
 
-    def _prefill_pictures(self, input_ids, kwargs):
+    def _prefill_pictures(self, input_ids: torch.LongTensor | None, kwargs: dict) -> None:
         """Fit the pictures in `kwargs` to a filled cache. Where tokens will be guessed, put them into the cache here: the
         first guess may hold slots, which generate's own prefill would count."""
         cache, assistant = kwargs.get(CACHE_NAME), kwargs.get("assistant_model")
@@ -470,15 +480,19 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
         rows = self.uncached_rows(outputs.pop("image", None), input_ids, cached)
         if rows is not None and len(rows) and guesses:
             kwargs[CACHE_NAME] = cache = DynamicCache(config=self.config) if cache is None else cache
-            self.backbone_forward(
-                input_ids[:, cached:-1], mm_encoder_outputs={"image": rows}, past_key_values=cache, use_cache=True
-            )
+            self._fill_cache(self, input_ids[:, cached:-1], rows, cache)
         elif rows is not None and len(rows):
             outputs["image"] = rows
         if outputs:
             kwargs["mm_encoder_outputs"] = outputs
 
-    def uncached_rows(self, features, input_ids, cached):
+    @staticmethod
+    def _fill_cache(model, input_ids, features, cache):
+        # The whole model, though nobody reads its logits: hooks that unpack or fetch weights stand there.
+        outputs = {"image": features}
+        model(input_ids, mm_encoder_outputs=outputs, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
+
+    def uncached_rows(self, features, input_ids: torch.LongTensor, cached: int) -> torch.Tensor | None:
         """Rows [slots, D] of the `features` of a whole prompt for the slots behind its first `cached` tokens."""
         if features is None:
             return None
@@ -488,16 +502,6 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
         uncached[:, :cached] = False
         return rows[uncached[slots].to(rows.device)]
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-        # Before its first guess, assisted decoding passes the whole prompt even where its beginning is cached
-        # (transformers 5.10 to 5.24; earlier ones have no `next_sequence_length`).
-        cache = kwargs.get(CACHE_NAME)
-        if cache is not None and kwargs.get("next_sequence_length", 0) is None:
-            whole = kwargs.get("position_ids") if attention_mask is None else attention_mask
-            if whole is not None and whole.shape[-1] == input_ids.shape[1]:
-                kwargs["next_sequence_length"] = input_ids.shape[1] - cache.get_seq_length()
-        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
-
     def _get_candidate_generator(self, *, input_ids, assistant_model=None, model_kwargs=None, **kwargs):
         # The assistant cannot use this model's features, and the library would not pass it others.
         features = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("assistant")
@@ -506,9 +510,7 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
         )
         if features is not None:
             cache = DynamicCache(config=assistant_model.config)
-            assistant_model.backbone_forward(
-                input_ids[:, :-1], mm_encoder_outputs={"image": features}, past_key_values=cache, use_cache=True
-            )
+            self._fill_cache(assistant_model, input_ids[:, :-1], features, cache)
             generator.assistant_kwargs[CACHE_NAME] = cache
         return generator
 
@@ -539,7 +541,7 @@ class MiniCPMV(ChatMixin, SessionMixin, ThinkingMixin, MiniCPMVPreTrainedModel, 
         return model_kwargs
 
 
-def _feature_rows(features):
+def _feature_rows(features) -> torch.Tensor:
     """Features in any accepted form (output object, tensor [..., D], list of tensors) as rows [slots, D]."""
     features = getattr(features, "pooler_output", features)
     if not isinstance(features, torch.Tensor):

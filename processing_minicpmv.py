@@ -48,6 +48,7 @@ from .messages_minicpmv import (
     kind_of,
     mark_typed,
     read_message,
+    read_part,
     split_thought,
     typed_guard,
     write_thought,
@@ -164,6 +165,7 @@ class MiniCPMVProcessor(ProcessorBase):
     split_thought = staticmethod(split_thought)
     write_thought = staticmethod(write_thought)
     kind_of = staticmethod(kind_of)
+    read_part = staticmethod(read_part)
     pad_visual_inputs = staticmethod(pad_visual_inputs)
 
     def load_image(self, source: Any) -> Image.Image:

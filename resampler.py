@@ -9,6 +9,7 @@ What is special:
   72,000 tenths of a second; here neither has an end.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby
 
@@ -20,18 +21,20 @@ from torch import nn
 STILL_IMAGE_ID = -1  # the temporal id of a picture that is not part of a clip: no time is added
 
 
-def sincos_positions(positions, dim):
+def sincos_positions(positions: Sequence[int], dim: int) -> np.ndarray:
     """Sin-cos embedding of `positions` (any numbers [n]) in `dim` channels: float32 array [n, dim], sines first.
 
-    The frequencies 1 / 10000 ** (i / (dim / 2)) are numpy float32: torch's power differs by 8e-4 at position 7000.
+    The frequencies are 1 / 10000 ** (i / (dim / 2)). Each is rounded to float32, as are the angles: the checkpoint learned
+    with tables that were. Powers and sines are float64 and rounded once, since those of float32 differ between CPUs.
     """
-    frequencies = 1.0 / 10000 ** (np.arange(dim // 2, dtype=np.float32) / np.float32(dim / 2))
-    angles = np.asarray(positions, dtype=np.float32)[:, None] * frequencies.astype(np.float32)
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    frequencies = (10000.0 ** -(np.arange(dim // 2) / (dim / 2))).astype(np.float32)
+    angles = np.asarray(positions, dtype=np.float32)[:, None] * frequencies  # [n, dim / 2]
+    angles = angles.astype(np.float64)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
 @lru_cache(maxsize=8)
-def axis_positions(count, dim):
+def axis_positions(count: int, dim: int) -> np.ndarray:
     """Sin-cos embedding of 0 .. count - 1, float32 array [count, dim]; cached, since most slices share a few sides."""
     return sincos_positions(np.arange(count), dim)
 
@@ -42,7 +45,15 @@ class ResamplerAttention(nn.MultiheadAttention):
     Its parameters keep the names of the checkpoint and it stays a `nn.MultiheadAttention` for exporters and PEFT.
     """
 
-    def forward(self, query, key, value, *args, lengths=None, **kwargs):
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *args,
+        lengths: list[int] | None = None,
+        **kwargs,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """query [Q, D], key and value [patches, D], `lengths` patches of each unit -> [units, Q, D]."""
         if lengths is None:
             return super().forward(query, key, value, *args, **kwargs)
@@ -75,7 +86,7 @@ class Resampler(nn.Module):
         kv_dim: width of the tower.
     """
 
-    def __init__(self, num_queries, embed_dim, num_heads, kv_dim):
+    def __init__(self, num_queries: int, embed_dim: int, num_heads: int, kv_dim: int):
         super().__init__()
         self.num_queries = num_queries
         self.embed_dim = embed_dim
@@ -87,7 +98,9 @@ class Resampler(nn.Module):
         self.ln_post = nn.LayerNorm(embed_dim, eps=1e-6)
         self.proj = nn.Parameter(torch.zeros(embed_dim, embed_dim))
 
-    def forward(self, hidden_states, tgt_sizes, temporal_ids):
+    def forward(
+        self, hidden_states: torch.Tensor, tgt_sizes: Sequence[tuple[int, int]], temporal_ids: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
         """Compress the packed output of the tower.
 
         Args:
@@ -108,7 +121,9 @@ class Resampler(nn.Module):
         attended = self.attn(self.ln_q(self.query), keys, values, lengths=lengths)  # [units, Q, D]
         return self.ln_post(attended) @ self.proj
 
-    def positions(self, tgt_sizes, temporal_ids, device):
+    def positions(
+        self, tgt_sizes: Sequence[tuple[int, int]], temporal_ids: Sequence[int], device: torch.device | str
+    ) -> torch.Tensor:
         """Position of every patch, float32 [patches, D]: column, row and, for a frame of a clip, its time."""
         half = self.embed_dim // 2
         distinct = dict.fromkeys(tgt_sizes)

@@ -7,9 +7,10 @@ What is special:
 - The position table is 70 x 70; a slice of n patches a side reads it by bucketing n evenly spaced coordinates.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from .configuration_minicpmv import MiniCPMVVisionConfig
 
 
 @lru_cache(maxsize=512)
-def position_buckets(num_patches, table_side):
+def position_buckets(num_patches: int, table_side: int) -> np.ndarray:
     """Rows (or columns) of the position table that a side of `num_patches` patches reads, as an array [num_patches].
 
     The float32 steps and the tiny margin are those the checkpoint was trained with; `arange(n) / n` gives other
@@ -38,7 +39,7 @@ def position_buckets(num_patches, table_side):
     return torch.bucketize(coordinates, boundaries, right=True).numpy()
 
 
-def position_ids(tgt_sizes, table_side):
+def position_ids(tgt_sizes: Sequence[tuple[int, int]], table_side: int) -> np.ndarray:
     """Ids in the position table of all patches of slices of `tgt_sizes` (rows, columns), packed: int64 array [patches]."""
     ids = []
     for rows, columns in tgt_sizes:
@@ -47,15 +48,16 @@ def position_ids(tgt_sizes, table_side):
     return np.concatenate(ids)
 
 
-class PackedSlices(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class PackedSlices:
     """Where the slices of one packed sequence lie."""
 
-    runs: list  # (first patch, slices, patches a slice) for each run of equally long slices
+    runs: list[tuple[int, int, int]]  # (first patch, slices, patches a slice) for each run of equally long slices
     cu_seqlens: torch.Tensor  # int32 [slices + 1], the first patch of every slice, then the end
     max_length: int  # patches of the longest slice
 
     @classmethod
-    def from_lengths(cls, lengths, device):
+    def from_lengths(cls, lengths: list[int], device: torch.device) -> "PackedSlices":
         runs, start = [], 0
         for length, group in groupby(lengths):
             count = len(list(group))
@@ -65,7 +67,16 @@ class PackedSlices(NamedTuple):
         return cls(runs, cu_seqlens, max(lengths))
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain attention over [B, H, L, d]; returns the output [B, L, H, d] and the weights [B, H, L, L]."""
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
@@ -75,7 +86,7 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
-def cpu_attention(query, key, value, scaling):
+def cpu_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
     """Attention over [B, H, L, d] without gradients, a few heads at a time; returns [B, L, H, d].
 
     In 16-bit floats on a CPU this takes half the time of the fused kernel: the scores of a few heads stay in the cache,
@@ -94,7 +105,7 @@ def cpu_attention(query, key, value, scaling):
 class MiniCPMVVisionEmbeddings(nn.Module):
     """Patches to vectors, plus the learned position of each."""
 
-    def __init__(self, config):
+    def __init__(self, config: MiniCPMVVisionConfig):
         super().__init__()
         self.embed_dim = config.hidden_size
         self.patch_size = config.patch_size
@@ -102,7 +113,7 @@ class MiniCPMVVisionEmbeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
         self.position_embedding = nn.Embedding(self.num_patches_per_side**2, config.hidden_size)
 
-    def forward(self, pixel_values, tgt_sizes):
+    def forward(self, pixel_values: torch.Tensor, tgt_sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
         """pixel_values: one strip [3, P, P * patches] -> [1, patches, D]."""
         patches = self.patch_embedding(pixel_values[None])  # [1, D, 1, patches]
         ids = torch.from_numpy(position_ids(tgt_sizes, self.num_patches_per_side)).to(pixel_values.device)
@@ -115,7 +126,7 @@ class MiniCPMVVisionAttention(nn.Module):
     is_causal = False
     num_key_value_groups = 1
 
-    def __init__(self, config):
+    def __init__(self, config: MiniCPMVVisionConfig):
         super().__init__()
         self.config = config
         self.embed_dim = config.hidden_size
@@ -128,7 +139,13 @@ class MiniCPMVVisionAttention(nn.Module):
         self.v_proj = nn.Linear(self.embed_dim, self.embed_dim)
         self.out_proj = nn.Linear(self.embed_dim, self.embed_dim)
 
-    def forward(self, hidden_states, attention_mask=None, output_attentions=False, packed=None):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        packed: PackedSlices | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
         """Returns the output [B, L, D] and the weights: of a padded batch [B, H, L, L], of packed slices a list of
         [H, patches, patches], None unless the attention is eager."""
         batch, length, _ = hidden_states.shape
@@ -174,13 +191,13 @@ class MiniCPMVVisionAttention(nn.Module):
 class MiniCPMVVisionMLP(nn.Module):
     chunk_size = 1024  # patches at a time on a CPU without gradients: the wide activations then stay in the cache
 
-    def __init__(self, config):
+    def __init__(self, config: MiniCPMVVisionConfig):
         super().__init__()
         self.activation = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.device.type != "cpu" or torch.is_grad_enabled():
             return self.fc2(self.activation(self.fc1(hidden_states)))
         chunks = hidden_states.split(self.chunk_size, dim=1)
@@ -190,14 +207,20 @@ class MiniCPMVVisionMLP(nn.Module):
 class MiniCPMVVisionEncoderLayer(GradientCheckpointingLayer):
     """Pre-norm transformer layer."""
 
-    def __init__(self, config):
+    def __init__(self, config: MiniCPMVVisionConfig):
         super().__init__()
         self.self_attn = MiniCPMVVisionAttention(config)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MiniCPMVVisionMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_states, attention_mask=None, output_attentions=False, **packing):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **packing,
+    ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
         attended, weights = self.self_attn(
             self.layer_norm1(hidden_states),
             attention_mask=attention_mask,
@@ -211,20 +234,20 @@ class MiniCPMVVisionEncoderLayer(GradientCheckpointingLayer):
 class MiniCPMVVisionEncoder(nn.Module):
     """The stack of layers. Exporters call it on a padded batch with an additive mask, the tower on packed slices."""
 
-    def __init__(self, config):
+    def __init__(self, config: MiniCPMVVisionConfig):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList([MiniCPMVVisionEncoderLayer(config) for _ in range(config.num_hidden_layers)])
 
     def forward(
         self,
-        inputs_embeds,
-        attention_mask=None,
-        output_attentions=False,
-        output_hidden_states=False,
-        return_dict=True,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
         **packing,
-    ):
+    ) -> BaseModelOutput | tuple:
         hidden_states, all_hidden_states, all_attentions = inputs_embeds, (inputs_embeds,), ()
         for layer in self.layers:
             hidden_states, weights = layer(hidden_states, attention_mask, output_attentions, **packing)
@@ -254,7 +277,7 @@ class MiniCPMVVisionTransformer(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config):
+    def __init__(self, config: MiniCPMVVisionConfig):
         super().__init__(config)
         self.embeddings = MiniCPMVVisionEmbeddings(config)
         self.encoder = MiniCPMVVisionEncoder(config)
@@ -262,14 +285,20 @@ class MiniCPMVVisionTransformer(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def _can_set_attn_implementation(cls):
+    def _can_set_attn_implementation(cls) -> bool:
         # transformers guesses this from the text of the module, by a pattern that is not the same in all its versions.
         return True
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embedding
 
-    def forward(self, pixel_values, tgt_sizes, output_attentions=None, output_hidden_states=None):
+    def forward(
+        self,
+        pixel_values: Sequence[torch.Tensor],
+        tgt_sizes: Sequence[tuple[int, int]],
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutput:
         """Encode slices.
 
         Args:

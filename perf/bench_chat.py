@@ -25,9 +25,11 @@ from measurement import Measurement, heading, write_json
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoProcessor, CompileConfig
 
+from minicpmv.chat import ChatSession
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-GREEDY = {"sampling": False, "num_beams": 1, "repetition_penalty": 1.0}
+GREEDY = {"decoding": "greedy"}
 MAX_SLICE_NUMS = 9  # the published setting, for nano too
 CLIP = REPOSITORY / "assets" / "big_buck_bunny.mp4"
 SMALL = {
@@ -132,7 +134,7 @@ class Bench:
         options = {"max_slice_nums": MAX_SLICE_NUMS, "max_new_tokens": 16, "min_new_tokens": 16, **GREEDY}
         times: list[list[float]] = [[] for _ in questions]
         for _ in range(self.repeats + 1):
-            session = self.model.start_chat(self.processor, **options)
+            session = ChatSession(self.model, self.processor, **options)
             for turn, question in enumerate(questions):
                 times[turn].append(session.send(question).timings["first_token"])
         first, *others = (median(turn[1:]) * 1e3 for turn in times)

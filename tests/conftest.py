@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REPOSITORY = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
 NANO = REPOSITORY / "nano"
-GREEDY = {"sampling": False, "num_beams": 1, "repetition_penalty": 1.0}
+GREEDY = {"decoding": "greedy"}
 
 
 def ground_floor(name):

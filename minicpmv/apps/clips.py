@@ -16,7 +16,7 @@ from minicpmv.errors import MiniCPMVError
 
 PROMPT = "Describe what happens in this part of a video in one or two sentences. Tell only what can be seen."
 MOST_SEGMENTS = 10_000
-GREEDY = {"sampling": False, "num_beams": 1, "repetition_penalty": 1.0}
+GREEDY = {"decoding": "greedy"}
 
 
 @dataclass(frozen=True)

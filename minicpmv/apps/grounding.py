@@ -20,7 +20,7 @@ from minicpmv.errors import MiniCPMVError
 # The words that MiniCPM-V was trained with (model card); the processor writes the name behind them, between ref tags.
 QUESTION = "Please provide the bounding box coordinate of the region this sentence describes: "
 SCALE = 1000
-GREEDY = {"sampling": False, "num_beams": 1, "repetition_penalty": 1.0}
+GREEDY = {"decoding": "greedy"}
 COLORS = ("#d62828", "#2850d2", "#289c3c", "#f58c14", "#8c32aa", "#00a0a8", "#c2185b", "#6d4c41")
 
 # A whole ref, a whole box, or a tag that belongs to neither.

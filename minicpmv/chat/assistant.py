@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from minicpmv.chat.session import ChatSession
 from minicpmv.errors import MiniCPMVError
 
 
@@ -177,8 +178,8 @@ class Assistant:
             turn = self.turns[index]
             parts = turn.content if with_media else [FORGOTTEN if _is_media(part) else part for part in turn.content]
             history += [{"role": "user", "content": parts}, {"role": "assistant", "content": turn.answer}]
-        return self.model.start_chat(
-            self.processor, system_prompt=self.system_prompt, history=history or None, **self._options
+        return ChatSession(
+            self.model, self.processor, system_prompt=self.system_prompt, history=history or None, **self._options
         )
 
     def _keep(self, session, first, view, output):

@@ -85,7 +85,10 @@ def ask(
             raise QuestionError('there is no question: give it last, as in: minicpmv ask cat.jpg "What is this?"')
 
         loaded, processor = terminal.load_shown(console, model, revision, trust_remote_code)
-        session = loaded.start_chat(
+        from minicpmv.chat import ChatSession  # imports torch, as loading did
+
+        session = ChatSession(
+            loaded,
             processor,
             system_prompt=system,
             max_tokens=loaded.config.max_position_embeddings,

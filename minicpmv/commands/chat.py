@@ -134,9 +134,12 @@ class Conversation:
     """
 
     def __init__(self, model, processor, console, name, enable_thinking, **settings):
+        from minicpmv.chat import ChatSession  # imports torch
+
         self.model, self.processor, self.console, self.name = model, processor, console, name
+        self.sessions = ChatSession
         self.thinking, self.settings = enable_thinking, settings
-        self.session = model.start_chat(processor, **settings)
+        self.session = self.sessions(model, processor, **settings)
         self.changed = {}  # settings of answers since then
         self.waiting = []  # images and videos for the next question
         self.is_noted = False  # what the model knows
@@ -196,7 +199,7 @@ class Conversation:
             self.set(*rest.split(maxsplit=1))
         elif name == "/reset":
             # A new session, not session.reset(): a conversation that was loaded ends here too.
-            self.session = self.model.start_chat(self.processor, **self.settings)
+            self.session = self.sessions(self.model, self.processor, **self.settings)
             self.waiting, self.thought = [], None
             terminal.note("the conversation begins anew")
         elif name == "/save":
@@ -207,7 +210,7 @@ class Conversation:
             terminal.note(f"saved in {folder}")
         elif name == "/load":
             settings = {key: value for key, value in self.settings.items() if key != "system_prompt"}
-            self.session = self.model.load_chat(folder, self.processor, **settings)  # which brings its own
+            self.session = self.sessions.load(folder, self.model, self.processor, **settings)  # which brings its own
             self.waiting, self.thought = [], None
             turns = sum(message["role"] == "user" for message in self.session.history)
             terminal.note(f"going on after {turns} question{'s' * (turns != 1)}")

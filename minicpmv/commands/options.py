@@ -50,7 +50,7 @@ def decoding_options(temperature: float | None) -> dict[str, Any]:
     if temperature is None:
         return {}
     if temperature == 0:
-        return {"sampling": False, "num_beams": 1, "repetition_penalty": 1.0}
+        return {"decoding": "greedy"}
     return {"temperature": temperature}
 
 

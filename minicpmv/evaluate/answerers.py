@@ -16,7 +16,7 @@ from minicpmv.evaluate.benchmark import Prompt, Row
 from minicpmv.evaluate.sample_log import SampleKey
 
 
-GREEDY = {"sampling": False, "num_beams": 1, "repetition_penalty": 1.0}
+GREEDY = {"decoding": "greedy"}
 # Questions held in memory to be shared out to batches by their options, as a number of batches: with more of them, rows
 # of mixed options fill their batches better, but large images soon take a gigabyte.
 BATCHES_IN_MEMORY = 2

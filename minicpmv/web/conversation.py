@@ -176,10 +176,12 @@ class Conversation:
     def _session_for(self, settings):
         if self._is_answering:
             raise ConversationError("Wait for the end of the answer, or stop it.")
+        from minicpmv.chat import ChatSession  # imports torch
+
         if self._session is not None and settings.of_session == self._settings.of_session:
             return self._session
         history = self._session.history if self._session is not None else None
-        return self.model.start_chat(self.processor, history=history, **settings.of_session)
+        return ChatSession(self.model, self.processor, history=history, **settings.of_session)
 
     def _last_question(self):
         places = [place for place, message in enumerate(self.messages) if message["role"] == "user"]

@@ -16,6 +16,7 @@ from reportlab.lib.pdfencrypt import StandardEncryption
 from reportlab.lib.utils import ImageReader
 from reportlab.pdfgen import canvas
 
+import minicpmv.chat
 from minicpmv.apps.documents.language import detect_language
 from minicpmv.apps.documents.pages import (
     DocumentError,
@@ -290,7 +291,7 @@ class Scripted:
     def encode_images(self, image, processor=None, max_slice_nums=None):
         return image
 
-    def start_chat(self, processor, **options):
+    def session(self, **options):
         turns = []
 
         def send(content, **more):
@@ -299,6 +300,16 @@ class Scripted:
 
         self.sessions.append(turns)
         return SimpleNamespace(send=send, undo=lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def scripted_sessions(monkeypatch):
+    sessions = minicpmv.chat.ChatSession
+
+    def start(model, processor, **options):
+        return model.session(**options) if isinstance(model, Scripted) else sessions(model, processor, **options)
+
+    monkeypatch.setattr(minicpmv.chat, "ChatSession", start)
 
 
 PLAIN = SimpleNamespace(tokenizer=None)
@@ -471,7 +482,7 @@ def test_pages_are_read_one_by_one_when_they_are_asked_for():
     first, second = texts
     assert (first.text, first.number, first.width, first.height, first.notices) == ("# One", 1, 200, 100, [])
     assert second.text == "Two" and "looped" in second.notices[0] and not second.is_complete
-    assert model.asked[0].max_slice_nums == 4 and model.asked[0].sampling is False
+    assert model.asked[0].max_slice_nums == 4 and model.asked[0].decoding == "greedy"
     assert model.asked[0].messages[0]["content"][1] == Prompts().markdown
 
 

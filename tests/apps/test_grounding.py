@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from minicpmv.apps.grounding import QUESTION, Box, draw_boxes, locate, parse_boxes
+from minicpmv.chat import ChatSession
 
 
 def boxes_of(text, size=(1000, 1000)):
@@ -170,8 +171,8 @@ def test_boxes_at_the_edge_of_a_grey_picture_are_drawn():
 
 
 def test_the_name_of_a_thing_is_part_of_a_saved_history(nano_model, nano_processor, tmp_path):
-    session = nano_model.start_chat(nano_processor, max_new_tokens=2, **GREEDY)
+    session = ChatSession(nano_model, nano_processor, max_new_tokens=2, **GREEDY)
     question = {"type": "text", "text": QUESTION, "ref": "book"}
     session.send([Image.new("RGB", (60, 40)), question])
     session.save(tmp_path / "talk")
-    assert nano_model.load_chat(tmp_path / "talk", nano_processor).history[0]["content"][1] == question
+    assert ChatSession.load(tmp_path / "talk", nano_model, nano_processor).history[0]["content"][1] == question

@@ -7,6 +7,7 @@ import pytest
 from conftest import GREEDY, REPOSITORY
 from PIL import Image
 
+from minicpmv.chat import ChatSession
 from minicpmv.chat.assistant import FORGOTTEN, PERSONALITIES, Assistant, AssistantError
 
 
@@ -164,7 +165,7 @@ def test_a_transcript_holds_everything_and_can_be_gone_on_from(assistant, nano_m
     assert "no longer sees the 2 oldest turns" in text and "unfinished: length" in text
     messages = json.loads((folder / "history.json").read_text(encoding="utf-8"))["messages"]
     assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 3]
-    again = nano_model.load_chat(folder, nano_processor)
+    again = ChatSession.load(folder, nano_model, nano_processor)
     assert len(again.history) == 7
     talk.send("More?")
     talk.save(folder)  # replaces the older one

@@ -1,7 +1,6 @@
 """Sessions: the answers of a stateless chat() at the price of what is new, within bounds, whatever happens in between."""
 
 import gc
-import json
 import random
 import signal
 import sys
@@ -12,8 +11,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import GREEDY, REPOSITORY, ground_floor, name_seeded_model, wave_picture
+from conftest import GREEDY, REPOSITORY, name_seeded_model, wave_picture
 from transformers import AutoConfig, AutoProcessor
+
+from minicpmv.chat import ChatSession, SessionBusyError, SessionFullError
 
 
 FAST = {"max_new_tokens": 6, **GREEDY}
@@ -36,7 +37,7 @@ def model():
 
 @pytest.fixture
 def start(model, processor):
-    return lambda **options: model.start_chat(processor, **{**FAST, **VIDEO, **options})
+    return lambda **options: ChatSession(model, processor, **{**FAST, **VIDEO, **options})
 
 
 @pytest.fixture
@@ -86,11 +87,6 @@ def prompt_ids(processor, messages, thinking):
     return inputs["input_ids"][0]
 
 
-def cached_ids(session):
-    slot = session.model.config.image_token_id
-    return [slot if isinstance(key, tuple) else key for key in session._memory.keys]
-
-
 # ---- the same answers ----
 
 
@@ -111,28 +107,22 @@ def test_a_session_answers_like_a_stateless_chat(model, processor, start, seed):
         assert (output.mode, output.need) == (expected.mode, pytest.approx(expected.need, abs=1e-5))
         assert output.prompt_tokens == expected.prompt_tokens and output.generated_tokens == expected.generated_tokens
         ids = prompt_ids(processor, messages, output.mode == "deep")
-        assert cached_ids(session)[: len(ids)] == ids and session.cached_tokens >= len(ids)
+        assert session.cached_tokens >= len(ids) == output.prompt_tokens
         assert session.history == [*messages, {"role": "assistant", "content": output.text}]
 
 
 def test_cached_states_are_those_of_a_fresh_computation(model, processor, start):
     """After a thought was cut out of the cache, and what stands behind it computed at other positions."""
-    session = start()
+    session, logits = start(), []
     session.send([PICTURES[1], "what color"], enable_thinking=True, thinking_budget=3, max_new_tokens=12)
     session.send([{"type": "video", "video": CLIPS[0]}, "and this"])
-    messages = [*session.history[:-1]]
-    ids = torch.tensor([prompt_ids(processor, messages, False)])
-    fresh = processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True, **VIDEO,
-        enable_thinking=False,
-    )  # fmt: skip
-    for name in ("image_bound", "image_sizes"):
-        fresh.pop(name)
-    with torch.no_grad():
-        expected = model(**fresh, use_cache=True).past_key_values
-    for ours, wanted in zip(session._memory.states.layers, expected.layers, strict=True):
-        torch.testing.assert_close(ours.keys[..., : ids.shape[1], :], wanted.keys, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(ours.values[..., : ids.shape[1], :], wanted.values, atol=1e-4, rtol=1e-4)
+    hook = model.llm.lm_head.register_forward_hook(lambda module, args, output: logits.append(output[:, -1]))
+    session.send("how many")
+    ours, logits[:] = list(logits), []
+    stateless(model, processor, session.history[:-1])
+    hook.remove()
+    for one, other in zip(ours, logits, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_a_turn_computes_only_what_is_new(start, fed):
@@ -251,74 +241,6 @@ def test_the_history_is_a_copy(start):
     assert session.history[0]["content"] == [PICTURES[0], "what"]
 
 
-def test_a_history_survives_on_disk(model, processor, start, tmp_path):
-    session = start(system_prompt="Be short!")
-    encoded = model.encode_images(PICTURES[1], processor)
-    session.send([PICTURES[0], encoded, "what 你好!"])
-    session.send([{"type": "video", "video": CLIPS[0]}, CLIPS[1], "and"], enable_thinking=True, thinking_budget=2)
-    session.save(tmp_path / "talk")
-    session.send("one turn more")
-    session.save(tmp_path / "talk")  # over the older one
-    assert {path.suffix for path in (tmp_path / "talk").iterdir()} == {".json", ".png", ".mp4"}
-    loaded = model.load_chat(tmp_path / "talk", processor, **FAST, **VIDEO)
-    assert [message["role"] for message in loaded.history] == [message["role"] for message in session.history]
-    assert str(loaded.send("how many")) == str(session.send("how many"))
-    loaded.reset()
-    assert len(loaded.history) == 7
-
-
-def test_saving_again_takes_away_what_the_older_history_left_and_nothing_else(start, tmp_path):
-    session = start()
-    session.send([*PICTURES[:2], "what"])
-    session.save(tmp_path)
-    old = set(tmp_path.iterdir())
-    (tmp_path / "notes.txt").write_text("mine")
-    session.reset()
-    session.send([PICTURES[2], "and"])
-    session.save(tmp_path)
-    names = {path.name for path in tmp_path.iterdir()}
-    assert len(old) == 3 and len(names) == 3 and {"history.json", "notes.txt"} < names
-    assert len(old & set(tmp_path.iterdir())) == 1
-
-
-def test_a_loaded_history_goes_on_where_it_is_saved_without_its_oldest_turn(model, processor, start, tmp_path):
-    """Its pictures are the files of the folder; those that stay must not change under it."""
-    session = start()
-    for picture in PICTURES:
-        session.send([picture, "what"])
-    session.save(tmp_path)
-    loaded = model.load_chat(tmp_path, processor, max_pictures=3, **FAST)
-    loaded.send([PICTURES[0], "and"])
-    assert loaded.dropped_turns == 2
-    loaded.save(tmp_path)
-    output = loaded.send("how many")
-    expected = [PICTURES[2], PICTURES[0]]
-    messages = loaded.history[:-1]
-    for question, picture in zip(messages[::2], expected, strict=False):
-        question["content"] = [picture, question["content"][-1]]
-    assert output.raw_text == stateless(model, processor, messages).raw_text
-
-
-def test_files_that_are_no_history_are_refused_and_left_alone(model, processor, start, tmp_path):
-    error = ground_floor("session_minicpmv").SessionFileError.__name__
-    session = start()
-    session.send("what")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="no saved history") as refused:
-        session.save(tmp_path / "mine")
-    assert type(refused.value).__name__ == error and (tmp_path / "mine" / "thesis.txt").exists()
-    with pytest.raises(ValueError, match="holds no saved history"):
-        model.load_chat(tmp_path / "mine", processor)
-    session.save(tmp_path / "talk")
-    file = tmp_path / "talk" / "history.json"
-    stored = json.loads(file.read_text())
-    stored["messages"][0]["content"] = [{"type": "image", "image": "../mine/thesis.txt"}]
-    file.write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match="thesis.txt"):
-        model.load_chat(tmp_path / "talk", processor)
-
-
 # ---- pictures that are read once ----
 
 
@@ -355,7 +277,6 @@ def test_fifty_turns_stay_within_the_bounds(model, processor, start):
         output = session.send(content, enable_thinking=turn % 2 == 0)
         dropped += output.dropped_turns
         assert session.cached_tokens <= 300
-        assert len(session._memory.media) <= 4 and len(session._memory.features) <= 4 * 5
         assert session.history[0]["role"] == "system"
         assert session.history[1:] == [
             *messages[1 + 2 * output.dropped_turns :],
@@ -382,7 +303,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(start):
     session = start(max_tokens=100, when_full="error")
     session.send("what")
     before, cached = session.history, session.cached_tokens
-    with pytest.raises(ValueError, match="max_tokens=100.*when_full"):
+    with pytest.raises(SessionFullError, match="max_tokens=100.*when_full"):
         session.send("how many shapes are there " * 20)
     with pytest.raises(ValueError, match="1 pictures.*max_pictures=0"):
         start(max_pictures=0).send([PICTURES[0], "what"])
@@ -405,12 +326,12 @@ def test_what_does_not_fit_is_refused_with_the_numbers(start):
 )
 def test_options_that_make_no_sense_are_refused(model, processor, options, error, words):
     with pytest.raises(error, match=words):
-        model.start_chat(processor, **options)
+        ChatSession(model, processor, **options)
 
 
 def test_options_of_the_conversation_are_not_changed_on_the_way(start):
     session = start()
-    with pytest.raises(TypeError, match="start_chat"):
+    with pytest.raises(TypeError, match="ChatSession"):
         session.send("what", max_slice_nums=1)
     with pytest.raises(TypeError, match="max_tokens"):
         session.send("what", max_inp_length=100)
@@ -493,19 +414,22 @@ def test_an_impatient_second_interrupt_does_not_lock_the_session(model, start, m
         stuck.wait(30)
         time.sleep(0.5)  # until the reader is back at the stream
         signal.pthread_kill(reader, signal.SIGINT)
-        stream._watch.cancelled.wait(30)
+        cancelled.wait(30)
+        time.sleep(0.2)  # until it waits for the model
         signal.pthread_kill(reader, signal.SIGINT)
 
     read = []
     monkeypatch.setattr(model.llm, "forward", slow)
     stream = session.send([PICTURES[0], "what"], stream=True)
+    cancelled, close = threading.Event(), stream.close
+    monkeypatch.setattr(stream, "close", lambda: (cancelled.set(), close()))
     impatience = threading.Thread(target=interrupt_twice)
     impatience.start()
     with pytest.raises(KeyboardInterrupt) as interrupted:
         for piece in stream:
             read.append(piece)
     assert isinstance(interrupted.value.__context__, KeyboardInterrupt)  # the second one
-    with pytest.raises(RuntimeError, match="still answering"):
+    with pytest.raises(SessionBusyError, match="still answering"):
         session.send("and")
     freed.set()
     stream.close()
@@ -518,9 +442,9 @@ def test_a_stream_that_was_not_read_leaves_no_trace(start):
     session = start()
     session.send("what", stream=True).close()
     stream = session.send("what", stream=True)
-    with pytest.raises(RuntimeError, match="still answering"):
+    with pytest.raises(SessionBusyError, match="still answering"):
         session.send("and")
-    with pytest.raises(RuntimeError, match="still answering"):
+    with pytest.raises(SessionBusyError, match="still answering"):
         session.fork()
     del stream  # like closing it
     assert session.history == []

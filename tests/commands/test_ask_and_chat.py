@@ -17,6 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from minicpmv import checkpoint
+from minicpmv.chat import ChatSession
 from minicpmv.commands import terminal
 from minicpmv.commands.chat import COMMANDS, Conversation
 from minicpmv.commands.main import app
@@ -299,7 +300,7 @@ def test_every_line_of_a_pipe_is_a_turn_of_one_conversation(run, nano):
     model, processor = nano
     lines = [QUESTION, "/image " + SHAPES, "How many shapes are there?", "/reset", "Hello"]
     result = run("chat", NUMBER, *SHORT, stdin="\n".join(lines))
-    session = model.start_chat(processor, max_new_tokens=24, **GREEDY)
+    session = ChatSession(model, processor, max_new_tokens=24, **GREEDY)
     expected = [session.send([Path(NUMBER), lines[0]]), session.send([Path(SHAPES), lines[2]])]
     session.reset()
     expected.append(session.send(lines[-1]))

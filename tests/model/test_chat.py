@@ -1,5 +1,6 @@
 """chat(): forms of messages, streaming, thinking, limits, errors."""
 
+import copy
 import gc
 import json
 import threading
@@ -88,7 +89,7 @@ def test_a_stream_equals_the_plain_answer(ask, content, thinking):
 
 
 def test_sampling_repeats_with_a_seed_and_leaves_the_global_state(ask):
-    options = {"sampling": True, "repetition_penalty": 1.03, "num_beams": 1}
+    options = {"decoding": "sample"}
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first = ask("Hi", seed=1, **options)
@@ -127,9 +128,8 @@ def test_a_stream_is_of_one_conversation_without_beams(ask):
 
 
 def test_thought_and_answer_apart(ask, processor):
-    from conftest import ground_floor
 
-    split = ground_floor("chat_minicpmv").split_thought
+    split = processor.split_thought
     assert split("<think>\nhm\n</think>\n\nyes") == ("hm", "yes")
     assert split("<think>\nnever closed") == ("never closed", "")
     assert split("hm</think>yes") == ("hm", "yes")
@@ -162,6 +162,61 @@ def test_exclamation_marks_survive_in_answers(ask, golden_model, processor, monk
     assert ask("Hi!") == ""
 
 
+def test_the_checkpoint_decides_how_to_decode_where_the_caller_does_not(golden_model, processor, monkeypatch):
+    given = []
+
+    def generate(input_ids, **kwargs):
+        given.append({name: kwargs.get(name) for name in ("do_sample", "num_beams", "temperature", "top_k")})
+        return input_ids
+
+    monkeypatch.setattr(golden_model, "generate", generate)
+    monkeypatch.setattr(golden_model, "generation_config", copy.deepcopy(golden_model.generation_config))
+    names = ("do_sample", "num_beams", "temperature", "top_k")
+    nothing, sample = (None, None, None, None), (True, None, 0.7, 100)
+    for do_sample, options, expected in (
+        (False, {}, nothing),
+        (True, {}, sample),
+        (True, {"decoding": "greedy"}, (False, 1, None, None)),
+        (False, {"decoding": "sample"}, sample),
+        (False, {"sampling": True}, sample),
+        (True, {"sampling": False}, (False, 3, None, None)),
+        (True, {"decoding": "beam"}, (False, 3, None, None)),
+        (False, {"temperature": 0.2}, (True, None, 0.2, 100)),
+        (True, {"decoding": "sample", "enable_thinking": True}, (True, None, 0.7, None)),
+    ):
+        golden_model.generation_config.do_sample = do_sample
+        golden_model.chat(msgs=[{"role": "user", "content": "Hi"}], processor=processor, **options)
+        assert given.pop() == dict(zip(names, expected, strict=True))
+
+
+def test_the_same_conversation_twice_in_a_batch_gets_two_sampled_answers(ask):
+    messages = [[{"role": "user", "content": "Hi"}]] * 2
+    first, second = ask(msgs=messages, decoding="sample", seed=3)
+    assert first != second and ask("Hi", decoding="sample", seed=3) == first
+    assert ask(msgs=messages, decoding="sample", seed=3, enable_thinking="auto")[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"min_new_tokens": -1}, "min_new_tokens=-1"),
+        ({"num_beams": 0}, "num_beams=0"),
+        ({"num_beams": 1.5}, "num_beams=1.5"),
+        ({"decoding": "lucky"}, "greedy, beam, sample"),
+        ({"decoding": "sample", "sampling": True}, "older name"),
+        ({"decoding": "sample", "num_beams": 2, "seed": 1}, "2 beams"),
+        ({"decoding": "beam", "stream": True}, "3 beams"),
+        ({"enable_thinking": True, "thinking_budget": 99}, "thinking_budget=99"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_told_from_bugs(ask, options, words):
+    with pytest.raises(ValueError, match=words) as refused:
+        ask("Hi", **options)
+    assert refused.value.is_minicpmv
+
+
 def test_a_misspelt_keyword_names_the_nearest(ask):
     with pytest.raises(TypeError, match="'max_new_tokens'"):
         ask("Hi", max_new_token=3)
@@ -191,8 +246,6 @@ def test_without_a_processor_nothing_is_downloaded(golden_model, processor, tmp_
 
 
 def test_an_edited_template_of_the_tokenizer_is_used(ask, processor):
-    import copy
-
     tokenizer = copy.deepcopy(processor.tokenizer)
     edited = tokenizer.chat_template.replace("{{- '<think>\\n' }}", "{{- '<think>\\nI' }}")
     assert edited != tokenizer.chat_template

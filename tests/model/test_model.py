@@ -1,7 +1,9 @@
 """The model as transformers, PEFT and trainers use it."""
 
+import copy
 import json
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -170,7 +172,62 @@ def test_base_model_returns_hidden_states_without_logits(model, inputs):
     with torch.no_grad():
         hidden = model.base_model(**batch, use_cache=False).last_hidden_state
         torch.testing.assert_close(model.get_output_embeddings()(hidden), model(**batch).logits)
+    assert model.base_model is model.base_model
     assert model.base_model.get_image_features.__self__ is model
+
+
+def test_the_base_model_goes_with_its_model(inputs):
+    model = name_seeded_model(tiny_config())
+    base = model.base_model
+    twin = copy.deepcopy(model)
+    assert twin.base_model.get_decoder() is twin.llm.model and copy.deepcopy(base).llm is not model.llm
+    model.resampler = torch.nn.Identity()  # as adapters exchange parts
+    assert base.resampler is model.resampler
+    gone = weakref.ref(model)
+    del model, base
+    assert gone() is None  # at once, without a search for circles
+
+
+def test_forward_can_be_traced(model):
+    """As compressors do, who see each of the three parts as one step."""
+
+    class OnText(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids):
+            return self.model(input_ids=input_ids)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return name in ("model.llm", "model.vpm", "model.resampler") or super().is_leaf_module(module, name)
+
+    graph = Tracer().trace(OnText())
+    called = [node.target for node in graph.nodes if node.op == "call_module"]
+    assert called == ["model.llm.model.embed_tokens", "model.llm"]
+
+
+def test_hooks_of_the_whole_model_see_every_pass(model, inputs):
+    """Where weights are unpacked, or brought from a disk, at the first pass."""
+    order = []
+    hooks = [
+        model.register_forward_pre_hook(lambda *_: order.append("model")),
+        model.llm.register_forward_pre_hook(lambda *_: order.append("llm")),
+    ]
+    one = {name: value[:1] for name, value in inputs[1].items()}
+    for options in ({}, {"prompt_lookup_num_tokens": 2}, {"num_beams": 2}):
+        order.clear()
+        model.generate(**one, **GREEDY | options)
+        assert order[::2] == ["model"] * (len(order) // 2) and order[1::2] == ["llm"] * (len(order) // 2)
+    for hook in hooks:
+        hook.remove()
+
+
+def test_generate_takes_all_that_the_processor_gives(model, inputs, processor):
+    one = processor.apply_chat_template(inputs[0][0], **encoding(return_metadata=True))
+    assert "video_metadata" in one
+    assert new_ids(model, one) == new_ids(model, {name: v for name, v in one.items() if name != "video_metadata"})
 
 
 def test_logits_to_keep(model, inputs):

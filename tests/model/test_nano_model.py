@@ -32,7 +32,19 @@ def test_nano_loads_from_its_folder_from_the_repository_and_from_a_copy(nano, tm
     copied = AutoModel.from_pretrained(tmp_path / "my nano v1.0", trust_remote_code=True).eval()
     assert ask(beside, number, "What does it say?") == "47"
     assert ask(inside, number, "What does it say?", processor=processor) == "47"
+    assert ask(inside, number, "What does it say?") == "47"  # and finds its processor
     assert ask(copied, number, "What does it say?") == "47"
+
+
+def test_nano_answers_the_same_every_time_unless_asked_to_sample(nano):
+    """Its generation_config says so; the same question in different words of the caller's is the same answer."""
+    number = [{"role": "user", "content": [ASSETS / "number.jpg", "What does it say?"]}]
+    assert {nano.chat(msgs=number, max_new_tokens=16) for _ in range(3)} == {"47"}
+    assert nano.chat(msgs=number, max_new_tokens=16, decoding="beam") == nano.chat(
+        msgs=number, max_new_tokens=16, sampling=False
+    )
+    sampled = {nano.chat(msgs=number, max_new_tokens=16, temperature=3.0, seed=seed) for seed in range(6)}
+    assert len(sampled) > 1
 
 
 def test_nano_holds_links_to_the_code_and_no_copies():

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, Qwen3Config, Qwen
 
 PICTURE = wave_picture(260, 180, 1)  # in slices
 QUESTION = [{"role": "user", "content": [PICTURE, "how many stars are there"]}]
-thinking = ground_floor("thinking_minicpmv")
+thinking = ground_floor("decoding_minicpmv")
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_auto_takes_frames_in_groups(model, ask):
 
 def test_auto_samples_and_searches_with_beams_too(model, ask):
     model.set_threshold(1)
-    sampled = {"sampling": True, "num_beams": 1, "repetition_penalty": 1.0, "seed": 4}
+    sampled = {"decoding": "sample", "seed": 4}
     assert ask(enable_thinking="auto", **sampled).raw_text == ask(**sampled).raw_text
     assert ask(enable_thinking="auto", num_beams=2).raw_text == ask(num_beams=2).raw_text
 

@@ -41,9 +41,11 @@ def test_resampler_positions_equal_the_published_tables(golden_model):
     _, resampler = modules_of(golden_model)
     tables = np.load(FIXTURES / "pos_embed.npz")
     grid = resampler.Resampler(1, 256, 2, 8).positions([(70, 70)], [-1], "cpu").view(70, 70, 256)
-    np.testing.assert_allclose(grid[::7, ::9, ::5], tables["pos_2d"], atol=1e-6)
-    times = [0, 1, 2, 5, 9, 100, 999, 7200, 71999]
-    np.testing.assert_allclose(resampler.sincos_positions(times, 256)[:, ::5], tables["temporal"], atol=1e-6)
+    np.testing.assert_allclose(grid[::7, ::9, ::5], tables["pos_2d"], atol=1e-5)
+    # The tables were made with float32 powers, whose last bit depends on the CPU: a time multiplies that error.
+    times = np.array([0, 1, 2, 5, 9, 100, 999, 7200, 71999])
+    differences = np.abs(resampler.sincos_positions(times, 256)[:, ::5] - tables["temporal"]).max(axis=1)
+    assert (differences <= 1e-6 + 2**-23 * times).all()
 
 
 def test_grids_and_times_beyond_the_published_tables_work(golden_model):

@@ -227,6 +227,8 @@ class DocumentReader:
 
     def _ask_in_parts(self, pages, questions, joined_questions, with_pages):
         """[`DocumentAnswer`] to each question; a session reads the pages of a part once for all questions."""
+        from minicpmv.chat import ChatSession  # imports torch
+
         options = GREEDY | {"max_pictures": self.pages_at_once} | self.options
         options["max_new_tokens"] = min(options.get("max_new_tokens", CALL_TOKENS), self.max_page_tokens)
         answers: list[list[tuple[int, int, str]]] = [
@@ -238,7 +240,7 @@ class DocumentReader:
         while part := list(islice(pages, self.pages_at_once)):
             shown = self._shown(part)
             numbers |= {page.number for page in part}
-            session = self.model.start_chat(self.processor, when_full="error", **options)
+            session = ChatSession(self.model, self.processor, when_full="error", **options)
             for place, question in enumerate(questions):
                 content = [*shown, question]
                 output = session.send(content, stopping_criteria=[LoopStop(self.processor.tokenizer)])

@@ -14,7 +14,7 @@ import torch
 from transformers import StoppingCriteria
 
 
-GREEDY = {"sampling": False, "num_beams": 1, "repetition_penalty": 1.0}  # a page is copied, not composed
+GREEDY = {"decoding": "greedy"}  # a page is copied, not composed
 # A text loops when its end repeats itself so often and for so long. Rows of dots and empty table cells stay below.
 LOOP_ROUNDS = 4
 LOOP_CHARACTERS = 400

@@ -1,1 +1,0 @@
-../conversation_cache_minicpmv.py

@@ -1,1 +1,0 @@
-../streaming_minicpmv.py

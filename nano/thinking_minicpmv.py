@@ -1,1 +1,0 @@
-../thinking_minicpmv.py
