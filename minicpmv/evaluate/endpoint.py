@@ -23,8 +23,17 @@ from minicpmv.evaluate.answerers import Answer, Mode, Question
 
 
 THINK_END = "</think>"  # how open models close a thought, where the endpoint does not part it from the answer
-# Options of chat() that vLLM and `minicpmv serve` take for each request; times of frames cannot be sent.
-SENT_OPTIONS = ("max_slice_nums", "fps", "num_frames", "max_num_packing", "force_packing", "start", "end")
+DECODING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+)  # options of chat() that APIs know too
+LOST = ("temporal_ids", "use_image_id")  # there is no way to send these
+# What vLLM and `minicpmv serve` take as mm_processor_kwargs.
+PROCESSOR_OPTIONS = ("max_slice_nums", "fps", "num_frames", "max_num_packing", "force_packing", "start", "end")
 QUESTIONS_A_LANE = 8  # held in memory for each request in flight, so that none waits for images to be drawn
 SHOWN = 300  # characters of an endpoint's own message
 
@@ -168,18 +177,30 @@ class Endpoint:
             raise failure
 
     def _request(self, question: Question, mode: Mode, max_new_tokens: int) -> dict[str, Any]:
-        prompt, extra = question.prompt, {}
-        content = [part for parts in map(self._parts, prompt.content) for part in parts]
+        prompt = question.prompt
+        options = dict(prompt.options)
+        for name in LOST:
+            options.pop(name, None)
+        processing = {name: options.pop(name) for name in PROCESSOR_OPTIONS if name in options}
+        extra = {name: options.pop(name) for name in DECODING if name in options}
+        if options.pop("decoding", "greedy") == "greedy":
+            extra["temperature"] = 0
+        elif "temperature" not in extra:
+            options = prompt.options  # beams, or sampling at a temperature that only the model knows
+        if options:
+            names = ", ".join(f"{name}={value!r}" for name, value in options.items())
+            raise EndpointError(
+                f"{_name(question)} wants {names}, which an endpoint cannot be told: leave this row out"
+            )
         if self.thinking_switch:
             extra["chat_template_kwargs"] = {"enable_thinking": bool(mode)}
-        if self.processor_options:
-            options = {name: prompt.options[name] for name in SENT_OPTIONS if name in prompt.options}
-            extra |= {"mm_processor_kwargs": options} if options else {}
+        if self.processor_options and processing:
+            extra["mm_processor_kwargs"] = processing
+        content = [part for parts in map(self._parts, prompt.content) for part in parts]
         return {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
             "max_tokens": max_new_tokens,
-            "temperature": 0,
             "extra_body": extra | self.extra_body,
         }
 

@@ -17,21 +17,29 @@ ODD = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64)  # the constants 
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
-    """16 hexadecimal digits that stand for all weights and stored buffers of a model, as they are in memory now.
+    """16 hexadecimal digits that stand for all that a model would store, as it is in memory now: weights, buffers, and the
+    scales of quantized weights.
 
     Equal weights of equal dtype give equal digits on any device, also where accelerate has moved them to the CPU or the
     disk. One changed bit always gives other digits; that unequal weights agree by chance has odds of about 2**-64 a
     tensor. It is not made to withstand someone who looks for such weights.
     """
-    stored = set(model.state_dict())  # without the buffers that are computed when a model is built
-    digest = hashlib.sha256()
+    stored = model.state_dict()  # without the buffers that are computed when a model is built
+    digest, seen = hashlib.sha256(), set()
+
+    def add(name: str, tensor: torch.Tensor) -> None:
+        seen.add(name)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {checksum(tensor)}\n".encode())
+
     for place, module in model.named_modules():
         with align_module_device(module):  # weights that accelerate put elsewhere
-            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            for name, tensor in tensors:
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 path = f"{place}.{name}" if place else name
                 if path in stored:
-                    digest.update(f"{path} {tuple(tensor.shape)} {tensor.dtype} {checksum(tensor)}\n".encode())
+                    add(path, tensor)
+    for name, value in stored.items():
+        if name not in seen and isinstance(value, torch.Tensor):  # what bitsandbytes keeps beside a weight
+            add(name, value)
     return digest.hexdigest()[:16]
 
 

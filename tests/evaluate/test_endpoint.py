@@ -177,6 +177,23 @@ def test_options_of_a_request_can_be_chosen():
     assert "chat_template_kwargs" not in request
 
 
+def test_a_row_can_sample_at_its_own_temperature():
+    with serving() as server:
+        one_answer(server, options={"decoding": "sample", "temperature": 0.7, "top_k": 20, "seed": 3})
+    (request,) = server.requests
+    assert (request["temperature"], request["top_k"], request["seed"]) == (0.7, 20, 3)
+
+
+@pytest.mark.parametrize("options", [{"decoding": "beam"}, {"decoding": "sample"}, {"no_repeat_ngram_size": 3}])
+def test_what_an_endpoint_cannot_be_told_is_refused_rather_than_left_out(options):
+    with (
+        serving() as server,
+        pytest.raises(EndpointError, match=rf"r .* wants {next(iter(options))}=.*leave this row out"),
+    ):
+        one_answer(server, options=options)
+    assert not server.requests
+
+
 @pytest.mark.parametrize(
     "reply",
     [

@@ -446,6 +446,19 @@ def test_weights_that_were_put_elsewhere_are_the_same_weights(nano):
     assert weights_fingerprint(offloaded) == weights_fingerprint(nano[0])
 
 
+def test_the_scales_of_quantized_weights_count():
+    """4-bit codes of a weight and of its double are the same."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+
+    def fingerprint(scale):
+        net = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
+        net.load_state_dict({"weight": weight * scale})
+        return weights_fingerprint(net.to("cpu"))
+
+    assert fingerprint(1) == fingerprint(1) != fingerprint(2)
+
+
 def test_stored_buffers_count_and_computed_ones_do_not():
     net = torch.nn.BatchNorm1d(3)
     net.register_buffer("computed", torch.ones(2), persistent=False)
