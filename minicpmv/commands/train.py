@@ -23,7 +23,7 @@ def load_verb(module: str):
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise MissingPackageError("train", error.name) from error
+        raise MissingPackageError("train", error.name or str(error)) from error
 
 
 def add_verb(app: typer.Typer, name: str, module: str, help: str, trains: bool = True) -> None:

@@ -25,8 +25,10 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 # Columns of a row that are options of the processor, for this row alone.
-ROW_OPTIONS = ("max_slice_nums", "use_image_id", "temporal_ids")
-ROW_OPTIONS += ("fps", "num_frames", "max_num_frames", "max_num_packing", "force_packing")
+ROW_OPTIONS = (
+    *("max_slice_nums", "use_image_id", "temporal_ids"),
+    *("fps", "num_frames", "max_num_frames", "max_num_packing", "force_packing"),
+)
 STILL_PICTURE = [-1]  # temporal ids of a slice that is no frame of a clip
 
 

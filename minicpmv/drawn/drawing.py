@@ -12,6 +12,7 @@ import string
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import matplotlib
 import numpy as np
@@ -68,7 +69,8 @@ class Drawing:
 
 
 def jitter(color: tuple[int, int, int], rng: random.Random, amount: int = 18) -> tuple[int, int, int]:
-    return tuple(min(255, max(0, value + rng.randint(-amount, amount))) for value in color)
+    red, green, blue = (min(255, max(0, value + rng.randint(-amount, amount))) for value in color)
+    return red, green, blue
 
 
 def muted(rng: random.Random, dark: bool) -> tuple[int, int, int]:
@@ -95,10 +97,10 @@ def draw_background(size: tuple[int, int], rng: random.Random) -> tuple[Image.Im
         horizon = int(height * rng.uniform(0.4, 0.8))
         ImageDraw.Draw(image).rectangle((0, horizon, width, height), fill=bottom)
     if rng.random() < 0.3:
-        grain = np.random.default_rng(rng.getrandbits(64)).integers(0, 25, (height // 2 + 1, width // 2 + 1, 1))
-        grain = Image.fromarray(grain.astype(np.uint8)[..., 0]).resize(size, Image.Resampling.NEAREST)
+        coarse = np.random.default_rng(rng.getrandbits(64)).integers(0, 25, (height // 2 + 1, width // 2 + 1))
+        coarse_image = Image.fromarray(coarse.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
         # Grain lightens dark backgrounds and darkens light ones, so that it never saturates.
-        pixels, grain = np.asarray(image), np.asarray(grain)[..., None]
+        pixels, grain = np.asarray(image), np.asarray(coarse_image)[..., None]
         image = Image.fromarray(pixels + grain if dark else pixels - grain)
     return image, dark
 
@@ -157,7 +159,7 @@ class Print:
 @lru_cache(maxsize=1024)
 def load_font(file: str | None, size: int) -> ImageFont.FreeTypeFont:
     if file is None:
-        return ImageFont.load_default(size)
+        return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))  # with a size it is one
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", file), size)
 
 
@@ -166,7 +168,9 @@ def any_print(rng: random.Random, size: int) -> Print:
     return Print(family, bold, size)
 
 
-def add_text(drawing: Drawing, text: str, color: str, corner, style: Print, rgb: tuple[int, int, int]) -> None:
+def add_text(
+    drawing: Drawing, text: str, color: str, corner: tuple[float, float], style: Print, rgb: tuple[int, int, int]
+) -> None:
     """Write `text` from its upper left corner, each character (spaces excepted) as a thing of its own."""
     font, stroke = style.font, style.stroke
     x, y = corner
@@ -194,7 +198,7 @@ def add_noise(drawing: Drawing, rng: random.Random, amount: int) -> None:
 
 def patch_labels(
     drawing: Drawing, crop: tuple[float, float, float, float], grid: tuple[int, int], patch_size: int = 14
-):
+) -> tuple[np.ndarray, np.ndarray]:
     """Labels of a slice's patches: two int64 arrays (rows * cols,), indices into KIND_CLASSES and COLOR_CLASSES.
 
     `crop` is the part of the picture that the slice shows (left, top, right, bottom in pixels), `grid` its
@@ -215,6 +219,6 @@ def patch_labels(
     owner = np.where(covered > 0, owner, 0)
     scale = rows * patch_size / (crop[3] - crop[1])
     small = [len(thing.kind) == 1 and scale * (thing.box[3] - thing.box[1]) < LEGIBLE for thing in drawing.things]
-    small = np.array([False, *small]) & ~np.isin([0, *(thing.kind for thing in drawing.things)], list(".:-="))
-    faint = ((covered > 0) & (covered < 0.1 * patch_size**2)) | small[owner]
+    small = [is_small and thing.kind not in ".:-=" for is_small, thing in zip(small, drawing.things, strict=True)]
+    faint = ((covered > 0) & (covered < 0.1 * patch_size**2)) | np.array([False, *small])[owner]
     return np.where(faint, -100, kinds[owner]), np.where(faint, -100, colors[owner])

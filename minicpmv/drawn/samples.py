@@ -156,7 +156,8 @@ def draw_scene(
         )
     else:
         max_slice_nums = SLICES if rng.random() < mixture.sliced else 1
-        drawing, facts = line_scene(rng, say, split, tuple(mixture.characters), lower=scene == "lower")
+        fewest, most = mixture.characters
+        drawing, facts = line_scene(rng, say, split, (fewest, most), lower=scene == "lower")
     sample = Sample(drawings or [drawing], [], temporal_ids, max_slice_nums)
     if scene in ("shapes", "repeated"):
         sample.objects = [say.named(thing.color, thing.kind) for thing in drawing.things]
@@ -223,8 +224,8 @@ def bench_sample(task: str, split: str = "test", seed: int = 0, index: int = 0, 
     if task not in BENCH_TASKS or language not in WORDINGS:
         raise SampleError(f"{task!r} in {language!r} is none of {', '.join(BENCH_TASKS)} in {', '.join(WORDINGS)}")
     say = WORDINGS[language]
-    scenes, kinds = BENCH_TASKS[task]
-    scenes = scenes.split("|")
+    either, kinds = BENCH_TASKS[task]
+    scenes = either.split("|")
     kind, scene = kinds[index % len(kinds)], scenes[index % len(scenes)]
     plain = Mixture(sliced=0.0, characters=(4, 12))
     attempt = 0

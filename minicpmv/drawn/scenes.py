@@ -11,6 +11,7 @@ import string
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from typing import cast
 
 from PIL import Image, ImageDraw
 
@@ -111,7 +112,7 @@ def shapes_scene(
     drawing, _ = blank(size, rng)
     count = rng.randint(1, 6)
     smallest, biggest = {1: (0.14, 0.4), 2: (0.14, 0.26), 3: (0.13, 0.22), 4: (0.12, 0.2)}.get(count, (0.11, 0.17))
-    placed = []
+    placed: list[tuple[float, float, float]] = []
     while len(placed) < count:
         radius = min(size) * rng.uniform(smallest, biggest)
         margin = radius * 1.1
@@ -238,7 +239,8 @@ def write_line(rng: random.Random, text: str, colored: float) -> tuple[Drawing, 
     add_text(drawing, text, color, corner, style, rgb)
     if rng.random() < 0.3 and size[1] > 1.6 * height:
         room = (size[1] - height) / 2 / size[0]
-        rotate(drawing, rng.uniform(-1, 1) * min(6, 57 * room), drawing.image.getpixel((0, 0)))
+        background = cast(tuple[int, int, int], drawing.image.getpixel((0, 0)))
+        rotate(drawing, rng.uniform(-1, 1) * min(6, 57 * room), background)
     if rng.random() < 0.3:
         add_noise(drawing, rng, rng.randint(5, 20))
     return drawing, color

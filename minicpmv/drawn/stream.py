@@ -7,8 +7,10 @@ What is special:
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import yaml
@@ -37,23 +39,23 @@ class SyntheticData:
             raise SampleError(f"{path}: {error}; fields are those of SyntheticData and Mixture") from error
 
 
-def is_description(source) -> bool:
+def is_description(source: object) -> bool:
     """Whether a source of rows is the file that describes a stream."""
     return isinstance(source, (str, os.PathLike)) and Path(source).suffix in (".yaml", ".yml")
 
 
-def conversation_row(sample: Sample) -> dict:
+def conversation_row(sample: Sample) -> dict[str, Any]:
     """A sample as a row: `messages`, and the options of the processor that belong to it."""
-    messages = []
+    messages: list[dict[str, Any]] = []
     for turn in sample.turns:
         messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
-        answer = {"role": "assistant", "content": [{"type": "text", "text": turn.answer}]}
+        answer: dict[str, Any] = {"role": "assistant", "content": [{"type": "text", "text": turn.answer}]}
         if turn.thought is not None:
             answer["reasoning_content"] = turn.thought
         messages.append(answer)
     images = [{"type": "image", "image": image} for image in sample.images]
     messages[0]["content"] = images + messages[0]["content"]
-    row = {"messages": messages, "max_slice_nums": sample.max_slice_nums}
+    row: dict[str, Any] = {"messages": messages, "max_slice_nums": sample.max_slice_nums}
     if sample.temporal_ids is not None:
         row |= {"temporal_ids": sample.temporal_ids, "use_image_id": False}
     return row
@@ -70,7 +72,7 @@ def synthetic_dataset(data: SyntheticData) -> datasets.IterableDataset:
     return datasets.IterableDataset.from_generator(_draw, gen_kwargs={"data": asdict(data), "shards": shards})
 
 
-def _draw(data: dict, shards: list[int]):
+def _draw(data: dict[str, Any], shards: list[int]) -> Iterator[dict[str, Any]]:
     mixture = Mixture(**data["mixture"])
     count = min(data["shards"], data["samples"])
     for shard in shards:

@@ -92,7 +92,7 @@ class PreferenceCollator(ConversationCollator):
 
     pad_pixel_values: bool = False  # both answers share their pictures' slices; padded tensors would be copies
 
-    def encode(self, row: dict) -> EncodedPair:
+    def encode(self, row: dict) -> EncodedPair:  # type: ignore[override]  # two rows
         row = conversation_row(row)
         if "chosen" not in row:
             raise BadRowError(

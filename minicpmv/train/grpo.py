@@ -162,9 +162,9 @@ class HybridGRPOTrainer(TrainerMixin, GRPOTrainer):
         check_rollouts(args)
         super().__init__(model, reward_funcs, args, **kwargs)
         self.thinking_share = thinking_share
-        self._groups_begun = defaultdict(int)  # in training and in evaluation
-        self._encoded = []  # the prompt of each rollout of the batch in work
-        self._visual_inputs = {}  # of the same, as tensors
+        self._groups_begun: dict[str, int] = defaultdict(int)  # in training and in evaluation
+        self._encoded: list[EncodedRow] = []  # the prompt of each rollout of the batch in work
+        self._visual_inputs: dict[str, torch.Tensor] = {}  # of the same, as tensors
 
     # ---- rollouts ----
 
@@ -325,7 +325,7 @@ def train(
         )
     checkpoint = checkpoint_to_resume(args)
     train_dataset, eval_dataset = load_data(data_args)
-    first = next(iter(train_dataset))
+    first: dict = next(iter(train_dataset))
     if "chosen" in first:
         raise ArgumentsError("The rows are pairs of answers. Train a reward model on them: minicpmv train reward.")
     terms, weights = reward_functions(args, "messages" in first or "answer" in first, model_args.dtype)

@@ -62,7 +62,7 @@ class RewardArguments(RunArguments, RewardConfig):
 class FinalAnswerCollator(PreferenceCollator):
     """Rows `{"prompt", "chosen", "rejected"}` -> a batch for RewardTrainer: all chosen final answers, then all rejected."""
 
-    def encode(self, row: dict) -> EncodedPair:
+    def encode(self, row: dict) -> EncodedPair:  # type: ignore[override]  # two rows
         row = conversation_row(row)
         for name in row.keys() & {"chosen", "rejected"}:
             answer = final_answer(text_of(row[name][-1]))

@@ -106,15 +106,13 @@ def make_trainer(
     collator, train_dataset, eval_dataset = collator_and_rows(
         ConversationCollator, model, processor, data_args, args, found, pad_to_multiple_of=padding
     )
-    if args.padding_free:
-        collator = partial(join_rows, collator)
-        args.padding_free = False  # SFTTrainer would insist on its own collator
+    joins, args.padding_free = args.padding_free, False  # SFTTrainer would insist on its own collator
     trainer = ConversationTrainer(
         model=model,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=collator,
+        data_collator=partial(join_rows, collator) if joins else collator,
         processing_class=processor,
         callbacks=[LossCurves()],
     )

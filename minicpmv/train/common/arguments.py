@@ -138,17 +138,17 @@ class AdapterArguments:
         if self.adapter == "none":
             return None
         targets = self.target_modules or [LLM_LINEAR_LAYERS]
-        fields = {
+        fields: dict[str, Any] = {
             "task_type": task_type,
-            "target_modules": targets[0]
-            if len(targets) == 1
-            else targets,  # PEFT takes a lone string as an expression
+            # PEFT takes a lone string as an expression.
+            "target_modules": targets[0] if len(targets) == 1 else targets,
             "modules_to_save": [*also_train, *(self.modules_to_save or [])] or None,
         }
         if self.adapter in LORA_METHODS:
             fields |= {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
             fields["use_dora"] = self.adapter == "dora"
-        return adapter_methods()[self.adapter](**fields | (self.adapter_options or {}))
+        more = self.adapter_options if isinstance(self.adapter_options, dict) else {}
+        return adapter_methods()[self.adapter](**fields | more)
 
 
 def adapter_methods() -> dict[str, type]:

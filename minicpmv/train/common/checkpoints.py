@@ -35,7 +35,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     }
     folders = [found[step] for step in sorted(found, reverse=True)]
     if args.resume_from_checkpoint == "last":
-        passed_over = []
+        passed_over: list[str] = []
         for folder in folders:
             if (damage := damage_of(folder)) is None:
                 if passed_over:

@@ -78,7 +78,8 @@ def load_model_and_processor(
             raise ArgumentsError(f"adapter {adapter_args.adapter!r}: {error}") from error
     else:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained.get(part_of(name), True))
+            part = part_of(name)
+            parameter.requires_grad_(part is None or trained[part])
     train_in_float32(model)
     idle = [part for part in freeze_args.learning_rates() if not trained_parameters(model)[part]]
     if idle:
@@ -107,7 +108,7 @@ def part_of(name: str) -> str | None:
 
 def trained_parameters(model: nn.Module) -> dict[str | None, list[tuple[str, nn.Parameter]]]:
     """`{part: [(name, parameter)]}` of all that trains; under None what belongs to no part, such as a value head."""
-    found = {part: [] for part in (*PARTS, None)}
+    found: dict[str | None, list[tuple[str, nn.Parameter]]] = {part: [] for part in (*PARTS, None)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             found[part_of(name)].append((name, parameter))

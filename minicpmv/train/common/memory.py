@@ -76,7 +76,7 @@ def bytes_of_weights(model: nn.Module) -> dict[str, int]:
         part, size = part_of(name), parameter.numel()
         if parameter.requires_grad:
             found["adapter"] += 4 * size
-        elif part != "llm":
+        elif part is not None and part != "llm":
             found[part] += 2 * size
         elif is_quantized(name):
             found["4-bit language model"] += quantized_bytes(size)

@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import datasets
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
@@ -19,7 +19,7 @@ from minicpmv.train.common.trainer import TrainerMixin
 
 logger = logging.getLogger(__name__)
 
-Rows = datasets.Dataset | datasets.IterableDataset
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 @dataclass
@@ -118,7 +118,8 @@ def collator_and_rows(
         on_bad_row=data_args.on_bad_row,
         **options,
     )
-    return collator, *(usable(rows, collator, args) for rows in found)
+    train, evaluation = (usable(rows, collator, args) for rows in found)
+    return collator, train, evaluation
 
 
 def set_up(trainer: TrainerMixin, freeze_args: FreezeArguments, data_args: DataArguments) -> None:

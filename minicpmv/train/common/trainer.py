@@ -32,7 +32,7 @@ class TrainerMixin(Trainer):
         decaying = set(self.get_decay_parameter_names(model))
         groups = []
         for part, parameters in trained_parameters(model).items():
-            rate = self.part_learning_rates.get(part, self.args.learning_rate)
+            rate = self.part_learning_rates.get(part or "", self.args.learning_rate)
             for decay, weight_decay in ((True, self.args.weight_decay), (False, 0.0)):
                 members = [parameter for name, parameter in parameters if (name in decaying) is decay]
                 if members:

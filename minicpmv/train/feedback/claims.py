@@ -49,7 +49,8 @@ def claims_by_rule(answer: str) -> Reading:
 
     What begins otherwise ("the circle is red") is no claim to this rule and comes back as unread.
     """
-    reading, mentions = Reading(), Counter()
+    reading = Reading()
+    mentions: Counter[str] = Counter()
     for piece in BETWEEN_CLAIMS.split(answer):
         thing = LEAD_IN.sub("", piece.strip())
         if not thing:

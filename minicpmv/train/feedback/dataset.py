@@ -24,7 +24,8 @@ def pairs_and_summary(args: FeedbackArguments, records: list[dict]) -> tuple[lis
     Raises:
         TrainingError: there is none.
     """
-    found, without_pair = [], Counter()
+    found: list[Pair] = []
+    without_pair: Counter[str] = Counter()
     for record in records:
         pairs, reason = choose_pairs(record["prompt"], scored(record), args.pairs_per_prompt)
         reason = reason if record["answers"] else "bad row"

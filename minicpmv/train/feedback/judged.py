@@ -71,7 +71,7 @@ class Feedback:
             for prompt, group in zip(prompts, answers, strict=True)
         ]
         different = list(dict.fromkeys(chain.from_iterable(asked)))
-        readings = {}
+        readings: dict[str, Reading | None] = {}
         for start in range(0, len(different), self._rows):
             texts = different[start : start + self._rows]
             for text, reply in zip(texts, self.reader.reply(texts, CLAIMS_TOKENS), strict=True):
@@ -89,7 +89,7 @@ class Feedback:
             for place, group in enumerate(readings)
             for question in {claim.question: None for reading in group if reading for claim in reading.claims}
         ]
-        verdicts = [{} for _ in prompts]
+        verdicts: list[dict[str, tuple[float, float]]] = [{} for _ in prompts]
         for start in range(0, len(asked), self._rows):
             part = asked[start : start + self._rows]
             probabilities = self.judge.yes_and_no(

@@ -32,6 +32,11 @@ class Pair:
         """Tokens that the chosen answer is longer than the rejected one."""
         return self.chosen.length - self.rejected.length
 
+    @property
+    def fewer_errors(self) -> int:
+        """Errors that the chosen answer has less than the rejected one."""
+        return (self.rejected.errors or 0) - (self.chosen.errors or 0)
+
 
 def choose_pairs(prompt: int, answers: list[ScoredAnswer], limit: int) -> tuple[list[Pair], str | None]:
     """At most `limit` pairs of one prompt, nearest in length first, then with the greatest difference in errors.
@@ -44,10 +49,10 @@ def choose_pairs(prompt: int, answers: list[ScoredAnswer], limit: int) -> tuple[
         return [], "no answer could be scored"
     if len(scored) == 1:
         return [], "only one answer to compare"
-    pairs = [Pair(prompt, *two) for two in permutations(scored, 2) if two[0].errors < two[1].errors]
+    pairs = [pair for two in permutations(scored, 2) if (pair := Pair(prompt, *two)).fewer_errors > 0]
     if not pairs:
         return [], "all answers have as many errors"
-    pairs.sort(key=lambda pair: (abs(pair.extra_length), pair.chosen.errors - pair.rejected.errors))
+    pairs.sort(key=lambda pair: (abs(pair.extra_length), -pair.fewer_errors))
     return pairs[:limit], None
 
 

@@ -79,7 +79,7 @@ def open_pictures(prompt: Prompt) -> None:
 
 def batches(prompts: Iterator[Prompt], size: int) -> Iterator[list[Prompt]]:
     """Batches of prompts that share the options of the processor; their frames may be packed differently."""
-    waiting = defaultdict(list)
+    waiting: dict[tuple[str, bool], list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         shared = {key: value for key, value in prompt.options.items() if key != "temporal_ids"}
         batch = waiting[json.dumps(shared, sort_keys=True), "temporal_ids" in prompt.options]

@@ -100,8 +100,8 @@ def run(model_args: ModelArguments, args: FeedbackArguments) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return {}
-    records = FeedbackLog(folder, settings).records
-    records = [records[number] for number in sorted(records) if 0 <= number - args.first_prompt < len(rows)]
+    logged = FeedbackLog(folder, settings).records
+    records = [logged[number] for number in sorted(logged) if 0 <= number - args.first_prompt < len(rows)]
     pairs, summary = pairs_and_summary(args, records)
     dataset = pair_dataset(rows, args.first_prompt, pairs, {record["prompt"]: record["digest"] for record in records})
     unfinished, finished = folder / "pairs.unfinished", folder / "pairs"

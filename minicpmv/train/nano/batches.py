@@ -34,7 +34,7 @@ def patch_labels_of(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Labels of all slices of one picture: the source view, then the slices row by row."""
     width, height = drawing.image.size
-    crops = [(0, 0, width, height)]
+    crops: list[tuple[float, float, float, float]] = [(0, 0, width, height)]
     if grid is not None:
         cell_w, cell_h = width / grid[0], height / grid[1]
         crops += [
@@ -42,7 +42,10 @@ def patch_labels_of(
             for y in range(grid[1])
             for x in range(grid[0])
         ]
-    return [patch_labels(drawing, crop, tuple(size), patch_size) for crop, size in zip(crops, tgt_sizes, strict=True)]
+    return [
+        patch_labels(drawing, crop, (rows, cols), patch_size)
+        for crop, (rows, cols) in zip(crops, tgt_sizes, strict=True)
+    ]
 
 
 class SampleEncoder:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -212,7 +213,8 @@ def validate(trainee: Trainee, encoder: SampleEncoder, recipe: Recipe, stage: St
 
 def optimizers_of(trainee: Trainee, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the network, which learns from fewer pictures so; AdamW for all else."""
-    inner, other = [], []
+    inner: list[nn.Parameter] = []
+    other: list[nn.Parameter] = []
     for name, parameter in trainee.named_parameters():
         is_table = any(part in name for part in ("embedding", "embed_tokens", "query", "_head"))
         (inner if parameter.ndim == 2 and not is_table else other).append(parameter)
@@ -248,7 +250,7 @@ class Run:
 
     def __init__(self, trainee: Trainee, optimizers, output: Path, rank: int):
         self.trainee, self.optimizers, self.output, self.rank = trainee, optimizers, output, rank
-        self.progress = {"stage": 0, "step": 0, "batches": 0, "samples": 0, "seconds": 0.0}
+        self.progress: dict[str, Any] = {"stage": 0, "step": 0, "batches": 0, "samples": 0, "seconds": 0.0}
         self.saved = time.monotonic()
         if (output / "state.pt").exists():
             state = torch.load(output / "state.pt", weights_only=True)
@@ -296,11 +298,12 @@ class Run:
                 file.write(json.dumps(entry) + "\n")
 
 
-def run_stage(run: Run, encoder: SampleEncoder, recipe: Recipe, stage: Stage, store) -> None:
+def run_stage(run: Run, encoder: SampleEncoder, recipe: Recipe, stage: Stage, store: dist.Store | None) -> None:
     """All steps of a stage; `store` hands out the batches of a step to the processes (None: there is one process)."""
     trainee, progress = run.trainee, run.progress
     bar = tqdm(initial=progress["step"], total=stage.steps, desc=stage.name, disable=run.rank > 0)
-    averages, began = {}, time.monotonic()
+    averages: dict[str, float] = {}
+    began = time.monotonic()
     for step in range(progress["step"], stage.steps):
         trainee.zero_grad()
         taken = 0
