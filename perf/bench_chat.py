@@ -125,7 +125,7 @@ class Bench:
         self.rate(f"resampler, {sum(patches)} patches", flops, lambda: model.resampler(hidden, sizes, units))
 
     def rate(self, name: str, flops: int, function: Callable[[], object]) -> None:
-        """Arithmetic: its rate beside that of the product."""
+        """Arithmetic: its rate next to that of the product."""
         self.add(name, flops / self.seconds(function) / 1e9, "GFLOP/s", self.product / 1e9, "product")
 
     def turns(self, image: Image.Image) -> None:

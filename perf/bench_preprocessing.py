@@ -1,4 +1,4 @@
-"""Time of the whole image preprocessing beside the time of its Pillow resizes alone.
+"""Time of the whole image preprocessing next to the time of its Pillow resizes alone.
 
 Both are measured in the same run, alternately, and medians are compared: the ratio says what loading, cutting and
 normalizing cost besides the bicubic resizes that no implementation can leave out.
@@ -45,7 +45,7 @@ def resize_only(image_processor: Any, images: Sequence[Image.Image], max_slice_n
 def compare(
     image_processor: Any, name: str, images: Sequence[Image.Image], max_slice_nums: int | None, repeats: int
 ) -> list[Measurement]:
-    """Wall and CPU time of preprocessing, each beside that of the resizes."""
+    """Wall and CPU time of preprocessing, each next to that of the resizes."""
     resizes, everything = [], []
     for _ in range(repeats):
         resizes.append(seconds(lambda: resize_only(image_processor, images, max_slice_nums)))

@@ -1,4 +1,4 @@
-"""Rate of the vision tower beside the rate of one large matrix product.
+"""Rate of the vision tower next to the rate of one large matrix product.
 
 The tower at full size (27 layers of 1152, random weights) reads 4 slices of 1024 patches. Its arithmetic is counted from
 its shapes: projections, MLP and attention. The limit is a product of 2048 x 1152 by 1152 x 4304, measured in the same run,

@@ -1,4 +1,4 @@
-"""What a benchmark of this folder measures: a figure beside the limit that the machine sets."""
+"""What a benchmark of this folder measures: a figure next to the limit that the machine sets."""
 
 import json
 from collections.abc import Sequence

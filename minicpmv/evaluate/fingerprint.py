@@ -38,7 +38,7 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
                 if path in stored:
                     add(path, tensor)
     for name, value in stored.items():
-        if name not in seen and isinstance(value, torch.Tensor):  # what bitsandbytes keeps beside a weight
+        if name not in seen and isinstance(value, torch.Tensor):  # what bitsandbytes keeps with a weight
             add(name, value)
     return digest.hexdigest()[:16]
 

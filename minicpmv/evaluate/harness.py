@@ -191,7 +191,7 @@ def _of_all(statistic: Callable[[list[float]], float], values: Sequence[float | 
 
 
 def figures(results: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """`{row: {metric: value, "n": samples}}`; with several seeds the mean, and `metric_std` beside it."""
+    """`{row: {metric: value, "n": samples}}`; with several seeds the mean, and `metric_std` too."""
     several = len(results["seeds"]) > 1
     return {
         row: {

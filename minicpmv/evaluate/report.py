@@ -45,7 +45,7 @@ def title_of(run: Mapping[str, Any]) -> str:
 
 
 def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
-    """Compare runs in an .html file, or an .md file with the charts as .png beside it; the files written.
+    """Compare runs in an .html file, or an .md file with its charts as .png files; returns the files written.
 
     Raises:
         ReportError: a folder holds no finished run, or the runs are not of one benchmark.

@@ -65,7 +65,7 @@ class SampleLog:
         if (folder / SETTINGS_FILE).exists():
             self._refuse_other_settings()
         elif self.path.exists():
-            raise SampleLogError(f"{self.path} has no {SETTINGS_FILE} beside it: choose another folder or delete it")
+            raise SampleLogError(f"{self.path} has no {SETTINGS_FILE} next to it: choose another folder or delete it")
         else:
             write_whole(folder / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
         if self.path.exists():

@@ -32,12 +32,12 @@ def share_of_characters(scores: list[Scores]) -> Metrics:
 
 
 def hallucinated_objects(named_objects: Callable[[str], list[str]]) -> Callable[[str, list[str]], Scores]:
-    """Scorer of captions: counts objects that a caption names and the picture does not hold.
+    """Scorer of captions: counts objects that a caption names and the image does not hold.
 
     An object that is named more often than it is there is counted for every time too many.
 
     Args:
-        named_objects: finds the objects in a caption; expected are those in the picture, under the same names.
+        named_objects: finds the objects in a caption; expected are those in the image, under the same names.
     """
 
     def scorer(answer: str, expected: list[str]) -> Scores:
@@ -57,7 +57,7 @@ def hallucinated_objects(named_objects: Callable[[str], list[str]]) -> Callable[
 def chair(scores: list[Scores]) -> Metrics:
     """CHAIR (Rohrbach et al. 2018): `chair_i`, invented objects over objects named, and `chair_s`, captions with one.
 
-    `recall`, named objects over those in the pictures, stands beside them because a model that names nothing invents
+    `recall`, named objects over those in the images, is reported with them because a model that names nothing invents
     nothing; where no caption names anything, both rates are None.
     """
     named = sum(score["named"] for score in scores)

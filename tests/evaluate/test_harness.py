@@ -366,7 +366,7 @@ def test_lines_that_were_made_with_other_settings_are_refused(tmp_path):
     with pytest.raises(SampleLogError, match="an answer made with other settings"):
         SampleLog(tmp_path / "b", {"weights": "b"})
     (tmp_path / "b" / "settings.json").unlink()
-    with pytest.raises(SampleLogError, match="no settings.json beside it"):
+    with pytest.raises(SampleLogError, match="no settings.json next to it"):
         SampleLog(tmp_path / "b", {"weights": "a"})
 
 

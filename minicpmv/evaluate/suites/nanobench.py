@@ -4,7 +4,7 @@ What is special:
 - all samples are of the test split; seed and index name them, so any number can be drawn anywhere;
 - two rows are controls that ask the questions of another row with something taken away: `fine_print_unsliced` without
   slices, `video_order_shuffled` with the times of the frames shuffled. A model that uses slices and times does badly;
-- `chinese` asks the questions of all other rows in Chinese and, about the same pictures, in English.
+- `chinese` asks the questions of all other rows in Chinese and, about the same images, in English.
 """
 
 import random
@@ -73,7 +73,7 @@ def exact_match_in_language(answer: str, expected: dict) -> Scores:
     return {expected["language"]: exact_match(answer, expected["answer"])["exact"]}
 
 
-def chinese_beside_english(scores: list[Scores]) -> Metrics:
+def chinese_and_english(scores: list[Scores]) -> Metrics:
     chinese, english = (fmean(score[name] for score in scores if name in score) for name in ("zh", "en"))
     return {"exact": chinese, "exact_english": english, "difference": chinese - english}
 
@@ -111,8 +111,8 @@ BENCHMARK = Benchmark(
             prompt=without_slices,
             lower_is_better=True,
         ),
-        row("colour", "colour of a shape"),
-        row("shape", "shape of a colour"),
+        row("colour", "color of a shape"),
+        row("shape", "shape of a color"),
         row("count", "count shapes"),
         row("position", "shape at a place"),
         row("chart", "read a chart"),
@@ -129,7 +129,7 @@ BENCHMARK = Benchmark(
         row("multistep_fast", "the same questions, answered at once", "multistep", thinking=False),
         row(
             "chair",
-            "objects in captions that are not in the picture",
+            "objects in captions that are not in the image",
             "caption",
             prompt=caption_of,
             scorer=hallucinated_objects(named_objects),
@@ -144,7 +144,7 @@ BENCHMARK = Benchmark(
             sample=in_both_languages,
             prompt=question_in_language,
             scorer=exact_match_in_language,
-            aggregate=chinese_beside_english,
+            aggregate=chinese_and_english,
             questions_per_sample=2,
         ),
     ),
