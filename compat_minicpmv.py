@@ -4,7 +4,8 @@ import inspect
 import warnings
 from typing import Any
 
-from transformers import Cache, GenerationMixin, ProcessorMixin, Qwen2TokenizerFast, Qwen3Model
+import torch
+from transformers import BatchFeature, Cache, GenerationMixin, ProcessorMixin, Qwen2TokenizerFast, Qwen3Model
 
 
 # transformers 5.24 renamed `past_key_values` to `cache`, in calls and in outputs.
@@ -53,3 +54,25 @@ class CompatGenerationMixin(GenerationMixin):
             if whole is not None and whole.shape[-1] == input_ids.shape[1]:
                 kwargs["next_sequence_length"] = input_ids.shape[1] - cache.get_seq_length()
         return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class NestedBatchFeature(BatchFeature):
+    """`BatchFeature` whose `to()` reaches the tensors inside nested lists, as that of transformers 5 does."""
+
+    def to(self, *args: Any, **kwargs: Any) -> "NestedBatchFeature":
+        """Move all tensors to a device and cast the floating-point ones, as `torch.Tensor.to`; returns self."""
+        device = kwargs.get("device")
+        if device is None and args and not isinstance(args[0], torch.dtype):
+            device = args[0]
+
+        def move(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)(move(item) for item in value)
+            if not isinstance(value, torch.Tensor) or (device is None and not value.is_floating_point()):
+                return value
+            if value.is_floating_point():
+                return value.to(*args, **kwargs)
+            return value.to(device=device, non_blocking=kwargs.get("non_blocking", False))
+
+        self.data = {name: move(value) for name, value in self.data.items()}
+        return self

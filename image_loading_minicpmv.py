@@ -26,7 +26,7 @@ from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .configuration_minicpmv import MiniCPMVError
 
@@ -44,17 +44,6 @@ FETCH_TIMEOUT = 30  # seconds without a sign of the server
 FETCH_SECONDS = 120  # for the whole of a download
 FETCH_BYTES = 64 * 2**20
 
-_EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 # What Pillow's decoders raise on damaged data.
 DECODE_ERRORS = (
@@ -265,16 +254,10 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
 
 def _turn_upright(image: Image.Image) -> Image.Image:
     try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        return ImageOps.exif_transpose(image) if is_turned else image  # which would copy it
     except DECODE_ERRORS:  # unreadable metadata says nothing about the pixels
         return image
-    method = _UPRIGHT.get(orientation)
-    if method is None:
-        return image
-    image = image.transpose(method)
-    for name in _ORIENTATION_SOURCES:  # else whoever loads the result again would turn it again
-        image.info.pop(name, None)
-    return image
 
 
 def _to_rgb(image: Image.Image, background_color: tuple[int, int, int] | None) -> Image.Image:

@@ -12,12 +12,11 @@ Reading order: geometry (pure functions) -> packing -> the image processor.
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, islice
 from operator import attrgetter
 from typing import Any
@@ -25,8 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 
+from .compat_minicpmv import NestedBatchFeature
 from .configuration_minicpmv import MiniCPMVError
 from .image_loading_minicpmv import ImageInputError, load_image, shorten
 
@@ -220,14 +220,32 @@ def read_groups(temporal_ids: Any, counts: Sequence[int]) -> list[list[list[int]
     """
     samples = _as_lists(temporal_ids)
     if samples is None:
-        return [[[-1]] * count for count in counts]
-    if len(counts) == 1 and not (isinstance(samples, list) and len(samples) == 1 and _holds_groups(samples[0])):
+        samples = [None] * len(counts)
+    elif len(counts) == 1 and not (isinstance(samples, list) and len(samples) == 1 and _are_groups(samples[0])):
         samples = [samples]
     if not isinstance(samples, list) or len(samples) != len(counts):
         raise FramePackingError(
-            f"temporal_ids={shorten(samples)} must hold one list of groups for each of {len(counts)} samples"
+            f"temporal_ids={shorten(samples)} must hold a list of groups for each of {len(counts)} samples"
         )
-    return [_check_groups(groups, count) for groups, count in zip(samples, counts, strict=True)]
+    samples = [[[-1]] * count if groups is None else groups for groups, count in zip(samples, counts, strict=True)]
+    for groups, count in zip(samples, counts, strict=True):
+        if not _are_groups(groups):
+            raise FramePackingError(
+                f"temporal_ids={shorten(groups)} must be a list of groups such as [[0, 1, 2], [3]]"
+            )
+        for group in groups:
+            if not all(isinstance(number, int) for number in group):
+                raise FramePackingError(f"temporal_ids of group {group} must be whole numbers (tenths of a second)")
+            if not group or (min(group) < 0 and group != [-1]):
+                raise FramePackingError(
+                    f"group {group} of temporal_ids is not allowed; ids are 0 or more, and a still picture is [-1]"
+                )
+        if (number := sum(map(len, groups))) != count:
+            raise FramePackingError(
+                f"temporal_ids hold {number} ids, but there are {count} pictures; give one id for each frame, and a "
+                "group [-1] for each still picture"
+            )
+    return samples
 
 
 def _as_lists(value: Any) -> Any:
@@ -235,30 +253,8 @@ def _as_lists(value: Any) -> Any:
     return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _holds_groups(sample: Any) -> bool:
+def _are_groups(sample: Any) -> bool:
     return sample is None or (isinstance(sample, list) and all(isinstance(group, list) for group in sample))
-
-
-def _check_groups(groups: Any, count: int) -> list[list[int]]:
-    if groups is None:
-        return [[-1]] * count
-    if not _holds_groups(groups):
-        raise FramePackingError(
-            f"temporal_ids={shorten(groups)} must be a list of groups such as [[0, 1, 2], [3]], one id a frame"
-        )
-    for group in groups:
-        if not all(isinstance(number, int) for number in group):
-            raise FramePackingError(f"temporal_ids of group {group} must be whole numbers (tenths of a second)")
-        if not group or (min(group) < 0 and group != [-1]):
-            raise FramePackingError(
-                f"group {group} of temporal_ids is not allowed; ids are 0 or more, and a still picture is [-1]"
-            )
-    if (number := sum(map(len, groups))) != count:
-        raise FramePackingError(
-            f"temporal_ids hold {number} ids, but there are {count} pictures; give one id for each frame, and a group "
-            "[-1] for each still picture"
-        )
-    return groups
 
 
 def pad_visual_inputs(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -307,48 +303,18 @@ class ImageOptions:
     input_data_format: str | None = None  # "channels_first" or "channels_last", for arrays and tensors
 
 
-class MiniCPMVBatchFeature(BatchFeature):
-    """BatchFeature whose `to()` reaches the tensors inside nested lists."""
-
-    def to(self, *args, **kwargs) -> MiniCPMVBatchFeature:
-        """Move all tensors to a device and cast the floating-point ones, as `torch.Tensor.to`; returns self."""
-        device = kwargs.get("device")
-        if device is None and args and not isinstance(args[0], torch.dtype):
-            device = args[0]
-        non_blocking = kwargs.get("non_blocking", False)
-
-        def move(value):
-            if isinstance(value, torch.Tensor):
-                if value.is_floating_point():
-                    return value.to(*args, **kwargs)
-                return value if device is None else value.to(device=device, non_blocking=non_blocking)
-            if isinstance(value, (list, tuple)):
-                return type(value)(move(item) for item in value)
-            return value
-
-        self.data = {key: move(value) for key, value in self.data.items()}
-        return self
-
-
 # Pictures that are decoded at a time and share one block of memory.
 _PICTURES_PER_BLOCK = 16
 
-# Names under which other code reads or saves a setting -> its name here.
-_SETTING_ALIASES = {
-    "image_mean": "norm_mean",
-    "mean": "norm_mean",
-    "image_std": "norm_std",
-    "std": "norm_std",
-    "im_start_token": "im_start",
-    "im_end_token": "im_end",
-    "slice_start_token": "slice_start",
-    "slice_end_token": "slice_end",
-    "unk_token": "unk",
+# Names under which vLLM and the configurations of other processors know a setting -> its name here.
+_SETTING_ALIASES = {"image_mean": "norm_mean", "mean": "norm_mean", "image_std": "norm_std", "std": "norm_std"} | {
+    f"{name}_token": name for name in ("im_start", "im_end", "slice_start", "slice_end", "unk")
 }
 
 
-class MiniCPMVImageProcessor(BaseImageProcessor):
-    """Slices pictures and turns them into patch strips for MiniCPM-V.
+@dataclass
+class ImageSettings:
+    """Settings of `MiniCPMVImageProcessor`, which has them as attributes.
 
     Args:
         max_slice_nums: most slices beside the source view; 1 never slices.
@@ -365,87 +331,66 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
 
     Raises:
         MiniCPMVError: a setting outside its range.
+    """
+
+    max_slice_nums: int = 9
+    scale_resolution: int = 448
+    patch_size: int = 14
+    image_feature_size: int = 64
+    use_image_id: bool = True
+    slice_mode: bool = True
+    im_start: str = "<image>"
+    im_end: str = "</image>"
+    slice_start: str = "<slice>"
+    slice_end: str = "</slice>"
+    unk: str = "<unk>"
+    im_id_start: str = "<image_id>"
+    im_id_end: str = "</image_id>"
+    norm_mean: Sequence[float] = (0.5, 0.5, 0.5)
+    norm_std: Sequence[float] = (0.5, 0.5, 0.5)
+    version: float = 4.5
+    do_exif_transpose: bool = True
+    background_color: Sequence[int] | None = (255, 255, 255)
+
+    def __post_init__(self) -> None:
+        for name in ("max_slice_nums", "scale_resolution", "patch_size", "image_feature_size"):
+            setattr(self, name, _positive_int(name, getattr(self, name)))
+        if self.patch_size > self.scale_resolution:
+            raise MiniCPMVError(
+                f"patch_size={self.patch_size} must not exceed scale_resolution={self.scale_resolution}"
+            )
+        self.norm_mean = _three_numbers("norm_mean", self.norm_mean, -math.inf, math.inf)
+        self.norm_std = _three_numbers("norm_std", self.norm_std, 1e-6, math.inf)
+        if self.background_color is not None:
+            values = _three_numbers("background_color", self.background_color, 0, 255)
+            self.background_color = [int(value) for value in values]
+
+
+class MiniCPMVImageProcessor(BaseImageProcessor):
+    """Slices pictures and turns them into patch strips for MiniCPM-V.
+
+    Args:
+        settings: those of `ImageSettings`.
 
     Source: LLaVA-UHD (arXiv 2403.11703); MiniCPM-V 4.5 model card.
     """
 
     model_input_names = ["pixel_values", "image_sizes", "tgt_sizes", "temporal_ids"]
+    setting_names = {field.name for field in fields(ImageSettings)} | _SETTING_ALIASES.keys()
     background_color = (255, 255, 255)  # transformers saves None only for settings with another class default
 
-    def __init__(
-        self,
-        max_slice_nums: int = 9,
-        scale_resolution: int = 448,
-        patch_size: int = 14,
-        image_feature_size: int = 64,
-        use_image_id: bool = True,
-        slice_mode: bool = True,
-        im_start: str = "<image>",
-        im_end: str = "</image>",
-        slice_start: str = "<slice>",
-        slice_end: str = "</slice>",
-        unk: str = "<unk>",
-        im_id_start: str = "<image_id>",
-        im_id_end: str = "</image_id>",
-        norm_mean: Sequence[float] = (0.5, 0.5, 0.5),
-        norm_std: Sequence[float] = (0.5, 0.5, 0.5),
-        version: float = 4.5,
-        do_exif_transpose: bool = True,
-        background_color: Sequence[int] | None = (255, 255, 255),
-        **kwargs,
-    ):
-        super().__init__(**{key: value for key, value in kwargs.items() if key not in _SETTING_ALIASES})
-        self.max_slice_nums = _positive_int("max_slice_nums", max_slice_nums)
-        self.scale_resolution = _positive_int("scale_resolution", scale_resolution)
-        self.patch_size = _positive_int("patch_size", patch_size)
-        self.image_feature_size = _positive_int("image_feature_size", image_feature_size)
-        if patch_size > scale_resolution:
-            raise MiniCPMVError(
-                f"patch_size={patch_size} is larger than scale_resolution={scale_resolution}; a slice holds no patch"
-            )
-        self.use_image_id = use_image_id
-        self.slice_mode = slice_mode
-        self.im_start = kwargs.get("im_start_token", im_start)
-        self.im_end = kwargs.get("im_end_token", im_end)
-        self.slice_start = kwargs.get("slice_start_token", slice_start)
-        self.slice_end = kwargs.get("slice_end_token", slice_end)
-        self.unk = kwargs.get("unk_token", unk)
-        self.im_id_start = im_id_start
-        self.im_id_end = im_id_end
-        self.norm_mean = _three_numbers("norm_mean", kwargs.get("image_mean", kwargs.get("mean", norm_mean)))
-        self.norm_std = _three_numbers("norm_std", kwargs.get("image_std", kwargs.get("std", norm_std)))
-        if min(self.norm_std) <= 0:
-            raise MiniCPMVError(f"norm_std={self.norm_std} must be greater than 0 in every channel")
-        self.version = version
-        self.do_exif_transpose = do_exif_transpose
-        self.background_color = background_color
-        if background_color is not None:
-            self.background_color = [int(value) for value in _three_numbers("background_color", background_color)]
-            if min(self.background_color) < 0 or max(self.background_color) > 255:
-                raise MiniCPMVError(f"background_color={self.background_color} must lie in 0..255 in every channel")
+    def __init__(self, **settings: Any):
+        settings = {_SETTING_ALIASES.get(name, name): value for name, value in settings.items()}
+        own = {name: settings.pop(name) for name in self.setting_names & settings.keys()}
+        super().__init__(**settings)
+        vars(self).update(vars(ImageSettings(**own)))
 
     @classmethod
-    def setting_names(cls) -> set[str]:
-        """Names of the settings, those that other code uses included."""
-        return {*inspect.signature(cls.__init__).parameters, *_SETTING_ALIASES} - {"self", "kwargs"}
-
-    @classmethod
-    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build from saved settings; keyword arguments override them and pass the same checks."""
-        # transformers sets overrides as attributes after construction, past the checks of __init__
-        overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.setting_names()}
-        canonical = {_SETTING_ALIASES.get(key, key): value for key, value in image_processor_dict.items()}
-        canonical.update({_SETTING_ALIASES.get(key, key): value for key, value in overrides.items()})
-        return super().from_dict(canonical, **kwargs)
-
-    # Names under which other code reads the settings.
-    im_start_token = property(attrgetter("im_start"))
-    im_end_token = property(attrgetter("im_end"))
-    slice_start_token = property(attrgetter("slice_start"))
-    slice_end_token = property(attrgetter("slice_end"))
-    unk_token = property(attrgetter("unk"))
-    image_mean = mean = property(attrgetter("norm_mean"))
-    image_std = std = property(attrgetter("norm_std"))
+        # transformers sets overrides as attributes after construction, past the checks
+        overrides = {name: kwargs.pop(name) for name in cls.setting_names & kwargs.keys()}
+        return super().from_dict(image_processor_dict | overrides, **kwargs)
 
     def get_slice_layout(self, image_size: Sequence[int], max_slice_nums: int | None = None) -> SliceLayout:
         """Layout of a picture of `image_size` (width, height; numbers or a tensor) under this processor's settings."""
@@ -492,10 +437,7 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
     def slice_to_patches(
         self, image: Any, max_slice_nums: int | None = None, input_data_format: str | None = None
     ) -> SlicedImage:
-        """Load, resize, cut and normalise one picture (anything `load_image` takes).
-
-        Raises ImageInputError for a picture that cannot be used.
-        """
+        """Load, resize, cut and normalize one picture (anything `load_image` takes, which also says what it raises)."""
         return self.slice_all_to_patches([image], max_slice_nums, input_data_format)[0]
 
     def slice_all_to_patches(
@@ -554,7 +496,7 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         return_tensors: str | None = None,
         input_data_format: str | None = None,
         **kwargs,
-    ) -> MiniCPMVBatchFeature:
+    ) -> NestedBatchFeature:
         """Preprocess a picture, the pictures of one sample (list), or those of a batch (list of lists).
 
         Args:
@@ -583,9 +525,13 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         return visual_features(packed, return_tensors)
 
 
+for _alias, _name in _SETTING_ALIASES.items():
+    setattr(MiniCPMVImageProcessor, _alias, property(attrgetter(_name)))
+
+
 def visual_features(
     samples: Iterable[tuple[list[SlicedImage], list[list[int]]]], return_tensors: str | None
-) -> MiniCPMVBatchFeature:
+) -> NestedBatchFeature:
     """What both processors return, of the pictures or frames of each sample and their groups."""
     convert = (lambda tensor: tensor.numpy()) if return_tensors == "np" else (lambda tensor: tensor)
     data: dict[str, list] = {"pixel_values": [], "image_sizes": [], "tgt_sizes": [], "temporal_ids": []}
@@ -595,7 +541,7 @@ def visual_features(
         data["image_sizes"].append([frame.image_size for frame in frames])
         data["tgt_sizes"].append(convert(torch.tensor(tgt_sizes, dtype=torch.int64).reshape(-1, 2)))
         data["temporal_ids"].append(unit_temporal_ids)
-    return MiniCPMVBatchFeature(data)
+    return NestedBatchFeature(data)
 
 
 def _map_threaded(function: Callable, items: Sequence) -> list:
@@ -636,9 +582,7 @@ def _as_samples(images: Any) -> list[list]:
     if images and all(nested):
         return [list(sample) for sample in images]
     if any(nested):
-        raise ImageInputError(
-            "images mix pictures and lists of pictures; give one list for a sample, or one list a sample for a batch"
-        )
+        raise ImageInputError("images mix pictures and lists of pictures; give one list, or one list a sample")
     return [list(images)]
 
 
@@ -648,11 +592,11 @@ def _positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
-def _three_numbers(name: str, values: Any) -> list[float]:
+def _three_numbers(name: str, values: Any, least: float, most: float) -> list[float]:
     try:
-        numbers_ = [float(value) for value in values]
-    except (TypeError, ValueError) as error:
-        raise MiniCPMVError(f"{name}={values!r} must be 3 numbers, for R, G and B") from error
-    if len(numbers_) != 3 or not all(map(math.isfinite, numbers_)):
-        raise MiniCPMVError(f"{name}={values!r} must be 3 finite numbers, for R, G and B")
-    return numbers_
+        three = [float(value) for value in values]
+    except (TypeError, ValueError):
+        three = []
+    if len(three) != 3 or not all(math.isfinite(value) and least <= value <= most for value in three):
+        raise MiniCPMVError(f"{name}={values!r} must be 3 numbers from {least} to {most}, for R, G and B")
+    return three

@@ -26,13 +26,12 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoInput
 
-from .compat_minicpmv import ProcessorBase
+from .compat_minicpmv import NestedBatchFeature, ProcessorBase
 from .configuration_minicpmv import MiniCPMVError
 from .image_loading_minicpmv import ImageInputError
 from .image_processing_minicpmv import (
     FramePackingError,
     ImageOptions,
-    MiniCPMVBatchFeature,
     MiniCPMVImageProcessor,
     SlicedImage,
     did_you_mean,
@@ -75,10 +74,10 @@ class TextOptions:
     padding: bool | str | None = None  # None: where there are several prompts
     padding_side: str = "left"
     pad_to_multiple_of: int | None = None
-    truncation: bool | str | None = None
-    max_length: int | None = None
-    return_tensors: str | None = "pt"
-    return_mm_token_type_ids: bool = False
+    max_length: int | None = None  # most tokens of a prompt; a longer one is an error
+    truncation: bool | str | None = None  # True: a longer one is cut, unless that would cut a picture
+    return_tensors: str | None = "pt"  # "pt", "np" or None (lists)
+    return_mm_token_type_ids: bool = False  # also give 1 for slots and 0 for text
 
 
 class PromptTooLongError(MiniCPMVError):
@@ -90,6 +89,7 @@ class _Options:
     images: ImageOptions
     videos: dict[str, Any]  # of `MiniCPMVVideoProcessor.preprocess`
     text: TextOptions
+    media_cache: Any
 
 
 @dataclass
@@ -103,6 +103,12 @@ class ExpandedPrompt:
     image_sizes: list = field(default_factory=list)  # (width, height) of each picture and frame
     video_metadata: list = field(default_factory=list)  # one report a video
     spans: list = field(default_factory=list)  # (start, end) in `text` of what an assistant wrote
+
+    def add(self, pixel_values: list, tgt_sizes: list, temporal_ids: list, image_sizes: list) -> None:
+        self.pixel_values += pixel_values
+        self.tgt_sizes += tgt_sizes
+        self.temporal_ids += temporal_ids
+        self.image_sizes += image_sizes
 
 
 class MiniCPMVProcessor(ProcessorBase):
@@ -199,14 +205,8 @@ class MiniCPMVProcessor(ProcessorBase):
             videos: likewise; whatever the video processor loads.
             temporal_ids: makes pictures the frames of clips: for each prompt a list of groups with one id a frame
                 (tenths of a second), such as `[[-1], [0, 3, 6]]`; [-1] is a still picture.
-            max_slice_nums, use_image_id, input_data_format: options of the image processor.
-            fps, num_frames, max_num_packing, start, ...: options of the video processor. The dicts `images_kwargs`,
-                `videos_kwargs` and `text_kwargs` reach one part alone.
-            padding (default: True for several prompts), padding_side (default "left"), pad_to_multiple_of.
-            max_length: most tokens a prompt may have. A longer one is an error, unless `truncation=True` and what is
-                cut holds no picture.
-            return_tensors: "pt" (default), "np" or None (lists).
-            return_mm_token_type_ids: also give 1 for slots and 0 for text.
+            kwargs: options, those of `ImageOptions`, `VideoOptions` and `TextOptions`. The dicts `images_kwargs`,
+                `videos_kwargs` and `text_kwargs` reach one part alone. And:
             return_metadata: also give `video_metadata`, one report a video.
             pad_pixel_values: give the tensors of `pad_visual_inputs` instead of nested lists, for trainers that insist
                 on them.
@@ -254,14 +254,14 @@ class MiniCPMVProcessor(ProcessorBase):
         pad_pixel_values: bool = False,
         media_cache: Any = None,
         **kwargs: Any,
-    ) -> MiniCPMVBatchFeature:
+    ) -> NestedBatchFeature:
         """`__call__` on one list of pictures and one of videos a prompt (None: no such modality in the batch)."""
-        options = self._sort_options(kwargs)
+        options = self._sort_options(kwargs, media_cache)
         return_metadata |= bool(options.videos.pop("return_metadata", False))
         nothing: list[list] = [[]] * len(prompts)
         groups = read_groups(temporal_ids, [len(pictures) for pictures in images or nothing])
         samples = [
-            self._expand(*inputs, options, media_cache)
+            self._expand(*inputs, options)
             for inputs in zip(prompts, images or nothing, videos or nothing, groups, spans or nothing, strict=True)
         ]
         data = self._tokenize(samples, options.text, with_masks=spans is not None)
@@ -277,7 +277,7 @@ class MiniCPMVProcessor(ProcessorBase):
             data.pop("image_bound")
         if return_metadata:
             data["video_metadata"] = [sample.video_metadata for sample in samples]
-        return MiniCPMVBatchFeature(data)
+        return NestedBatchFeature(data)
 
     @property
     def option_names(self) -> dict[str, set[str]]:
@@ -290,7 +290,7 @@ class MiniCPMVProcessor(ProcessorBase):
         """Whether a keyword is an option of this processor (else it may be a variable of the chat template)."""
         return name in CALL_OPTIONS | TOLERATED_OPTIONS or any(name in names for names in self.option_names.values())
 
-    def _sort_options(self, kwargs: dict[str, Any]) -> _Options:
+    def _sort_options(self, kwargs: dict[str, Any], media_cache: Any) -> _Options:
         """The keywords of a call by the part they concern, like `option_names`."""
         parts = self.option_names
         options = {part: dict(kwargs.pop(f"{part}_kwargs", None) or {}) for part in (*parts, "common")}
@@ -310,23 +310,16 @@ class MiniCPMVProcessor(ProcessorBase):
         images, text = (
             {name: options[part][name] for name in options[part].keys() & parts[part]} for part in ("images", "text")
         )
-        return _Options(ImageOptions(**images), options["videos"], TextOptions(**text))
+        return _Options(ImageOptions(**images), options["videos"], TextOptions(**text), media_cache)
 
     def _expand(
-        self,
-        prompt: str,
-        images: list,
-        videos: list,
-        groups: list[list[int]],
-        spans: list[tuple[int, int]],
-        options: _Options,
-        media_cache: Any,
+        self, prompt: str, images: list, videos: list, groups: list[list[int]], spans: list, options: _Options
     ) -> ExpandedPrompt:
         """Put slots in the places of pictures and videos, and make the slices that fill them."""
         kinds, texts = PLACEHOLDERS.findall(prompt), PLACEHOLDERS.split(prompt)
         for name, placeholder, given in (("images", IMAGE_PLACEHOLDER, images), ("videos", VIDEO_PLACEHOLDER, videos)):
             _check_places("prompt has", placeholder, name, kinds.count(placeholder), given)
-        frames = iter(self._slice(images, options.images, media_cache))
+        frames = iter(self._slice(images, options))
         videos_left, groups_left = iter(videos), iter(groups)
         sample = ExpandedPrompt("")
         lengths = [len(text) + len(kind) for text, kind in zip(texts, [*kinds, ""], strict=True)]
@@ -335,7 +328,7 @@ class MiniCPMVProcessor(ProcessorBase):
         moved = [(0, 0)]  # (start in the prompt, start in the result) of the pieces of text
         while place < len(kinds):
             if kinds[place] == VIDEO_PLACEHOLDER:
-                units = self._add_video(sample, next(videos_left), options.videos, media_cache)
+                units = self._add_video(sample, next(videos_left), options)
                 following = place + 1
             else:
                 group = next(groups_left)
@@ -346,7 +339,11 @@ class MiniCPMVProcessor(ProcessorBase):
                         f"The frames of group {group} do not stand together in the prompt: {between.strip()[:40]!r} or a "
                         "video is between them. Put the frames of a group next to each other."
                     )
-                units = self._add_pictures(sample, [next(frames) for _ in group], group, pictures, options.images)
+                members = [next(frames) for _ in group]
+                sample.add(*pack_frames(members, [group]), [frame.image_size for frame in members])
+                units = self.image_processor.get_slice_image_placeholder(
+                    members[0].image_size, pictures, options.images.max_slice_nums, options.images.use_image_id
+                )
                 pictures += len(group)
                 if group != [-1] and following < len(kinds) and not texts[following].strip():
                     texts[following] = "\n"
@@ -359,17 +356,20 @@ class MiniCPMVProcessor(ProcessorBase):
             sample.spans.append(tuple(end - old + new for end, (old, new) in pieces))
         return sample
 
-    def _slice(self, images: list, options: ImageOptions, media_cache: Any) -> list[SlicedImage]:
-        def make(images: list) -> list[SlicedImage]:
-            return self.image_processor.slice_all_to_patches(images, options.max_slice_nums, options.input_data_format)
-
-        if media_cache is None:
+    def _slice(self, images: list, options: _Options) -> list[SlicedImage]:
+        slice_all, cache = self.image_processor.slice_all_to_patches, options.media_cache
+        make = partial(
+            slice_all,
+            max_slice_nums=options.images.max_slice_nums,
+            input_data_format=options.images.input_data_format,
+        )
+        if cache is None:
             return make(images)
         # The cache is asked twice, so that all images that it lacks are sliced in one go, on all threads.
         missing = []
         for image in images:
             try:
-                media_cache.get("image", image, _not_made)
+                cache.get("image", image, _not_made)
             except _NotMadeError:
                 missing.append(image)
         made = {id(image): sliced for image, sliced in zip(missing, make(missing), strict=True)}
@@ -377,40 +377,20 @@ class MiniCPMVProcessor(ProcessorBase):
         def of(image: Any) -> SlicedImage:  # not among the missing: the cache has let go of it since
             return made[id(image)] if id(image) in made else make([image])[0]
 
-        return [media_cache.get("image", image, partial(of, image)) for image in images]
+        return [cache.get("image", image, partial(of, image)) for image in images]
 
-    def _add_pictures(
-        self,
-        sample: ExpandedPrompt,
-        frames: list[SlicedImage],
-        group: list[int],
-        number: int,
-        options: ImageOptions,
-    ) -> str:
-        """Add the frames of one group (a still picture: one frame, id -1); returns the text with its slots."""
-        pixel_values, tgt_sizes, temporal_ids = pack_frames(frames, [group])
-        sample.pixel_values += pixel_values
-        sample.tgt_sizes += tgt_sizes
-        sample.temporal_ids += temporal_ids
-        sample.image_sizes += [frame.image_size for frame in frames]
-        return self.image_processor.get_slice_image_placeholder(
-            frames[0].image_size, number, options.max_slice_nums, options.use_image_id
-        )
-
-    def _add_video(self, sample: ExpandedPrompt, video: Any, options: dict[str, Any], media_cache: Any) -> str:
+    def _add_video(self, sample: ExpandedPrompt, video: Any, options: _Options) -> str:
         """Add the sampled frames of one video; returns the text with its slots, a line for each group."""
-
-        def make() -> BatchFeature:
-            return self.video_processor.preprocess(video, return_metadata=True, **options)
-
-        clip = make() if media_cache is None else media_cache.get("video", video, make)
+        make, cache = self.video_processor.preprocess, options.media_cache
+        make = partial(make, video, return_metadata=True, **options.videos)
+        clip = make() if cache is None else cache.get("video", video, make)
         (report,) = clip["video_metadata"]
-        sample.pixel_values += clip["pixel_values"][0]
-        sample.tgt_sizes += clip["tgt_sizes"][0].tolist()
-        sample.temporal_ids += clip["temporal_ids"][0]
-        sample.image_sizes += clip["image_sizes"][0]
+        pixel_values, tgt_sizes, temporal_ids, image_sizes = (
+            clip[name][0] for name in ("pixel_values", "tgt_sizes", "temporal_ids", "image_sizes")
+        )
+        sample.add(pixel_values, tgt_sizes.tolist(), temporal_ids, image_sizes)
         sample.video_metadata.append(report)
-        limits = {name: options.get(name) for name in ("max_slice_nums", "use_image_id")}
+        limits = {name: options.videos.get(name) for name in ("max_slice_nums", "use_image_id")}
         return self.video_processor.get_video_placeholder(sample.image_sizes[-1], report.num_groups, **limits)
 
     def _tokenize(self, samples: list[ExpandedPrompt], options: TextOptions, with_masks: bool) -> dict[str, Any]:
@@ -421,10 +401,8 @@ class MiniCPMVProcessor(ProcessorBase):
         for index, (sample, (ids, offsets)) in enumerate(zip(samples, encoded, strict=True)):
             slots = [place for place, token in enumerate(ids) if token == slot]
             if len(slots) != query_num * len(sample.temporal_ids):
-                raise MiniCPMVError(
-                    f"Prompt {index} has {len(slots)} {self.image_token} tokens, but its pictures take "
-                    f"{query_num * len(sample.temporal_ids)}. Mark pictures by {IMAGE_PLACEHOLDER} only."
-                )
+                taken = f"{len(slots)} {self.image_token} tokens, but its pictures take {query_num * len(sample.temporal_ids)}"
+                raise MiniCPMVError(f"Prompt {index} has {taken}. Mark pictures by {IMAGE_PLACEHOLDER} only.")
             limit = options.max_length
             if limit is not None and len(ids) > limit:
                 if options.truncation in (None, False, "do_not_truncate") or (slots and slots[-1] >= limit):
@@ -434,43 +412,31 @@ class MiniCPMVProcessor(ProcessorBase):
                         "frames (fps, max_num_packing), or raise the limit (max_length; in chat() max_inp_length)."
                     )
                 ids, offsets = ids[:limit], offsets[:limit]
-            starts = slots[::query_num]
-            row = {"input_ids": ids, "bounds": [(start, start + query_num) for start in starts]}
+            row = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+            row["image_bound"] = [(start, start + query_num) for start in slots[::query_num]]
             if with_masks:
-                row["assistant_masks"] = [
-                    int(any(first <= start < last for first, last in sample.spans)) for start, _ in offsets
-                ]
+                masks = (any(first <= start < last for first, last in sample.spans) for start, _ in offsets)
+                row["assistant_masks"] = list(map(int, masks))
             if options.return_mm_token_type_ids:
                 row["mm_token_type_ids"] = [int(token == slot) for token in ids]
             rows.append(row)
-        padding = options.padding
+        padding, longest = options.padding, max((len(row["input_ids"]) for row in rows), default=0)
         if padding is None:
             padding = len(samples) > 1 and options.return_tensors is not None
-        self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # its advice does not fit here
-        padded = self.tokenizer.pad(
-            {"input_ids": [row["input_ids"] for row in rows]},
-            padding=padding,
-            padding_side=options.padding_side,
-            max_length=options.max_length if padding == "max_length" else None,
-            pad_to_multiple_of=options.pad_to_multiple_of,
-            return_attention_mask=True,
-            return_tensors=options.return_tensors,
-        )
-        data = dict(padded)
-        before = [
-            len(ids) - len(row["input_ids"]) if options.padding_side == "left" else 0
-            for ids, row in zip(data["input_ids"], rows, strict=True)
-        ]
-        for name in rows[0].keys() & {"assistant_masks", "mm_token_type_ids"} if rows else ():
-            values = [
-                ([0] * shift + row[name] + [0] * len(ids))[: len(ids)]
-                for shift, row, ids in zip(before, rows, data["input_ids"], strict=True)
-            ]
-            data[name] = BatchFeature({name: values}, tensor_type=options.return_tensors)[name]
-        data["image_bound"] = [
-            torch.tensor(row["bounds"]).reshape(-1, 2).long() + shift for row, shift in zip(rows, before, strict=True)
-        ]
-        return data
+        length = {"max_length": options.max_length or longest, True: longest, "longest": longest}.get(padding, 0)
+        multiple = options.pad_to_multiple_of or 1
+        length = -(-length // multiple) * multiple
+        data: dict[str, list] = {name: [] for row in rows for name in row}
+        for row in rows:
+            missing = max(length - len(row["input_ids"]), 0)
+            left = missing if options.padding_side == "left" else 0
+            bounds = row.pop("image_bound")
+            data["image_bound"].append(torch.tensor(bounds).reshape(-1, 2).long() + left)
+            for name, values in row.items():
+                filler = [self.tokenizer.pad_token_id if name == "input_ids" else 0]
+                data[name].append(filler * left + values + filler * (missing - left))
+        bounds = data.pop("image_bound")
+        return {**BatchFeature(data, tensor_type=options.return_tensors), "image_bound": bounds}
 
     # ---- messages -> inputs ----
 
@@ -515,16 +481,14 @@ class MiniCPMVProcessor(ProcessorBase):
         """
         template = chat_template or self.chat_template
         if template is None:
-            raise MiniCPMVError(
-                "This processor has no chat template. Load it from its folder, or pass chat_template=."
-            )
+            raise MiniCPMVError("This processor has no chat template. Load it from its folder, or pass one.")
         options = dict(processor_kwargs or {})
         template_variables = {}
         for name, value in kwargs.items():
             (options if self.is_option(name) else template_variables)[name] = value
         is_batched = _is_nested(conversation)
         conversations = conversation if is_batched else [conversation]
-        pending = {name: options.pop(name, None) for name in ("images", "videos")}
+        pending = {"images": unstack(options.pop("images", None)), "videos": options.pop("videos", None)}
         media = [{"image": [], "video": []} for _ in conversations]
         guard = typed_guard(self.tokenizer) if tokenize and sanitize_control_tokens else None
         rendered_messages = [
@@ -543,10 +507,15 @@ class MiniCPMVProcessor(ProcessorBase):
         )
         if not tokenize:
             return prompts if is_batched else prompts[0]
-        inputs = {
-            "images": self._fill_in(prompts, media, "image", unstack(pending["images"]), IMAGE_PLACEHOLDER, _as_list),
-            "videos": self._fill_in(prompts, media, "video", pending["videos"], VIDEO_PLACEHOLDER, flatten_videos),
-        }
+        inputs = {}
+        for kind, placeholder, as_list in (
+            ("image", IMAGE_PLACEHOLDER, _as_list),
+            ("video", VIDEO_PLACEHOLDER, flatten_videos),
+        ):
+            given, found = pending[f"{kind}s"], [each[kind] for each in media]
+            if given is not None and any(found):
+                raise MiniCPMVError(f"{kind}s stand in the messages and in {kind}s=. Give them in one way only.")
+            inputs[f"{kind}s"] = found if any(found) else _share_out(prompts, given, placeholder, f"{kind}s", as_list)
         output = self._process(
             prompts,
             **inputs,
@@ -555,23 +524,6 @@ class MiniCPMVProcessor(ProcessorBase):
             **options,
         )
         return output if return_dict else output["input_ids"]
-
-    def _fill_in(
-        self,
-        prompts: list[str],
-        media: list[dict[str, list]],
-        kind: str,
-        pending: Any,
-        placeholder: str,
-        as_list: Callable[[Any], list],
-    ) -> list[list] | None:
-        """Media of each prompt: those that stood in the messages, or those given beside them."""
-        is_in_messages = any(found[kind] for found in media)
-        if pending is None:
-            return [found[kind] for found in media] if is_in_messages else None
-        if is_in_messages:
-            raise MiniCPMVError(f"{kind}s stand in the messages and in {kind}s=. Give them in one way only.")
-        return _share_out(prompts, pending, placeholder, f"{kind}s", as_list)
 
     # ---- for other software ----
 

@@ -90,14 +90,12 @@ class _Pillow(FrameSource):
         width, height = self.image.size
         self.num_frames = getattr(self.image, "n_frames", 1)
         if self.num_frames == 1 and self.image.format != "GIF":
-            raise VideoInputError(
-                f"a still {self.image.format} picture is not a video; give it as an image, or as a list of one frame"
-            )
+            raise VideoInputError(f"a still {self.image.format} picture; give it as an image, or in a list of frames")
         check_pixels("the animation", self.image)
         if width * height * self.num_frames > ANIMATION_PIXELS:
             raise VideoInputError(
-                f"an animation of {self.num_frames} frames of {width} x {height} has more than {ANIMATION_PIXELS} pixels; "
-                "scale it down, or convert it to MP4, of which only the frames that are looked at are decoded"
+                f"{self.num_frames} frames of {width} x {height}, more than {ANIMATION_PIXELS} pixels; scale it down, or "
+                "convert it to MP4, of which only the frames that are looked at are decoded"
             )
         durations = []
         for i in range(self.num_frames):
@@ -125,15 +123,18 @@ class _PyAV(FrameSource):
 
     def __init__(self, source: Any, av: ModuleType):
         self.av, self.source = av, source
-        self._open()
+        try:
+            self._open()
+            self._read_packets()
+        except av.error.FFmpegError as error:
+            raise VideoInputError(_first_line(error)) from error
+
+    def _read_packets(self) -> None:
         width, height = self.stream.codec_context.width, self.stream.codec_context.height
         if width * height > FRAME_PIXELS:
             raise VideoInputError(f"frames of {width} x {height} have more than {FRAME_PIXELS} pixels; scale it down")
         # Reading the packets without decoding them gives the exact number of frames, their times and the key frames.
-        try:
-            packets = [packet for packet in self.container.demux(self.stream) if packet.size and not packet.is_discard]
-        except self.av.error.FFmpegError as error:
-            raise VideoInputError(_first_line(error)) from error
+        packets = [packet for packet in self.container.demux(self.stream) if packet.size and not packet.is_discard]
         if not packets:
             raise VideoInputError("the video track is empty")
         self.num_frames = len(packets)
@@ -151,10 +152,7 @@ class _PyAV(FrameSource):
             self.times = times if self.seekable or agree(times, self.native_fps) else None
 
     def _open(self) -> None:
-        try:
-            self.container = self.av.open(_rewound(self.source), metadata_errors="replace")
-        except (OSError, ValueError, self.av.error.FFmpegError) as error:
-            raise VideoInputError(_first_line(error)) from error
+        self.container = self.av.open(_rewound(self.source), metadata_errors="replace")
         if not self.container.streams.video:
             raise VideoInputError("the file has no video track")
         self.stream = self.container.streams.video[0]
@@ -163,26 +161,20 @@ class _PyAV(FrameSource):
     def frames(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         for frame in self._decode(indices):
             image = frame.to_image()
-            rotation = self._rotation(frame)
+            # As phones note it. Before PyAV 14 it stands with the stream, if anywhere.
+            side_data = getattr(self.stream, "side_data", {})
+            rotation = getattr(frame, "rotation", side_data.get("DISPLAYMATRIX", 0)) % 360
             yield image.rotate(rotation, expand=True) if rotation else image
 
     def thumbnails(self, first: int, stop: int) -> Iterator[np.ndarray]:
         for frame in self._decode(range(first, stop)):
             yield frame.reformat(THUMBNAIL, THUMBNAIL, "rgb24").to_ndarray()
 
-    def _rotation(self, frame: Any) -> float:
-        """Degrees against the clock by which the picture has to be turned, as phones note it."""
-        if hasattr(frame, "rotation"):  # PyAV 14
-            return frame.rotation % 360
-        return getattr(self.stream, "side_data", {}).get("DISPLAYMATRIX", 0) % 360
-
     def _decode(self, indices: Sequence[int]) -> Iterator[Any]:
         try:
             yield from self._decode_by_time(indices) if self.seekable else self._decode_by_count(indices)
         except self.av.error.FFmpegError as error:
-            raise VideoInputError(
-                f"PyAV cannot decode the video ({_first_line(error)}); the file is damaged"
-            ) from error
+            raise VideoInputError(f"the video is damaged: PyAV cannot decode it ({_first_line(error)})") from error
 
     def _decode_by_time(self, indices: Sequence[int]) -> Iterator[Any]:
         """Find frames by their time stamps, jumping to a key frame where one lies between here and the next frame."""
@@ -213,9 +205,7 @@ class _PyAV(FrameSource):
                 yield frame
             if found == len(wanted):
                 return
-        raise VideoInputError(
-            f"{len(wanted) - found} of {len(wanted)} frames could not be decoded; the file is damaged"
-        )
+        raise VideoInputError(f"the video is damaged: {len(wanted) - found} of {len(wanted)} frames cannot be decoded")
 
     def _reopen(self) -> None:
         self.container.close()
@@ -229,40 +219,23 @@ class _Decord(FrameSource):
     decoder = "decord"
 
     def __init__(self, source: Any, decord: ModuleType):
-        self.decord, self.source = decord, source
         self.errors = (RuntimeError, LookupError, AssertionError, decord.DECORDError)
-        self.reader = self._open()
-        self.num_frames = len(self.reader)
-        self.native_fps = float(self.reader.get_avg_fps())
         try:
+            self.reader = decord.VideoReader(source, ctx=decord.cpu(0))
+            self.num_frames = len(self.reader)
             times = self.reader.get_frame_timestamp(range(self.num_frames))[:, 0].astype(np.float64)
         except self.errors as error:
             raise VideoInputError(_first_line(error)) from error
+        self.native_fps = float(self.reader.get_avg_fps())
         self.times = times if agree(times, self.native_fps) else None  # it makes them up where the file has none
 
-    def _open(self, **size: int) -> Any:
-        try:
-            return self.decord.VideoReader(_rewound(self.source), ctx=self.decord.cpu(0), **size)
-        except self.errors as error:
-            raise VideoInputError(_first_line(error)) from error
-
-    def _batches(self, reader: Any, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
-        for start in range(0, len(indices), size):
-            try:
-                yield from reader.get_batch(list(indices[start : start + size])).asnumpy()
-            except self.errors as error:
-                raise VideoInputError(
-                    f"decord cannot decode the video after frame {indices[start]} ({_first_line(error)}); leave out "
-                    "video_backend, and PyAV reads it"
-                ) from error
-
     def frames(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        for frame in self._batches(self.reader, indices, DECODE_CHUNK):
-            yield Image.fromarray(frame)
-
-    def thumbnails(self, first: int, stop: int) -> Iterator[np.ndarray]:
-        small = self._open(width=THUMBNAIL, height=THUMBNAIL)
-        yield from self._batches(small, range(first, stop), 16 * DECODE_CHUNK)
+        for start in range(0, len(indices), DECODE_CHUNK):
+            try:
+                yield from map(Image.fromarray, self.reader.get_batch(indices[start : start + DECODE_CHUNK]).asnumpy())
+            except self.errors as error:
+                reason = _first_line(error)
+                raise VideoInputError(f"decord fails after frame {indices[start]} ({reason}); PyAV may not") from error
 
 
 DECODERS: dict[str, tuple[str, Callable[[Any, ModuleType], FrameSource]]] = {
@@ -289,18 +262,17 @@ def _first_line(error: Exception) -> str:
 
 def _open_file(source: Any, name: str, backend: str | None, load: Callable[[Any], Image.Image]) -> FrameSource:
     """Open a file, in Pillow where its first bytes are those of a picture format, else in a decoder of videos."""
-    try:
-        header = source.read(16) if hasattr(source, "read") else _read_header(source)
-    except OSError as error:
-        raise VideoInputError(f"{name} cannot be read ({error})") from error
-    _rewound(source)
-    if not header:
-        raise VideoInputError(f"{name} is an empty file")
-    is_animation = header.startswith(PILLOW_SIGNATURES) or (header[:4] == b"RIFF" and header[8:12] == b"WEBP")
     module_name, reader_class = DECODERS[backend or "pyav"]
     try:
-        if is_animation:
-            return _open_animation(source, load)
+        file = source if hasattr(source, "read") else open(source, "rb")  # noqa: SIM115
+        header = _rewound(file).read(16)
+        _rewound(file)
+        if file is not source:
+            file.close()
+        if not header:
+            raise VideoInputError("an empty file")
+        if header.startswith(PILLOW_SIGNATURES) or (header[:4] == b"RIFF" and header[8:12] == b"WEBP"):
+            return _Pillow(source, load)
         # By name: nothing here may require a decoder to be installed.
         reader = reader_class(source, importlib.import_module(module_name))
         if reader.num_frames < 1:
@@ -308,31 +280,15 @@ def _open_file(source: Any, name: str, backend: str | None, load: Callable[[Any]
         return reader
     except ImportError as error:
         raise VideoInputError(f"{module_name} is needed to read {name}: pip install {module_name}") from error
-    except MiniCPMVError as error:
-        raise VideoInputError(
-            f"{name} cannot be read as a video ({error}). Check that it is a whole file with a picture track"
-        ) from error
-
-
-def _open_animation(source: Any, load: Callable[[Any], Image.Image]) -> FrameSource:
-    try:
-        return _Pillow(source, load)
-    except MiniCPMVError:
-        raise
     except DECODE_ERRORS as error:
-        raise VideoInputError(f"the animation is damaged: {_first_line(error)}") from error
-
-
-def _read_header(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(16)
+        raise VideoInputError(
+            f"{name} cannot be read as a video ({_first_line(error)}). Check that it is a whole file with a picture track"
+        ) from error
 
 
 def _refuse_address(name: Any) -> None:
     if isinstance(name, str) and re.match(r"(data:|[a-z][a-z0-9+.-]+://)", name, re.IGNORECASE):
-        raise VideoInputError(
-            f"{name[:60]!r} is an address, and nothing is fetched for videos; download it and give its path or bytes"
-        )
+        raise VideoInputError(f"{name[:60]!r} is an address; download the video and give its path or bytes")
 
 
 def open_video(video: Any, backend: str | None, load: Callable[[Any], Image.Image]) -> FrameSource:
@@ -358,19 +314,16 @@ def open_video(video: Any, backend: str | None, load: Callable[[Any], Image.Imag
         if not path.is_file():
             raise VideoInputError(f"there is no file {name!r}; give the path of a video, or a folder of frames")
         return _open_file(str(path), repr(name), backend, load)
-    if isinstance(video, (bytes, bytearray)):
-        return _open_file(io.BytesIO(video), "the video given as bytes", backend, load)
-    if hasattr(video, "read"):
-        return _open_file(video, "the video file", backend, load)
+    if isinstance(video, (bytes, bytearray)) or hasattr(video, "read"):
+        file = video if hasattr(video, "read") else io.BytesIO(video)
+        return _open_file(file, "the video", backend, load)
     if getattr(video, "ndim", None) == 4 or isinstance(video, (list, tuple)):
         if len(video) == 0:
             raise VideoInputError("the video has no frames; give at least one")
         return _FrameList(video, load)
     shape = f" of shape {tuple(video.shape)}" if hasattr(video, "shape") else ""
-    raise VideoInputError(
-        f"{type(video).__name__}{shape} is not a video; give a path, bytes, a folder or list of frames, "
-        "or an array of shape (frames, height, width, 3)"
-    )
+    accepted = "a path, bytes, a folder or list of frames, or an array of shape (frames, height, width, 3)"
+    raise VideoInputError(f"{type(video).__name__}{shape} is not a video; give {accepted}")
 
 
 def _natural_order(path: Path) -> list:

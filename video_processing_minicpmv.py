@@ -21,10 +21,10 @@ import numpy as np
 from PIL import Image
 from transformers.video_processing_utils import BaseVideoProcessor  # at the top level a dummy without torchvision
 
+from .compat_minicpmv import NestedBatchFeature
 from .configuration_minicpmv import MiniCPMVError
 from .image_loading_minicpmv import ImageInputError  # noqa: F401  # transformers 4 copies only the files named here
 from .image_processing_minicpmv import (
-    MiniCPMVBatchFeature,
     MiniCPMVImageProcessor,
     check_return_tensors,
     did_you_mean,
@@ -35,7 +35,6 @@ from .video_decoding_minicpmv import DECODERS, VideoInputError, flatten_videos, 
 
 MAX_PACKING = 6  # frames in a group the resampler was trained on
 FRAME_SELECTIONS = ("uniform", "keyframes")
-LEAST_TIME_SCALE = 1e-3  # of a temporal id, in seconds
 
 
 class FrameSamplingError(MiniCPMVError):
@@ -83,44 +82,39 @@ class VideoOptions:
     end: float | None = None
 
     def __post_init__(self) -> None:
-        self._check_number("fps", above=0, hint="frames per second, e.g. 3")
-        self._check_number("time_scale", above=LEAST_TIME_SCALE, hint="seconds; the published value is 0.1")
-        self._check_whole("max_num_frames", math.inf, "the published value is 180")
-        for name in ("max_num_packing", "force_packing"):
-            self._check_whole(name, MAX_PACKING, "frames in a group; the published value is 3")
-        self._check_whole(
-            "num_frames",
-            self.max_num_frames * self.max_num_packing,
-            f"(max_num_frames={self.max_num_frames} x max_num_packing={self.max_num_packing}); ask for fewer frames, or "
-            f"raise max_num_packing (at most {MAX_PACKING})",
-        )
-        self._check_whole("max_slice_nums", math.inf, "1 keeps a frame whole")
+        most_frames = self.max_num_frames * self.max_num_packing if _is_whole(self.max_num_frames, 1) else 0
+        for name, least, most, hint in (
+            ("max_num_frames", 1, math.inf, "the published value is 180"),
+            ("max_num_packing", 1, MAX_PACKING, "the published value is 3"),
+            ("force_packing", 1, MAX_PACKING, "frames in a group"),
+            ("num_frames", 1, most_frames, "max_num_frames x max_num_packing; raise one of them, or ask for fewer"),
+            ("max_slice_nums", 1, math.inf, "1 keeps a frame whole"),
+        ):
+            value = getattr(self, name)
+            if not _is_whole(value, least, most) and not (value is None and name in ("force_packing", "num_frames")):
+                limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise FrameSamplingError(f"{name}={value!r} must be a whole number {limits} ({hint})")
+        for name, least, hint in (("fps", 1e-6, "frames a second, e.g. 3"), ("time_scale", 1e-3, "seconds, as 0.1")):
+            if not _is_number(getattr(self, name), least) or getattr(self, name) == math.inf:
+                raise FrameSamplingError(
+                    f"{name}={getattr(self, name)!r} must be a positive number from {least} of {hint}"
+                )
         for name, allowed in (("frame_selection", FRAME_SELECTIONS), ("video_backend", (None, *DECODERS))):
             if getattr(self, name) not in allowed:
                 raise FrameSamplingError(f"{name}={getattr(self, name)!r} is unknown; give one of {allowed}")
         for name in ("start", "end"):
-            value = getattr(self, name)
-            if value is not None and (not _is_number(value) or value < 0):
-                raise FrameSamplingError(f"{name}={value!r} must be 0 or more seconds")
+            if getattr(self, name) is not None and not _is_number(getattr(self, name), 0):
+                raise FrameSamplingError(f"{name}={getattr(self, name)!r} must be 0 or more seconds")
         if self.end is not None and (self.start or 0) >= self.end:
             raise FrameSamplingError(f"start={self.start} must lie before end={self.end} (seconds)")
 
-    def _check_number(self, name: str, above: float, hint: str) -> None:
-        value = getattr(self, name)
-        if not _is_number(value) or not above <= value < math.inf or value == 0:
-            raise FrameSamplingError(f"{name}={value!r} must be a positive number, at least {above}, of {hint}")
 
-    def _check_whole(self, name: str, most: float, hint: str) -> None:
-        value = getattr(self, name)
-        if value is None and name in ("force_packing", "num_frames"):
-            return
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= value <= most:
-            limits = "at least 1" if most == math.inf else f"from 1 to {most}"
-            raise FrameSamplingError(f"{name}={value!r} must be a whole number {limits}; {hint}")
+def _is_number(value: Any, least: float, most: float = math.inf, kind: type = numbers.Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+def _is_whole(value: Any, least: float, most: float = math.inf) -> bool:
+    return _is_number(value, least, most, numbers.Integral)
 
 
 # --- which frames: pure functions ------------------------------------------------------------------------------------
@@ -181,11 +175,9 @@ def plan_frames(total_num_frames: int, native_fps: float, options: VideoOptions 
 def _check_clip(total_num_frames: int, native_fps: float) -> None:
     if total_num_frames < 1:
         raise FrameSamplingError(f"the clip has {total_num_frames} frames; at least 1 is needed")
-    if not _is_number(native_fps) or not 0 < native_fps < math.inf:
-        raise FrameSamplingError(
-            f"the clip's frame rate is {native_fps!r}, not a positive number; "
-            'give the true one as video_metadata={"fps": ...}'
-        )
+    if not _is_number(native_fps, 1e-6) or native_fps == math.inf:
+        remedy = 'give the true one as video_metadata={"fps": ...}'
+        raise FrameSamplingError(f"the clip's frame rate is {native_fps!r}, not a positive number; {remedy}")
 
 
 def temporal_ids_of(
@@ -351,7 +343,7 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
         return_metadata: bool = False,
         return_tensors: str | None = None,
         **options: Any,
-    ) -> MiniCPMVBatchFeature:
+    ) -> NestedBatchFeature:
         """Sample, decode and slice videos; each frame is sliced as soon as it is decoded.
 
         Args:
@@ -373,9 +365,7 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
         if video_metadata is None or isinstance(video_metadata, Mapping):
             video_metadata = [video_metadata] * len(videos)
         if len(video_metadata) != len(videos):
-            raise VideoInputError(
-                f"{len(video_metadata)} video_metadata for {len(videos)} videos; give one (or None) for each"
-            )
+            raise VideoInputError(f"{len(video_metadata)} video_metadata for {len(videos)} videos; give one for each")
         samples, reports = [], []
         for video, metadata in zip(videos, video_metadata, strict=True):
             decoded, groups, report = self._sample(video, metadata, settings)
@@ -459,7 +449,7 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
         if settings.pop("image_processor_type", None) or "max_num_packing" not in settings:
             settings = {name: v for name, v in settings.items() if name not in ("max_slice_nums", "use_image_id")}
         is_wanted = kwargs.pop("return_unused_kwargs", False)
-        known = {*cls.option_names, *MiniCPMVImageProcessor.setting_names()}
+        known = {*cls.option_names, *MiniCPMVImageProcessor.setting_names}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
         video_processor = cls(**settings | overrides)
         return (video_processor, kwargs) if is_wanted else video_processor
