@@ -103,7 +103,7 @@ def chat(
         conversation.show(files)
     if is_terminal:
         console.print("[dim]/help lists the commands, Ctrl-D ends.[/dim]")
-    read = prompt_reader() if is_terminal else lambda prompt: next(sys.stdin, None)
+    read = prompt_reader() if is_terminal else read_line
 
     failed = False
     while conversation.goes_on and (line := read(conversation.prompt)) is not None:
@@ -122,6 +122,19 @@ def chat(
             print(f"minicpmv: {one_line(error)}", file=sys.stderr)
     if failed and not is_terminal:
         raise SystemExit(1)
+
+
+def read_line(prompt: str) -> str | None:
+    """The next line of a pipe; None at the end."""
+    import sys
+
+    with one_line_errors():
+        try:
+            return sys.stdin.buffer.readline().decode() or None
+        except UnicodeDecodeError as error:
+            raise CommandError(
+                "stdin is text that is not UTF-8; convert it, as in: iconv -f latin1 -t utf-8"
+            ) from error
 
 
 class Conversation:
@@ -143,7 +156,7 @@ class Conversation:
         self.changed = {}  # settings of answers since then
         self.waiting = []  # images and videos for the next question
         self.is_noted = False  # what the model knows
-        self.thought = None  # of the last answer
+        self.output = None  # the last answer; None where nothing came of the last question
         self.goes_on = True
 
     @property
@@ -187,9 +200,9 @@ class Conversation:
             shown = {value: word for word, value in modes.items() if word}[self.thinking]
             terminal.note(f"thinking is {shown}")
         elif name == "/thought":
-            if self.thought is None:
+            if self.output is None or self.output.reasoning is None:
                 raise CommandError("nothing was thought for the last answer; /think switches it on")
-            terminal.write(self.thought)
+            terminal.write(self.output.reasoning)
         elif name == "/undo":
             self.undo()
             terminal.note("the last question and its answer are taken back")
@@ -200,7 +213,7 @@ class Conversation:
         elif name == "/reset":
             # A new session, not session.reset(): a conversation that was loaded ends here too.
             self.session = self.sessions(self.model, self.processor, **self.settings)
-            self.waiting, self.thought = [], None
+            self.waiting, self.output = [], None
             terminal.note("the conversation begins anew")
         elif name == "/save":
             try:
@@ -211,7 +224,7 @@ class Conversation:
         elif name == "/load":
             settings = {key: value for key, value in self.settings.items() if key != "system_prompt"}
             self.session = self.sessions.load(folder, self.model, self.processor, **settings)  # which brings its own
-            self.waiting, self.thought = [], None
+            self.waiting, self.output = [], None
             turns = sum(message["role"] == "user" for message in self.session.history)
             terminal.note(f"going on after {turns} question{'s' * (turns != 1)}")
         elif name == "/help":
@@ -228,19 +241,18 @@ class Conversation:
         """Take back the last turn; returns the content of its question."""
         if not any(message["role"] == "user" for message in self.session.history):
             raise CommandError("there is no question to take back; ask one first")
-        self.thought = None
+        self.output = None
         return self.session.undo()
 
     def retry(self) -> None:
         """Ask the last question again; where nothing comes of it, the old answer stays."""
-        before = self.session
+        before, output = self.session, self.output
         self.session = before.fork()
-        content = self.undo()
         try:
-            self.send(content if isinstance(content, list) else [content])
+            self.send(self.undo())
         finally:
-            if len(self.session.history) < len(before.history):
-                self.session = before
+            if self.output is None:
+                self.session, self.output = before, output
 
     def set(self, name: str = "", value: str = "") -> None:
         """Change a setting of the answers that follow."""
@@ -265,19 +277,23 @@ class Conversation:
         self.waiting += parts
 
     def ask(self, question: str) -> None:
-        self.send([*self.waiting, {"type": "text", "text": question}])
+        try:
+            self.send([*self.waiting, {"type": "text", "text": question}])
+        finally:
+            if self.output is not None:  # else the images still wait
+                self.waiting = []
 
     def send(self, content: list) -> None:
-        has_media = len(content) > 1
+        """Ask, and write the answer as it comes; `output` tells whether something came, if only in part."""
+        self.output = None
         pieces = self.session.send(content, stream=True, enable_thinking=self.thinking, **self.changed)
         try:
             with pieces:
                 terminal.show_answer(pieces, self.processor, self.console)
         finally:
-            if pieces.output is not None:  # else nothing came of it, and the images still wait
-                self.waiting, self.thought = [], pieces.output.reasoning
+            self.output = pieces.output
         terminal.note_limit(pieces.output, (self.settings | self.changed)["max_new_tokens"])
-        if has_media and not self.is_noted:
+        if len(content) > 1 and not self.is_noted:
             terminal.note_knowledge(self.model, self.name)
             self.is_noted = True
 

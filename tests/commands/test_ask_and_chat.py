@@ -382,6 +382,17 @@ def test_the_last_question_is_taken_back_or_answered_again(run, answer):
     assert result.exit_code == 1 and result.stderr.count("no question to take back") == 1
 
 
+def test_images_that_wait_still_wait_after_the_last_question_is_answered_again(run, answer):
+    result = run("chat", *SHORT, stdin=f"Hello\n/image {NUMBER}\n/retry\n/undo\n{QUESTION}\n")
+    hello = answer("Hello")
+    assert result.stdout == f"{hello}\n{hello}\n{answer(Path(NUMBER), QUESTION)}\n"
+
+
+def test_a_conversation_in_another_encoding_is_a_one_line_error(run):
+    result = run("chat", *SHORT, stdin="Was heißt das?\n".encode("latin1"))
+    assert_one_line_error(result, "not UTF-8", "iconv")
+
+
 def test_settings_are_changed_in_the_conversation(run, answer):
     result = run("chat", NUMBER, *SHORT, stdin=f"/set max_new_tokens 1\n{QUESTION}\n/set\n/set seed x\n/set size 1\n")
     assert 1 < len(result.stdout) < len(answer(Path(NUMBER), QUESTION) + "\n")
