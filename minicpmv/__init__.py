@@ -3,7 +3,8 @@
     import minicpmv
 
     model, processor = minicpmv.load("nano")
-    print(model.chat(msgs=[{"role": "user", "content": ["Hello"]}], processor=processor))
+    session = minicpmv.ChatSession(model, processor)
+    print(session.send([Path("assets/number.jpg"), "What does it say?"]))
 
 The public names below are imported when they are asked for, so that importing the package itself takes no time.
 """
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 # Where the public names live, and the extra whose packages their modules need.
 _PLACES = {
     "Assistant": ("chat.assistant", None),
+    "ChatSession": ("chat.session", None),
     "CheckpointError": ("checkpoint", None),
     "ConversationCollator": ("data.collator", None),
     "DocumentReader": ("apps.documents.reader", "documents"),

@@ -65,7 +65,7 @@ def ask(
         think, auto_think, thinking_budget, max_new_tokens, temperature, seed, fps, max_slice_nums
     )
     console = Console(stderr=True, highlight=False)
-    with one_line_errors(ValueError), terminal.device_memory():
+    with one_line_errors(), terminal.device_memory():
         if as_json and stream:
             raise QuestionError("--json is written when the answer is complete: leave out --stream")
         files, question = split_inputs(inputs or [])

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from minicpmv.commands import media, options, terminal
-from minicpmv.errors import MiniCPMVError, one_line, one_line_errors, require
+from minicpmv.errors import MiniCPMVError, is_expected, one_line, one_line_errors, require
 
 
 COMMANDS = {
@@ -88,7 +88,7 @@ def chat(
     )
     console = Console(stderr=True, highlight=False)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    with one_line_errors(ValueError), terminal.device_memory():
+    with one_line_errors(), terminal.device_memory():
         if is_terminal:
             require("chat", "prompt_toolkit")
         media.check_media(files)
@@ -118,6 +118,8 @@ def chat(
         except terminal.OutputError as error:
             raise SystemExit(f"minicpmv: {error}") from error
         except ValueError as error:
+            if not is_expected(error):
+                raise
             failed = True
             print(f"minicpmv: {one_line(error)}", file=sys.stderr)
     if failed and not is_terminal:
@@ -168,7 +170,7 @@ class Conversation:
         """Do what a line says; `read` gives the following ones of a text between quotes.
 
         Raises:
-            ValueError: it cannot be done; the conversation is as it was.
+            MiniCPMVError: it cannot be done; the conversation is as it was.
         """
         line = line.strip()
         if line.startswith(QUOTES):

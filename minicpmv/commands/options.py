@@ -50,8 +50,8 @@ def decoding_options(temperature: float | None) -> dict[str, Any]:
     if temperature is None:
         return {}
     if temperature == 0:
-        return {"decoding": "greedy"}
-    return {"temperature": temperature}
+        return {"decoding": "greedy", "temperature": None}
+    return {"decoding": "sample", "temperature": temperature}
 
 
 def answer_options(

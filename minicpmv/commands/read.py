@@ -81,7 +81,7 @@ def read(
         """Items with a progress bar."""
         return track(items, what, total=len(document), console=console, disable=not console.is_terminal)
 
-    with one_line_errors(ValueError, OSError), terminal.device_memory():
+    with one_line_errors(OSError), terminal.device_memory():
         require(
             "documents",
             "pypdfium2",

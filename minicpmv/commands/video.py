@@ -52,7 +52,7 @@ def video(
     )
     settings = {"max_new_tokens": max_new_tokens} | ({} if fps is None else {"fps": fps})
     told = []
-    with one_line_errors(ValueError, OSError), terminal.device_memory():
+    with one_line_errors(OSError), terminal.device_memory():
         if not file.is_file():
             raise media.MediaError(f"{file}: no such file; give a video")
         terminal.check_output(output)

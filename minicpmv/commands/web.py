@@ -37,7 +37,7 @@ def web(
     """
     from rich.console import Console
 
-    with one_line_errors(ValueError, OSError):
+    with one_line_errors(OSError):
         require("web", "gradio")
         from minicpmv.web import page
         from minicpmv.web.conversation import Conversations

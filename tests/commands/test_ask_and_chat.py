@@ -72,6 +72,27 @@ def test_ask_writes_what_chat_answers_and_nothing_else(run, answer):
     assert result.stdout == answer(Path(NUMBER), QUESTION) + "\n"
 
 
+def test_the_first_question_of_the_readme_is_answered_the_same_every_time(run):
+    assert {run("ask", NUMBER, QUESTION).stdout for _ in range(3)} == {"47\n"}
+
+
+def test_a_temperature_samples_and_a_seed_repeats_it(run):
+    warm = ["--temperature", 1.5, "--max-new-tokens", 16]
+    first, again = (run("ask", NUMBER, "Hello", *warm, "--seed", 3).stdout for _ in range(2))
+    assert first == again
+    assert len({run("ask", NUMBER, "Hello", *warm, "--seed", seed).stdout for seed in range(5)}) > 1
+
+
+def test_a_bug_is_no_one_line_error(run, nano, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(nano[0].llm, "forward", fail)
+    for command, arguments, stdin in (("ask", [QUESTION], ""), ("chat", [], QUESTION)):
+        result = run(command, *arguments, stdin=stdin)
+        assert isinstance(result.exception, ValueError) and "minicpmv: a bug" not in result.stderr
+
+
 def test_ask_streams_the_same_answer(run, answer):
     assert run("ask", NUMBER, QUESTION, "--stream", *SHORT).stdout == answer(Path(NUMBER), QUESTION) + "\n"
 
@@ -391,6 +412,12 @@ def test_images_that_wait_still_wait_after_the_last_question_is_answered_again(r
 def test_a_conversation_in_another_encoding_is_a_one_line_error(run):
     result = run("chat", *SHORT, stdin="Was heißt das?\n".encode("latin1"))
     assert_one_line_error(result, "not UTF-8", "iconv")
+
+
+def test_a_temperature_is_set_and_taken_back_in_the_conversation(run, answer):
+    lines = ["/set temperature 2", "/set seed 1", "Hello", "/undo", "/set temperature 0", "Hello"]
+    shown, greedy = run("chat", "--max-new-tokens", 24, stdin="\n".join(lines)).stdout, answer("Hello") + "\n"
+    assert shown.endswith(greedy) and not shown.startswith(greedy)
 
 
 def test_settings_are_changed_in_the_conversation(run, answer):
