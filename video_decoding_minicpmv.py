@@ -142,6 +142,8 @@ class _PyAV(FrameSource):
         self.pts = sorted(packet.pts for packet in packets if packet.pts is not None)
         self.key_pts = sorted(packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None)
         has_times = len(self.pts) == self.num_frames
+        if self.num_frames > 1 and has_times and self.pts[0] == self.pts[-1]:  # then they, and the average, say nothing
+            has_times, self.native_fps = False, float(self.stream.guessed_rate or 0)
         self.seekable = has_times and self.container.format.name in SEEKABLE_FORMATS
         if has_times:
             times = np.array(self.pts, dtype=np.float64) * float(self.stream.time_base)
