@@ -142,7 +142,8 @@ class _PyAV(FrameSource):
         self.pts = sorted(packet.pts for packet in packets if packet.pts is not None)
         self.key_pts = sorted(packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None)
         has_times = len(self.pts) == self.num_frames
-        if self.num_frames > 1 and has_times and self.pts[0] == self.pts[-1]:  # then they, and the average, say nothing
+        if has_times and self.num_frames > 1 and self.pts[0] == self.pts[-1]:
+            # Such time stamps say nothing, nor does an average that was made from them.
             has_times, self.native_fps = False, float(self.stream.guessed_rate or 0)
         self.seekable = has_times and self.container.format.name in SEEKABLE_FORMATS
         if has_times:

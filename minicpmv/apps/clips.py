@@ -16,7 +16,6 @@ from minicpmv.errors import MiniCPMVError
 
 PROMPT = "Describe what happens in this part of a video in one or two sentences. Tell only what can be seen."
 MOST_SEGMENTS = 10_000
-GREEDY = {"decoding": "greedy"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def describe(
             msgs=[{"role": "user", "content": content}],
             processor=processor,
             return_dict=True,
-            **GREEDY | options | {"start": start, "end": end},
+            **{"decoding": "greedy"} | options | {"start": start, "end": end},
         )
         yield Segment(start, end, output.text, output.finish_reason != "length")
 

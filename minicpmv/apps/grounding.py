@@ -20,7 +20,6 @@ from minicpmv.errors import MiniCPMVError
 # The words that MiniCPM-V was trained with (model card); the processor writes the name behind them, between ref tags.
 QUESTION = "Please provide the bounding box coordinate of the region this sentence describes: "
 SCALE = 1000
-GREEDY = {"decoding": "greedy"}
 COLORS = ("#d62828", "#2850d2", "#289c3c", "#f58c14", "#8c32aa", "#00a0a8", "#c2185b", "#6d4c41")
 
 # A whole ref, a whole box, or a tag that belongs to neither.
@@ -150,7 +149,10 @@ def locate(model: Any, processor: Any, image: Any, name: str, **options: Any) ->
     image = processor.load_image(image)  # upright: boxes belong to what the model sees
     content = [image, {"type": "text", "text": QUESTION, "ref": name}]
     output = model.chat(
-        msgs=[{"role": "user", "content": content}], processor=processor, return_dict=True, **GREEDY | options
+        msgs=[{"role": "user", "content": content}],
+        processor=processor,
+        return_dict=True,
+        **{"decoding": "greedy"} | options,
     )
     boxes, malformed = parse_boxes(output.text, *image.size)
     boxes = [Box(name, *box.corners) if box.label is None else box for box in boxes]

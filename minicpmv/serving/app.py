@@ -10,7 +10,6 @@ What is special:
 import asyncio
 import threading
 import time
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from jinja2 import TemplateError
 from PIL import EpsImagePlugin
 from starlette.background import BackgroundTask
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
@@ -180,12 +179,10 @@ class Turn:
         self.model, self.seed, self.client_has_gone = model, seed, threading.Event()
 
     def generate(self, **inputs: Any) -> Any:
-        stop = StoppingCriteriaList([self._stop])
-        # Answers come one after the other, so that between the seed and the last draw there is no one else's.
-        with nullcontext() if self.seed is None else torch.random.fork_rng():
-            if self.seed is not None:
-                torch.manual_seed(self.seed)
-            return self.model.generate(**inputs, stopping_criteria=stop)
+        if self.seed is not None:
+            choice = self.model.seeded_choice([self.seed], inputs["input_ids"].shape[1])
+            inputs["logits_processor"] = LogitsProcessorList([choice])
+        return self.model.generate(**inputs, stopping_criteria=StoppingCriteriaList([self._stop]))
 
     def _stop(self, input_ids, scores, **kwargs):
         return torch.full((len(input_ids),), self.client_has_gone.is_set(), device=input_ids.device)

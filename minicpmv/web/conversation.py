@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minicpmv.apps.clips import GREEDY
 from minicpmv.apps.documents.pages import DocumentError, OpenDocument
 from minicpmv.errors import MiniCPMVError, is_expected, require
 from minicpmv.web.view import Seen, look_at
@@ -51,9 +50,9 @@ class Settings:
     @property
     def of_answer(self) -> dict[str, Any]:
         """Options of `ChatSession.send`."""
-        decoding = GREEDY
+        decoding: dict[str, Any] = {"decoding": "greedy"}
         if self.temperature > 0:
-            decoding = {"sampling": True, "temperature": self.temperature, "top_p": self.top_p}
+            decoding = {"decoding": "sample", "temperature": self.temperature, "top_p": self.top_p}
         return {"enable_thinking": THINKING[self.thinking], "max_new_tokens": int(self.max_new_tokens), **decoding}
 
     @property

@@ -353,7 +353,7 @@ def _is_told(error):
     """Whether the page shows an error: what can be mended, a file that is gone, and a full memory. Others are bugs."""
     import torch
 
-    return is_expected(error) or isinstance(error, (ValueError, OSError, torch.OutOfMemoryError))
+    return is_expected(error) or isinstance(error, (OSError, torch.OutOfMemoryError))
 
 
 def _told(error, labels):

@@ -24,7 +24,7 @@ from minicpmv.apps.documents.pages import Page
 from minicpmv.apps.documents.prompts import SUMMARY_LENGTHS, Prompts
 from minicpmv.apps.documents.repair import raise_contrast, straighten
 from minicpmv.apps.documents.tables import find_tables
-from minicpmv.apps.documents.writing import CALL_TOKENS, GREEDY, LoopStop, write
+from minicpmv.apps.documents.writing import CALL_TOKENS, LoopStop, write
 from minicpmv.apps.grounding import Box, parse_boxes
 from minicpmv.errors import MiniCPMVError
 
@@ -229,7 +229,7 @@ class DocumentReader:
         """[`DocumentAnswer`] to each question; a session reads the pages of a part once for all questions."""
         from minicpmv.chat import ChatSession  # imports torch
 
-        options = GREEDY | {"max_pictures": self.pages_at_once} | self.options
+        options = {"decoding": "greedy", "max_pictures": self.pages_at_once} | self.options
         options["max_new_tokens"] = min(options.get("max_new_tokens", CALL_TOKENS), self.max_page_tokens)
         answers: list[list[tuple[int, int, str]]] = [
             [] for _ in questions

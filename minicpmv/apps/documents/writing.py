@@ -14,7 +14,6 @@ import torch
 from transformers import StoppingCriteria
 
 
-GREEDY = {"decoding": "greedy"}  # a page is copied, not composed
 # A text loops when its end repeats itself so often and for so long. Rows of dots and empty table cells stay below.
 LOOP_ROUNDS = 4
 LOOP_CHARACTERS = 400
@@ -119,7 +118,7 @@ def write(
             return_dict=True,
             max_new_tokens=min(max_new_tokens, max_page_tokens - answer.tokens),
             stopping_criteria=[LoopStop(processor.tokenizer, answer.text)],
-            **GREEDY | options,
+            **{"decoding": "greedy"} | options,
         )
         first_output = None
         answer.text += output.text
