@@ -43,7 +43,7 @@ from minicpmv.train.feedback.respondent import (  # noqa: E402
     load_respondent,
     yes_and_no_tokens,
 )
-from minicpmv.train.feedback.sampling import Answer, SeededChoice, sample_answers  # noqa: E402
+from minicpmv.train.feedback.sampling import Answer, sample_answers  # noqa: E402
 
 
 NANO = str(REPOSITORY / "nano")
@@ -175,17 +175,19 @@ def test_where_the_shorter_answer_is_always_better_no_pair_says_so():
 # ---- sampling ----
 
 
-def test_the_chosen_token_is_where_the_cumulated_probability_passes_the_number():
-    scores = torch.tensor([[0.5, 0.0, 0.3, 0.2]]).log().repeat(6, 1)
-    numbers = torch.tensor([[0.0], [0.49], [0.51], [0.79], [0.81], [1 - 1e-12]], dtype=torch.float64)
-    choice = SeededChoice(numbers, prompt_length=3)(torch.zeros(6, 3, dtype=torch.long), scores)
-    assert choice.argmax(-1).tolist() == [0, 0, 2, 2, 3, 3]
-    assert (choice > -torch.inf).sum(-1).tolist() == [1] * 6
-    rng = random.Random(0)
-    many = torch.tensor([[rng.random()] for _ in range(4000)], dtype=torch.float64)
-    drawn = SeededChoice(many, 1)(torch.zeros(4000, 1, dtype=torch.long), scores[:1].repeat(4000, 1)).argmax(-1)
+def test_seeded_choices_follow_the_probabilities_and_their_seed_alone(nano):
+    scores = torch.tensor([[0.5, 0.0, 0.3, 0.2]]).log()
+
+    def choose(seeds):
+        prompt = torch.zeros(len(seeds), 1, dtype=torch.long)
+        left = nano.model.seeded_choice(seeds, prompt_length=1)(prompt, scores.repeat(len(seeds), 1))
+        assert (left > -torch.inf).sum(-1).eq(1).all()
+        return left.argmax(-1)
+
+    drawn = choose(range(4000))
     shares = torch.bincount(drawn, minlength=4) / 4000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.0, 0.3, 0.2]), atol=0.03, rtol=0)
+    assert torch.equal(choose([*range(20, 10, -1)]), drawn[11:21].flip(0))
 
 
 def question(picture, text="Describe the picture."):

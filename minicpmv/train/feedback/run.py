@@ -28,6 +28,7 @@ from tqdm import tqdm
 from minicpmv.data.formats import BadRowError
 from minicpmv.errors import is_expected, one_line_errors
 from minicpmv.train.common.arguments import ModelArguments, parse
+from minicpmv.train.common.errors import TrainingError
 from minicpmv.train.feedback.arguments import FeedbackArguments, settings_of
 from minicpmv.train.feedback.dataset import pair_dataset, pairs_and_summary
 from minicpmv.train.feedback.judged import Feedback
@@ -50,6 +51,11 @@ def collect(model_args: ModelArguments, args: FeedbackArguments, rows: datasets.
         return load_respondent(chosen, args.trust_remote_code, **options)
 
     policy = load(model_args.model_name_or_path, model_args.model_revision)
+    if not policy.is_native:
+        raise TrainingError(
+            f"model_name_or_path: {model_args.model_name_or_path} is a {type(policy.model).__name__}, but answers are sampled "
+            "from MiniCPM-V 4.5 with this repository's code. (feedback_model may be any other.)"
+        )
     judge = load(args.feedback_model, args.feedback_model_revision) if args.feedback_model else policy
     reader = load(args.claims_model, language_only=True) if args.claims_model else judge
     feedback = Feedback(args, policy, judge, reader)

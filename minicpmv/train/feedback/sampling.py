@@ -6,11 +6,12 @@ What is special:
 - a prompt's pictures are encoded once for all its answers.
 """
 
-import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -20,36 +21,11 @@ class Answer:
     finished: bool  # False: cut at max_new_tokens
 
 
-class SeededChoice(LogitsProcessor):
-    """Choose the token where the cumulated probability passes a given random number, in place of torch's global state.
-
-    Args:
-        numbers: [rows, steps], uniform in [0, 1).
-        prompt_length: tokens before the first step.
-    """
-
-    def __init__(self, numbers: torch.Tensor, prompt_length: int):
-        self.numbers = numbers
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids, scores):
-        numbers = self.numbers[:, input_ids.shape[1] - self.prompt_length, None].to(scores.device)
-        cumulated = scores.double().softmax(-1).cumsum(-1)  # [rows, vocabulary]
-        # The last entry is 1 but for rounding: a number beyond it must not fall off the vocabulary.
-        chosen = torch.searchsorted(cumulated, numbers * cumulated[:, -1:], right=True).clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
-
-
-def seeded_numbers(seed: int, prompt: int, answer: int, count: int) -> list[float]:
-    rng = random.Random(f"{seed}/{prompt}/{answer}")
-    return [rng.random() for _ in range(count)]
-
-
 @torch.inference_mode()
 def sample_answers(
-    model,
-    tokenizer,
-    inputs: dict,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Mapping[str, Any],
     prompts: list[int],
     count: int,
     seed: int,
@@ -63,22 +39,17 @@ def sample_answers(
         inputs: of the model, padded on the left.
         prompts: number of each prompt, from which its random state comes.
     """
-    numbers = [seeded_numbers(seed, prompt, answer, max_new_tokens) for prompt in prompts for answer in range(count)]
     start = inputs["input_ids"].shape[1]
-    choice = [TemperatureLogitsWarper(temperature)]
-    if top_p < 1:
-        choice.append(TopPLogitsWarper(top_p))
-    choice.append(SeededChoice(torch.tensor(numbers, dtype=torch.float64), start))
+    seeds = [f"{seed}/{prompt}/{answer}" for prompt in prompts for answer in range(count)]
     output = model.generate(
         **inputs,
         num_return_sequences=count,
         max_new_tokens=max_new_tokens,
-        logits_processor=LogitsProcessorList(choice),
-        # SeededChoice leaves one token; nothing may happen to the scores after it.
         do_sample=True,
-        temperature=1.0,
+        temperature=temperature,
         top_k=0,
-        top_p=1.0,
+        top_p=top_p,
+        logits_processor=[model.seeded_choice(seeds, start)],
     )
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
