@@ -36,9 +36,8 @@ class ImageInputError(MiniCPMVError):
 
 
 # HEIF where pillow-heif is installed and registered, AVIF where Pillow was built with it.
-IMAGE_FORMATS = (
-    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "MPO", "PPM", "DIB", "ICO", "TGA", "QOI"),
-    *("AVIF", "HEIF"),
+IMAGE_FORMATS = tuple(
+    ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "MPO", "PPM", "DIB", "ICO", "TGA", "QOI", "AVIF", "HEIF"]
 )
 FETCH_TIMEOUT = 30  # seconds without a sign of the server
 FETCH_SECONDS = 120  # for the whole of a download
@@ -46,23 +45,12 @@ FETCH_BYTES = 64 * 2**20
 
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 # What Pillow's decoders raise on damaged data.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+_PROGRAM_ERRORS = (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError)
+DECODE_ERRORS = (OSError, EOFError, struct.error, zlib.error, Image.DecompressionBombError, *_PROGRAM_ERRORS)
 # A lazy Pillow picture may stand in a batch twice, and its decoder is not safe under threads.
 _DECODE_LOCK = threading.Lock()
 _ACCEPTED = "a Pillow image, a path, a data: or http(s) URL, bytes, a numpy array or a torch tensor"
+_DAMAGED = "give a complete file that is not damaged"
 _TOO_LARGE = "scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS for a source you trust"
 
 
@@ -101,9 +89,7 @@ def load_image(
     elif not isinstance(image, Image.Image):
         image = _open(image)
     if image.width < 1 or image.height < 1:
-        raise ImageInputError(
-            f"picture of {image.width} x {image.height} pixels is empty; both sides must be at least 1"
-        )
+        raise ImageInputError(f"picture of {image.width} x {image.height} pixels is empty; give one of at least 1 x 1")
     try:
         with _DECODE_LOCK:
             image.load()
@@ -112,10 +98,7 @@ def load_image(
     except ImageInputError:
         raise
     except DECODE_ERRORS as error:
-        raise ImageInputError(
-            f"picture of {image.width} x {image.height} pixels ({image.format}) cannot be decoded ({error}); "
-            "give a complete file that is not damaged"
-        ) from error
+        raise ImageInputError(f"a picture of {image.size} pixels cannot be decoded ({error}); {_DAMAGED}") from error
 
 
 def _open(source: Any) -> Image.Image:
@@ -142,14 +125,12 @@ def _open(source: Any) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageInputError(f"{name}: {error}; {_TOO_LARGE}") from error
     except UnidentifiedImageError as error:
+        formats = f"not a picture in a format that is read here ({', '.join(IMAGE_FORMATS)})"
         raise ImageInputError(
-            f"{name}: not a picture in a format that is read here ({', '.join(IMAGE_FORMATS)}), perhaps a page that says "
-            f"what is wrong; give {_ACCEPTED}"
+            f"{name}: {formats}, perhaps a page that says what is wrong; give {_ACCEPTED}"
         ) from error
     except DECODE_ERRORS as error:
-        raise ImageInputError(
-            f"{name}: cannot be read as a picture ({error}); give a complete file that is not damaged"
-        ) from error
+        raise ImageInputError(f"{name}: cannot be read as a picture ({error}); {_DAMAGED}") from error
 
 
 def open_formats(file: Any) -> Image.Image:
@@ -162,9 +143,7 @@ def check_pixels(name: str, image: Image.Image) -> None:
     """Raises ImageInputError for an opened picture with more than PIL.Image.MAX_IMAGE_PIXELS, from where Pillow warns."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
-        raise ImageInputError(
-            f"{name}: {image.width} x {image.height} pixels are more than the limit of {limit}; {_TOO_LARGE}"
-        )
+        raise ImageInputError(f"{name}: {image.width} x {image.height} pixels, more than {limit}; {_TOO_LARGE}")
 
 
 def _fetch(address: str) -> bytes:
@@ -177,10 +156,8 @@ def _fetch(address: str) -> bytes:
             while piece := answer.read1(2**16):
                 data += piece
                 if len(data) > FETCH_BYTES or time.monotonic() > end:
-                    raise ImageInputError(
-                        f"{address}: more than {FETCH_BYTES} bytes or {FETCH_SECONDS} seconds; download it and give the "
-                        "file"
-                    )
+                    limits = f"more than {FETCH_BYTES} bytes or {FETCH_SECONDS} seconds"
+                    raise ImageInputError(f"{address}: {limits}; download it and give the file")
     except (OSError, HTTPException, UnicodeError) as error:
         raise ImageInputError(f"{address}: cannot be fetched ({error}); download it and give the file") from error
     return bytes(data)
@@ -209,12 +186,11 @@ def _array_to_pil(array: np.ndarray, input_data_format: str | None, channels_las
             array = np.moveaxis(array, 0, -1)
     if array.ndim not in (2, 3) or (array.ndim == 3 and not 1 <= array.shape[-1] <= 4):
         raise ImageInputError(
-            f"array of shape {tuple(shape)} is not one picture; give (height, width), (height, width, channels) or "
-            "(channels, height, width) with 1 to 4 channels, set input_data_format if the axes are in doubt, and pass "
-            "several pictures as a list"
+            f"array of shape {tuple(shape)} is not one picture; give (height, width) or, with 1 to 4 channels, (height, "
+            "width, channels) or (channels, height, width); several pictures as a list"
         )
     if 0 in array.shape:
-        raise ImageInputError(f"array of shape {tuple(shape)} is empty; both sides must be at least 1")
+        raise ImageInputError(f"array of shape {tuple(shape)} is empty; give one of at least 1 x 1 pixels")
     array = _to_uint8(array)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
@@ -222,13 +198,10 @@ def _array_to_pil(array: np.ndarray, input_data_format: str | None, channels_las
 
 
 def _is_channels_last(input_data_format: str) -> bool:
-    # transformers' ChannelDimension is an enum of these values
-    name = getattr(input_data_format, "value", input_data_format)
-    if name in ("channels_last", "last"):
-        return True
-    if name in ("channels_first", "first"):
-        return False
-    raise ImageInputError(f"input_data_format={name!r} is unknown; give 'channels_first' or 'channels_last'")
+    name = getattr(input_data_format, "value", input_data_format)  # of transformers' ChannelDimension
+    if name not in ("channels_last", "last", "channels_first", "first"):
+        raise ImageInputError(f"input_data_format={name!r} is unknown; give 'channels_first' or 'channels_last'")
+    return name.endswith("last")
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:
@@ -242,14 +215,9 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind == "f":
         low, high = float(array.min()), float(array.max())
         if not (low >= -1e-4 and high <= 1 + 1e-4):  # also true for NaN; the margin is for resampled pictures
-            raise ImageInputError(
-                f"floating-point picture has values from {low:g} to {high:g}; they must lie in [0, 1]: "
-                "divide by the largest possible value, or convert to uint8"
-            )
+            raise ImageInputError(f"floating-point values from {low:g} to {high:g} must lie in [0, 1]; divide them")
         return np.rint(np.clip(array.astype(np.float32), 0, 1) * 255).astype(np.uint8)
-    raise ImageInputError(
-        f"pictures of dtype {array.dtype} are not supported; convert to uint8 (0..255) or floating point in [0, 1]"
-    )
+    raise ImageInputError(f"dtype {array.dtype} is not supported; convert to uint8, or floating point in [0, 1]")
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
@@ -268,10 +236,8 @@ def _to_rgb(image: Image.Image, background_color: tuple[int, int, int] | None) -
         # I is what Pillow's readers give for some 16-bit grays; convert() would clip both to white
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise ImageInputError(
-                f"32-bit picture has values from {values.min()} to {values.max()}; mode I is read as 0..65535: "
-                "scale it, or convert it to uint8"
-            )
+            found = f"values from {values.min()} to {values.max()}"
+            raise ImageInputError(f"32-bit picture has {found}; mode I is read as 0..65535: scale it")
         return Image.fromarray(_to_uint8(values.astype(np.uint16))).convert("RGB")
     if image.mode == "F":
         return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")

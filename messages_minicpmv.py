@@ -85,7 +85,7 @@ def read_part(part: Any) -> tuple[str, Any]:
     if isinstance(part, str):
         return "text", part
     if isinstance(part, PathLike):
-        return "video" if Path(part).suffix.lower() in VIDEO_SUFFIXES else "image", part
+        return "video" if kind_of(part) == "video" else "image", part
     if not isinstance(part, Mapping):
         return "image", part
     kind = part.get("type")
@@ -102,14 +102,12 @@ def read_part(part: Any) -> tuple[str, Any]:
                 value = part[name]
                 return kind, f"data:;base64,{value}" if name == "base64" else value
         return kind, None
-    raise ImageInputError(
-        f"A content part is a string, a picture, or a dict of type text, image, image_url, video or video_url with its "
-        f"data, not {shorten(part)}."
-    )
+    kinds = "text, image, image_url, video or video_url with its data"
+    raise ImageInputError(f"A content part is a string, a picture, or a dict of type {kinds}, not {shorten(part)}.")
 
 
 def _as_mapping(value: Any) -> Any:
-    """Messages and parts that other software holds as objects (dataclasses, pydantic models) as dicts."""
+    """Messages and parts that are objects (dataclasses, pydantic models; transformers 5.24 takes them) as dicts."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     elif hasattr(value, "model_dump"):

@@ -1,5 +1,6 @@
 """The MiniCPM-V tokenizer: Qwen's byte-level BPE plus the control tokens of pictures, frames and boxes."""
 
+from operator import attrgetter
 from typing import Any
 
 from .compat_minicpmv import TokenizerBase
@@ -26,7 +27,7 @@ class MiniCPMVTokenizerFast(TokenizerBase):
 
     image_token = "<unk>"  # the slot that one image feature replaces
     image_token_id = _id_of(image_token)
-
+    newline_id = _id_of("Ċ")  # "\n" in the byte-level alphabet
     im_start, im_end = "<image>", "</image>"
     slice_start, slice_end = "<slice>", "</slice>"
     im_id_start, im_id_end = "<image_id>", "</image_id>"
@@ -34,7 +35,6 @@ class MiniCPMVTokenizerFast(TokenizerBase):
     box_start, box_end = "<box>", "</box>"
     quad_start, quad_end = "<quad>", "</quad>"
     point_start, point_end = "<point>", "</point>"
-
     im_start_id, im_end_id = _id_of(im_start), _id_of(im_end)
     slice_start_id, slice_end_id = _id_of(slice_start), _id_of(slice_end)
     im_id_start_id, im_id_end_id = _id_of(im_id_start), _id_of(im_id_end)
@@ -42,8 +42,6 @@ class MiniCPMVTokenizerFast(TokenizerBase):
     box_start_id, box_end_id = _id_of(box_start), _id_of(box_end)
     quad_start_id, quad_end_id = _id_of(quad_start), _id_of(quad_end)
     point_start_id, point_end_id = _id_of(point_start), _id_of(point_end)
-
-    newline_id = _id_of("Ċ")  # "\n" in the byte-level alphabet
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -53,20 +51,9 @@ class MiniCPMVTokenizerFast(TokenizerBase):
                 "`minicpmv build-tokenizer FOLDER` (in a clone: `make demo`)."
             )
 
-    @property
-    def bos_id(self) -> int:
-        """Id of `bos_token`, `<|im_start|>`."""
-        return self.bos_token_id
-
-    @property
-    def eos_id(self) -> int:
-        """Id of `eos_token`, `<|im_end|>`."""
-        return self.eos_token_id
-
-    @property
-    def unk_id(self) -> int:
-        """Id of `unk_token`, which is the picture slot."""
-        return self.unk_token_id
+    bos_id = property(attrgetter("bos_token_id"), doc="Id of `<|im_start|>`.")
+    eos_id = property(attrgetter("eos_token_id"), doc="Id of `<|im_end|>`.")
+    unk_id = property(attrgetter("unk_token_id"), doc="Id of the picture slot.")
 
 
 __all__ = ["MiniCPMVTokenizerFast"]

@@ -3,8 +3,6 @@
 What is special:
 - Frames are found by their time stamps in MP4, MOV, Matroska and WebM files, by a jump to the key frame before them;
   elsewhere (AVI, MPEG, raw streams) they are counted from the start.
-- decord (or decord2, of the same import name) reads only on request: it is out of care, miscounts frames after a jump in
-  some kinds of files, and fails on narrow clips.
 - Only the frames asked for become pictures, a few at a time. Thumbnails are scaled by the decoder.
 - Sizes are looked at before anything is decoded. Nothing is fetched: an address is refused.
 """
@@ -218,35 +216,6 @@ class _PyAV(FrameSource):
         self.container.close()
 
 
-class _Decord(FrameSource):
-    decoder = "decord"
-
-    def __init__(self, source: Any, decord: ModuleType):
-        self.errors = (RuntimeError, LookupError, AssertionError, decord.DECORDError)
-        try:
-            self.reader = decord.VideoReader(source, ctx=decord.cpu(0))
-            self.num_frames = len(self.reader)
-            times = self.reader.get_frame_timestamp(range(self.num_frames))[:, 0].astype(np.float64)
-        except self.errors as error:
-            raise VideoInputError(_first_line(error)) from error
-        self.native_fps = float(self.reader.get_avg_fps())
-        self.times = times if agree(times, self.native_fps) else None  # it makes them up where the file has none
-
-    def frames(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        for start in range(0, len(indices), DECODE_CHUNK):
-            try:
-                yield from map(Image.fromarray, self.reader.get_batch(indices[start : start + DECODE_CHUNK]).asnumpy())
-            except self.errors as error:
-                reason = _first_line(error)
-                raise VideoInputError(f"decord fails after frame {indices[start]} ({reason}); PyAV may not") from error
-
-
-DECODERS: dict[str, tuple[str, Callable[[Any, ModuleType], FrameSource]]] = {
-    "pyav": ("av", _PyAV),
-    "decord": ("decord", _Decord),
-}
-
-
 def agree(times: np.ndarray, fps: float) -> bool:
     """Whether time stamps are those of a clip of about `fps` frames a second."""
     average = (times[-1] - times[0]) * fps / max(len(times) - 1, 1)  # 1 if they agree
@@ -263,9 +232,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _open_file(source: Any, name: str, backend: str | None, load: Callable[[Any], Image.Image]) -> FrameSource:
-    """Open a file, in Pillow where its first bytes are those of a picture format, else in a decoder of videos."""
-    module_name, reader_class = DECODERS[backend or "pyav"]
+def _open_file(source: Any, name: str, load: Callable[[Any], Image.Image]) -> FrameSource:
+    """Open a file, in Pillow where its first bytes are those of a picture format, else in PyAV."""
     try:
         file = source if hasattr(source, "read") else open(source, "rb")  # noqa: SIM115
         header = _rewound(file).read(16)
@@ -276,13 +244,9 @@ def _open_file(source: Any, name: str, backend: str | None, load: Callable[[Any]
             raise VideoInputError("an empty file")
         if header.startswith(PILLOW_SIGNATURES) or (header[:4] == b"RIFF" and header[8:12] == b"WEBP"):
             return _Pillow(source, load)
-        # By name: nothing here may require a decoder to be installed.
-        reader = reader_class(source, importlib.import_module(module_name))
-        if reader.num_frames < 1:
-            raise VideoInputError("it has no frames")
-        return reader
+        return _PyAV(source, importlib.import_module("av"))  # by name: nothing here may require it to be installed
     except ImportError as error:
-        raise VideoInputError(f"{module_name} is needed to read {name}: pip install {module_name}") from error
+        raise VideoInputError(f"PyAV is needed to read {name}: pip install av") from error
     except DECODE_ERRORS as error:
         raise VideoInputError(
             f"{name} cannot be read as a video ({_first_line(error)}). Check that it is a whole file with a picture track"
@@ -294,16 +258,15 @@ def _refuse_address(name: Any) -> None:
         raise VideoInputError(f"{name[:60]!r} is an address; download the video and give its path or bytes")
 
 
-def open_video(video: Any, backend: str | None, load: Callable[[Any], Image.Image]) -> FrameSource:
+def open_video(video: Any, load: Callable[[Any], Image.Image]) -> FrameSource:
     """Open a path, bytes, open file, folder of frames, list of frames or 4-D array.
 
     Args:
-        backend: one of `DECODERS`; None is PyAV.
         load: turns what the caller gave as a frame (and a frame of an animation) into an RGB picture.
 
     Raises:
-        VideoInputError: missing, broken, too large, empty, an address, without a picture track, or not a video; or its
-            decoder is not installed.
+        VideoInputError: missing, broken, too large, empty, an address, without a picture track, or not a video; or PyAV is
+            not installed.
     """
     if isinstance(video, (str, os.PathLike)):
         name = os.fspath(video)
@@ -316,10 +279,10 @@ def open_video(video: Any, backend: str | None, load: Callable[[Any], Image.Imag
             return _FrameList([str(p) for p in frames], load)
         if not path.is_file():
             raise VideoInputError(f"there is no file {name!r}; give the path of a video, or a folder of frames")
-        return _open_file(str(path), repr(name), backend, load)
+        return _open_file(str(path), repr(name), load)
     if isinstance(video, (bytes, bytearray)) or hasattr(video, "read"):
         file = video if hasattr(video, "read") else io.BytesIO(video)
-        return _open_file(file, "the video", backend, load)
+        return _open_file(file, "the video", load)
     if getattr(video, "ndim", None) == 4 or isinstance(video, (list, tuple)):
         if len(video) == 0:
             raise VideoInputError("the video has no frames; give at least one")

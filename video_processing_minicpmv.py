@@ -30,7 +30,7 @@ from .image_processing_minicpmv import (
     did_you_mean,
     visual_features,
 )
-from .video_decoding_minicpmv import DECODERS, VideoInputError, flatten_videos, open_video
+from .video_decoding_minicpmv import VideoInputError, flatten_videos, open_video
 
 
 MAX_PACKING = 6  # frames in a group the resampler was trained on
@@ -58,7 +58,6 @@ class VideoOptions:
             same packing, but those that differ most from the frame before them (cuts first). It decodes the whole
             clip once, in small.
         do_sample_frames: False keeps every frame (the caller has chosen them).
-        video_backend: what decodes files: "pyav" (the default) or "decord".
         max_slice_nums: slices a frame may be cut into; 1 keeps a frame whole.
         use_image_id: whether groups get `<image_id>` numbers in the prompt.
         start, end: seconds of a part, which is sampled as if it had been cut out first.
@@ -75,7 +74,6 @@ class VideoOptions:
     time_scale: float = 0.1
     frame_selection: str = "uniform"
     do_sample_frames: bool = True
-    video_backend: str | None = None
     max_slice_nums: int = 1
     use_image_id: bool = False
     start: float | None = None
@@ -99,9 +97,10 @@ class VideoOptions:
                 raise FrameSamplingError(
                     f"{name}={getattr(self, name)!r} must be a positive number from {least} of {hint}"
                 )
-        for name, allowed in (("frame_selection", FRAME_SELECTIONS), ("video_backend", (None, *DECODERS))):
-            if getattr(self, name) not in allowed:
-                raise FrameSamplingError(f"{name}={getattr(self, name)!r} is unknown; give one of {allowed}")
+        if self.frame_selection not in FRAME_SELECTIONS:
+            raise FrameSamplingError(
+                f"frame_selection={self.frame_selection!r} is unknown; give one of {FRAME_SELECTIONS}"
+            )
         for name in ("start", "end"):
             if getattr(self, name) is not None and not _is_number(getattr(self, name), 0):
                 raise FrameSamplingError(f"{name}={getattr(self, name)!r} must be 0 or more seconds")
@@ -389,7 +388,7 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
         self, video: Any, video_metadata: Mapping | None, options: VideoOptions
     ) -> tuple[Iterable[Image.Image], list[list[int]], VideoReport]:
         """The chosen frames (decoded as they are asked for), their groups of ids, and the report but for sizes."""
-        source = open_video(video, options.video_backend, self.image_processor.load_image)
+        source = open_video(video, self.image_processor.load_image)
         count = source.num_frames
         num_frames = options.num_frames if options.do_sample_frames else count
         native_fps = (video_metadata or {}).get("fps")

@@ -30,8 +30,6 @@ VideoInputError = video_processing.VideoInputError
 VideoOptions = video_processing.VideoOptions
 temporal_ids_of = video_processing.temporal_ids_of
 
-INSTALLED = [name for name, module in (("pyav", "av"), ("decord", "decord")) if importlib.util.find_spec(module)]
-
 
 def plan_frames(total, native_fps, **options):
     return video_processing.plan_frames(total, native_fps, VideoOptions(**options))
@@ -234,7 +232,6 @@ def test_ids_agree_with_a_search_among_all_multiples(total, native, time_scale):
         ({"max_slice_nums": 0}, ["max_slice_nums=0", "at least 1"]),
         ({"start": math.nan}, ["start=nan", "seconds"]),
         ({"end": "5"}, ["end='5'", "seconds"]),
-        ({"video_backend": "opencv"}, ["video_backend='opencv'", "pyav"]),
         ({"frame_selection": "best"}, ["frame_selection='best'", "keyframes"]),
     ],
 )
@@ -247,38 +244,23 @@ def test_options_out_of_range_name_value_limit_and_remedy(options, words):
 # --- decoding ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", INSTALLED)
-def test_each_decoder_gives_the_frames_asked_for(processor, clips, backend):
-    sampled = processor.sample_video(clips / "count.mp4", fps=5, video_backend=backend)
-    assert sampled.metadata.video_backend == backend
+def test_the_frames_asked_for_are_decoded(processor, clips):
+    sampled = processor.sample_video(clips / "count.mp4", fps=5)
+    assert sampled.metadata.video_backend == "pyav"
     assert sampled.metadata.frames_indices == list(range(3, 120, 6))
     assert [number_of(frame) for frame in sampled.frames] == sampled.metadata.frames_indices
     assert sampled.temporal_ids == [[i] for i in temporal_ids_of(range(3, 120, 6), 30, total_num_frames=120)]
 
 
-@pytest.mark.skipif(len(INSTALLED) < 2, reason="needs two decoders")
-@pytest.mark.parametrize("clip", ["count.mp4", "cuts.mp4", "one.mp4", "slow.mp4", "uneven.mp4", "rotated.mp4"])
-def test_decoders_agree_frame_by_frame(processor, clips, clip):
-    one, two = (processor.sample_video(clips / clip, video_backend=backend) for backend in INSTALLED)
-    assert one.temporal_ids == two.temporal_ids
-    assert one.metadata.frames_indices == two.metadata.frames_indices
-    assert one.metadata.timestamps == pytest.approx(two.metadata.timestamps, abs=1e-3)
-    for left, right in zip(one.frames, two.frames, strict=True):
-        assert left.size == right.size
-        assert np.abs(np.asarray(left, np.int16) - np.asarray(right, np.int16)).mean() < 1
-
-
-@pytest.mark.parametrize("backend", INSTALLED)
-def test_phone_videos_stand_upright(processor, clips, backend):
-    sampled = processor.sample_video(clips / "rotated.mp4", video_backend=backend)
+def test_phone_videos_stand_upright(processor, clips):
+    sampled = processor.sample_video(clips / "rotated.mp4")
     assert sampled.frames[0].size == (32, 64)
     rows = np.asarray(sampled.frames[0].convert("L"), np.int16).mean(axis=1)
     assert rows[-1] - rows[0] > 200  # left to right has become top to bottom
 
 
-@pytest.mark.parametrize("backend", INSTALLED)
-def test_pieces_far_apart_are_found_by_seeking(clips, backend):
-    source = video_decoding.open_video(clips / "count.mp4", backend, None)
+def test_pieces_far_apart_are_found_by_seeking(clips):
+    source = video_decoding.open_video(clips / "count.mp4", None)
     wanted = [0, 1, 11, 12, 13, 50, 97, 119]
     assert [number_of(frame) for frame in source.frames(wanted)] == wanted
     source.close()
@@ -316,7 +298,7 @@ def test_frames_far_apart_keep_their_time_stamps_whatever_rate_the_header_states
 
 
 def test_pyav_starts_again_where_a_jump_went_too_far(clips):
-    source = video_decoding.open_video(clips / "count.mp4", "pyav", None)
+    source = video_decoding.open_video(clips / "count.mp4", None)
     source.key_pts = source.pts[1::2]  # half of them are no key frames
     wanted = [5, 30, 31, 80]
     assert [number_of(frame) for frame in source.frames(wanted)] == wanted
@@ -336,32 +318,20 @@ def test_only_the_frames_needed_become_pictures(processor, clips, monkeypatch):
 
     sliced = []
     slice_chunk = processor.image_processor._slice_chunk
-    monkeypatch.setitem(video_decoding.DECODERS, "pyav", ("av", Counting))
+    monkeypatch.setattr(video_decoding, "_PyAV", Counting)
     monkeypatch.setattr(
         processor.image_processor, "_slice_chunk", lambda *args: sliced.append(len(args[0])) or slice_chunk(*args)
     )
-    processor.preprocess(clips / "count.mp4", fps=6, video_backend="pyav")
+    processor.preprocess(clips / "count.mp4", fps=6)
     assert len(converted) == sum(sliced) == 24
     assert max(held) == 16  # frames are sliced, a block at a time, before the next ones are converted
 
 
-@pytest.mark.parametrize("backend, module", [(None, "av"), ("pyav", "av"), ("decord", "decord")])
-def test_a_decoder_that_is_missing_is_named_with_its_package(processor, clips, monkeypatch, backend, module):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(VideoInputError, match=f"{module} is needed.*pip install {module}"):
-        processor.sample_video(clips / "count.mp4", video_backend=backend)
+def test_a_decoder_that_is_missing_is_named_with_its_package(processor, clips, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(VideoInputError, match="PyAV is needed.*pip install av"):
+        processor.sample_video(clips / "count.mp4")
     assert len(processor.sample_video(clips / "six.gif").frames) == 4
-
-
-@pytest.mark.skipif("decord" not in INSTALLED, reason="needs decord")
-@pytest.mark.parametrize("error", [IndexError, RuntimeError])
-def test_what_decord_raises_is_a_video_that_cannot_be_used(processor, clips, monkeypatch, error):
-    def fail(*arguments):
-        raise error("out of bound")
-
-    monkeypatch.setattr(sys.modules["decord"].VideoReader, "get_frame_timestamp", fail)
-    with pytest.raises(VideoInputError, match="out of bound"):
-        processor.sample_video(clips / "count.mp4", video_backend="decord")
 
 
 def test_metadata_in_an_unknown_encoding_does_not_matter(processor, tmp_path):
@@ -453,11 +423,8 @@ def test_exif_turns_a_frame_once(processor):
 # --- keyframes, parts ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", INSTALLED)
-def test_keyframes_land_on_the_cuts(processor, clips, backend):
-    sampled = processor.sample_video(
-        clips / "cuts.mp4", num_frames=5, frame_selection="keyframes", video_backend=backend
-    )
+def test_keyframes_land_on_the_cuts(processor, clips):
+    sampled = processor.sample_video(clips / "cuts.mp4", num_frames=5, frame_selection="keyframes")
     assert sampled.metadata.frames_indices == [0, 17, 40, 51, 81]
     assert sampled.temporal_ids == [[i] for i in temporal_ids_of([0, 17, 40, 51, 81], 30)]
 
@@ -569,7 +536,6 @@ def broken(clips, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("backend", [None, *INSTALLED])
 @pytest.mark.parametrize(
     "name, words",
     [
@@ -583,9 +549,9 @@ def broken(clips, tmp_path_factory):
         ("absent.mp4", "there is no file"),
     ],
 )
-def test_unusable_files_are_refused(processor, broken, name, words, backend):
+def test_unusable_files_are_refused(processor, broken, name, words):
     with pytest.raises(VideoInputError, match=words):
-        processor.preprocess(broken / name, video_backend=backend)
+        processor.preprocess(broken / name)
 
 
 @pytest.mark.parametrize(
