@@ -1,7 +1,9 @@
 """`minicpmv evaluate BENCHMARK`, `minicpmv evaluate calibrate` and `minicpmv evaluate report`."""
 
+import io
 import json
 import os
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -208,7 +210,7 @@ def add_benchmark(benchmark_name: str, summary: str) -> None:
                 answerer,
                 benchmark,
                 output,
-                name=shown,
+                name=shown if Path(shown).name else str(Path(shown).resolve()),
                 rows=chosen,
                 samples=samples,
                 seeds=all_seeds,
@@ -218,10 +220,11 @@ def add_benchmark(benchmark_name: str, summary: str) -> None:
                 return
             if json_file is not None:
                 json_file.write_text(json.dumps(harness.figures(results), indent=1) + "\n", encoding="utf-8")
-        from rich.console import Console
+            from rich.console import Console
 
-        Console().print(as_table(results))
-        typer.echo(f"answers and results: {output}")
+            table = io.StringIO()
+            Console(file=table, force_terminal=sys.stdout.isatty()).print(as_table(results))
+            terminal.write(f"{table.getvalue()}answers and results: {output}")
 
 
 def load_model(name: str, revision: str | None, trust_remote_code: bool, device: Any, batch_size: int) -> Any:
@@ -305,12 +308,14 @@ def calibrate(
             keep=keep,
         )
         for mode, found in result["check"].items():
-            typer.echo(f"{mode:5} {100 * found['accuracy']:5.1f} % right, {found['tokens']:6.1f} tokens a question")
-        typer.echo(f"threshold {result['threshold']:.4f}")
+            terminal.write(
+                f"{mode:5} {100 * found['accuracy']:5.1f} % right, {found['tokens']:6.1f} tokens a question"
+            )
+        terminal.write(f"threshold {result['threshold']:.4f}")
         if save:
             settings = json.loads(config.read_text(encoding="utf-8")) | {"thinking_threshold": result["threshold"]}
             write_whole(config, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-            typer.echo(f"{config}: stored")
+            terminal.write(f"{config}: stored")
 
 
 @evaluate_app.command()
@@ -327,7 +332,7 @@ def report(
         from minicpmv.evaluate.report import write_report
 
         for file in write_report(folders, output):
-            typer.echo(str(file))
+            terminal.write(str(file))
 
 
 def as_table(results: dict[str, Any]) -> "Table":

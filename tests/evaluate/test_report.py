@@ -2,11 +2,15 @@
 
 import base64
 import json
+import os
+import subprocess
+import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from markdown_it import MarkdownIt
 from PIL import Image
 from typer.testing import CliRunner
@@ -297,3 +301,12 @@ def test_a_damaged_answer_is_named(runs, tmp_path):
         file.write("null\n")
     line = message(*runs, "--output", tmp_path / "r.html")
     assert f"{runs[0] / 'samples.jsonl'}, line 9 is not a JSON object" in line
+
+
+def test_an_output_that_cannot_be_written_to_is_named(runs, tmp_path):
+    command = [sys.executable, "-m", "minicpmv", "evaluate", "report", *map(str, runs), "--output", "r.html"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "minicpmv: the output cannot be written: No space left on device\n"
