@@ -35,8 +35,7 @@ class FramePackingError(MiniCPMVError):
     """`temporal_ids` that do not describe the pictures they came with."""
 
 
-# ----------------------------------------------------------------------------------------------------
-# Geometry. Sizes are (width, height) in pixels; grids are (columns, rows).
+# ---- Geometry. Sizes are (width, height) in pixels; grids are (columns, rows).
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,9 @@ def _nearest_multiple(length: float, step: int) -> int:
 def best_resize(
     size: tuple[float, float], scale_resolution: int = 448, patch_size: int = 14, upscale: bool = False
 ) -> tuple[int, int]:
-    """Size nearest to an area of `scale_resolution ** 2` that keeps the proportions and is whole in patches.
+    """Size nearest to an area of `scale_resolution ** 2` that keeps the proportions and is whole in patches (at least one).
 
-    Args:
-        size: (width, height) in pixels; cell sizes may be fractions.
-        scale_resolution: side in pixels of the square with the wanted area.
-        patch_size: both sides become multiples of it, and at least one patch.
-        upscale: also enlarge a picture whose area is smaller; otherwise it keeps its size up to rounding.
+    A smaller `size` keeps itself up to rounding, unless `upscale` enlarges it. Cells of a grid may be fractions.
 
     Source: LLaVA-UHD (arXiv 2403.11703).
     """
@@ -86,8 +81,8 @@ def best_resize(
 def slice_grid(size: tuple[int, int], max_slice_nums: int = 9, scale_resolution: int = 448) -> tuple[int, int] | None:
     """(columns, rows) whose proportions are nearest to the picture's, or None when it is not sliced.
 
-    The ideal number of slices is the picture's area in squares of `scale_resolution`, at most `max_slice_nums`; grids
-    of one slice more or fewer compete too, by the distance of the logarithms of the aspect ratios.
+    The ideal number of slices is the picture's area in squares of `scale_resolution`, at most `max_slice_nums`; grids of
+    one slice more or fewer compete too, by the logarithms of their aspect ratios, and the first of equal ones wins.
 
     Source: LLaVA-UHD (arXiv 2403.11703).
     """
@@ -95,18 +90,13 @@ def slice_grid(size: tuple[int, int], max_slice_nums: int = 9, scale_resolution:
     ideal = min(math.ceil(width * height / (scale_resolution * scale_resolution)), max_slice_nums)
     if ideal <= 1:
         return None
-    aspect = math.log(width / height)
-    best, least_error = (1, 1), math.inf
-    for number in (ideal - 1, ideal, ideal + 1):
-        if number == 1 or number > max_slice_nums:
-            continue
-        for columns in range(1, number + 1):
-            if number % columns:
-                continue
-            error = abs(aspect - math.log(columns / (number // columns)))
-            if error < least_error:
-                best, least_error = (columns, number // columns), error
-    return best
+    grids = [
+        (columns, number // columns)
+        for number in (ideal - 1, ideal, ideal + 1)
+        for columns in range(1, number + 1)
+        if 1 < number <= max_slice_nums and number % columns == 0
+    ]
+    return min(grids, key=lambda grid: abs(math.log(width / height) - math.log(grid[0] / grid[1])))
 
 
 def slice_layout(
@@ -147,8 +137,7 @@ def resize_bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Slices and frame packing.
+# ---- Slices and frame packing.
 
 
 @dataclass(frozen=True)
@@ -175,7 +164,7 @@ def pack_frames(
 
     Args:
         frames: pictures and frames of one sample, in order.
-        groups: the frames that share a unit: one id (tenths of a second) each, `[-1]` for a still ([`read_groups`]).
+        groups: those that share a unit, by ids (tenths of a second); `[-1]` is a still. From [`read_groups`].
 
     Returns:
         `(pixel_values, tgt_sizes, unit_temporal_ids)`. A group of frames with grid (columns, rows) yields
@@ -187,18 +176,15 @@ def pack_frames(
 
     Source: MiniCPM-V 4.5 (arXiv 2509.18154), 3D resampler.
     """
-    pixel_values, tgt_sizes, unit_temporal_ids = [], [], []
-    start = 0
+    pixel_values, tgt_sizes, unit_temporal_ids, rest = [], [], [], iter(frames)
     for group in groups:
-        members = frames[start : start + len(group)]
-        start += len(group)
+        members = list(islice(rest, len(group)))
         first = members[0]
         for frame in members[1:]:
             if (frame.grid, frame.tgt_sizes) != (first.grid, first.tgt_sizes):
                 raise FramePackingError(
-                    f"frames of group {group} have different shapes: size {first.image_size} with grid {first.grid}, "
-                    f"size {frame.image_size} with grid {frame.grid}; "
-                    "resize the frames to one size, or put them into groups of their own"
+                    f"frames of group {group} have different shapes ({first.image_size} in grid {first.grid}, "
+                    f"{frame.image_size} in grid {frame.grid}); resize them to one size, or group them otherwise"
                 )
         for position in range(len(first.pixel_values)):
             pixel_values.extend(frame.pixel_values[position] for frame in members)
@@ -208,12 +194,10 @@ def pack_frames(
 
 
 def read_groups(temporal_ids: Any, counts: Sequence[int]) -> list[list[list[int]]]:
-    """The groups of frames of each sample, checked against its number of pictures.
+    """The groups of frames of each sample, checked against its number of pictures (`counts`).
 
-    Args:
-        temporal_ids: for each sample a list of groups such as `[[0, 1, 2], [3, 4, 5], [-1]]`, or None where all are
-            stills; for one sample also its groups alone. None: all are stills. Tensors and arrays may stand for lists.
-        counts: pictures of each sample.
+    `temporal_ids` has for each sample a list of groups such as `[[0, 1, 2], [3, 4, 5], [-1]]`, or None where all are
+    stills; for one sample its groups may stand alone. Tensors and arrays may stand for lists.
 
     Raises:
         FramePackingError: the ids do not cover the pictures, or are not allowed.
@@ -224,9 +208,8 @@ def read_groups(temporal_ids: Any, counts: Sequence[int]) -> list[list[list[int]
     elif len(counts) == 1 and not (isinstance(samples, list) and len(samples) == 1 and _are_groups(samples[0])):
         samples = [samples]
     if not isinstance(samples, list) or len(samples) != len(counts):
-        raise FramePackingError(
-            f"temporal_ids={shorten(samples)} must hold a list of groups for each of {len(counts)} samples"
-        )
+        found = shorten(samples)
+        raise FramePackingError(f"temporal_ids={found} must hold a list of groups for each of {len(counts)} samples")
     samples = [[[-1]] * count if groups is None else groups for groups, count in zip(samples, counts, strict=True)]
     for groups, count in zip(samples, counts, strict=True):
         if not _are_groups(groups):
@@ -237,14 +220,10 @@ def read_groups(temporal_ids: Any, counts: Sequence[int]) -> list[list[list[int]
             if not all(isinstance(number, int) for number in group):
                 raise FramePackingError(f"temporal_ids of group {group} must be whole numbers (tenths of a second)")
             if not group or (min(group) < 0 and group != [-1]):
-                raise FramePackingError(
-                    f"group {group} of temporal_ids is not allowed; ids are 0 or more, and a still picture is [-1]"
-                )
+                raise FramePackingError(f"temporal_ids of group {group} must be 0 or more; a still picture is [-1]")
         if (number := sum(map(len, groups))) != count:
-            raise FramePackingError(
-                f"temporal_ids hold {number} ids, but there are {count} pictures; give one id for each frame, and a "
-                "group [-1] for each still picture"
-            )
+            counted = f"{number} ids, but there are {count} pictures"
+            raise FramePackingError(f"temporal_ids hold {counted}; give one for each frame, and [-1] for each still")
     return samples
 
 
@@ -290,8 +269,7 @@ def pad_visual_inputs(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tens
     return batch | {"temporal_ids": temporal_ids} if is_packed else batch
 
 
-# ----------------------------------------------------------------------------------------------------
-# The processor.
+# ---- The processor.
 
 
 @dataclass(frozen=True)
@@ -501,18 +479,15 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
 
         Args:
             images: anything `load_image` takes, or lists of it; `[]` is one sample without pictures.
-            do_pad: accepted for other code; slices are never padded.
+            do_pad, kwargs: accepted from vLLM, LLaMA-Factory and others; slices are never padded.
             max_slice_nums: for this call; the processor's own when None.
-            temporal_ids: for one sample a list of groups such as `[[0, 1, 2], [3, 4, 5], [-1]]`, for a batch one such
-                list (or None) a sample. None: every picture is a still. See `pack_frames`.
-            return_tensors: None or "pt" give torch tensors, "np" numpy arrays; in nested lists either way, since
-                slices differ in size.
+            temporal_ids: see [`read_groups`].
+            return_tensors: None or "pt" give torch tensors, "np" numpy arrays, in nested lists: slices differ in size.
             input_data_format: "channels_first" or "channels_last" for arrays and tensors.
 
         Returns:
-            One entry a sample in each of: `pixel_values`, list of float32 `(3, P, P * patches)`; `image_sizes`, list
-            of (width, height); `tgt_sizes`, int64 `(slices, 2)` of (rows, columns) in patches; `temporal_ids`, list of
-            units, each a list of ids, `[-1]` for a still.
+            One entry a sample of `pixel_values` (slices [3, P, P * patches], float32), `image_sizes` (width, height),
+            `tgt_sizes` [slices, 2] (rows, columns in patches) and `temporal_ids` (a list a unit, `[-1]` for a still).
 
         Raises:
             ImageInputError, FramePackingError: pictures or ids that cannot be used.

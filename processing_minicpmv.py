@@ -131,14 +131,7 @@ class MiniCPMVProcessor(ProcessorBase):
 
     image_token = "<unk>"
     # Lists of one entry a prompt: pictures have slices of unequal size and number.
-    skip_tensor_conversion = [
-        "pixel_values",
-        "image_sizes",
-        "tgt_sizes",
-        "temporal_ids",
-        "image_bound",
-        "video_metadata",
-    ]
+    skip_tensor_conversion = [*MiniCPMVImageProcessor.model_input_names, "image_bound", "video_metadata"]
 
     def __init__(
         self,
@@ -175,11 +168,7 @@ class MiniCPMVProcessor(ProcessorBase):
     pad_visual_inputs = staticmethod(pad_visual_inputs)
 
     def load_image(self, source: Any) -> Image.Image:
-        """An image, of any kind that messages may hold, as an upright RGB picture.
-
-        Raises:
-            ImageInputError: it cannot be read.
-        """
+        """An image, of any kind that messages may hold, as an upright RGB picture. Raises ImageInputError."""
         return self.image_processor.load_image(source)
 
     # ---- rendered prompts -> inputs ----
@@ -244,19 +233,11 @@ class MiniCPMVProcessor(ProcessorBase):
         return data
 
     def _process(
-        self,
-        prompts: Sequence[str],
-        images: list[list] | None,
-        videos: list[list] | None,
-        temporal_ids: Any = None,
-        spans: list | None = None,
-        return_metadata: bool = False,
-        pad_pixel_values: bool = False,
-        media_cache: Any = None,
-        **kwargs: Any,
+        self, prompts: list[str], images: Any, videos: Any, temporal_ids: Any = None, spans: Any = None, **kwargs: Any
     ) -> NestedBatchFeature:
         """`__call__` on one list of pictures and one of videos a prompt (None: no such modality in the batch)."""
-        options = self._sort_options(kwargs, media_cache)
+        return_metadata, is_padded = kwargs.pop("return_metadata", False), kwargs.pop("pad_pixel_values", False)
+        options = self._sort_options(kwargs)
         return_metadata |= bool(options.videos.pop("return_metadata", False))
         nothing: list[list] = [[]] * len(prompts)
         groups = read_groups(temporal_ids, [len(pictures) for pictures in images or nothing])
@@ -271,7 +252,7 @@ class MiniCPMVProcessor(ProcessorBase):
             data["image_sizes"] = [sample.image_sizes for sample in samples]
             if any(unit != [-1] for sample in samples for unit in sample.temporal_ids):
                 data["temporal_ids"] = [sample.temporal_ids for sample in samples]
-            if pad_pixel_values:
+            if is_padded:
                 data |= self.pad_visual_inputs([vars(sample) for sample in samples])
         else:
             data.pop("image_bound")
@@ -290,9 +271,9 @@ class MiniCPMVProcessor(ProcessorBase):
         """Whether a keyword is an option of this processor (else it may be a variable of the chat template)."""
         return name in CALL_OPTIONS | TOLERATED_OPTIONS or any(name in names for names in self.option_names.values())
 
-    def _sort_options(self, kwargs: dict[str, Any], media_cache: Any) -> _Options:
+    def _sort_options(self, kwargs: dict[str, Any]) -> _Options:
         """The keywords of a call by the part they concern, like `option_names`."""
-        parts = self.option_names
+        parts, media_cache = self.option_names, kwargs.pop("media_cache", None)
         options = {part: dict(kwargs.pop(f"{part}_kwargs", None) or {}) for part in (*parts, "common")}
         unknown = {name for part in ("images", "text") for name in options[part].keys() - parts[part]}
         for name, value in {**options.pop("common"), **kwargs}.items():
@@ -308,7 +289,8 @@ class MiniCPMVProcessor(ProcessorBase):
             hint = did_you_mean(name, set().union(*parts.values()))
             logger.warning_once(f"{type(self).__name__} does not know the keyword {name!r} and ignores it.{hint}")
         images, text = (
-            {name: options[part][name] for name in options[part].keys() & parts[part]} for part in ("images", "text")
+            {name: value for name, value in options[part].items() if name in parts[part]}
+            for part in ("images", "text")
         )
         return _Options(ImageOptions(**images), options["videos"], TextOptions(**text), media_cache)
 
@@ -358,11 +340,8 @@ class MiniCPMVProcessor(ProcessorBase):
 
     def _slice(self, images: list, options: _Options) -> list[SlicedImage]:
         slice_all, cache = self.image_processor.slice_all_to_patches, options.media_cache
-        make = partial(
-            slice_all,
-            max_slice_nums=options.images.max_slice_nums,
-            input_data_format=options.images.input_data_format,
-        )
+        limit, data_format = options.images.max_slice_nums, options.images.input_data_format
+        make = partial(slice_all, max_slice_nums=limit, input_data_format=data_format)
         if cache is None:
             return make(images)
         # The cache is asked twice, so that all images that it lacks are sliced in one go, on all threads.
@@ -374,21 +353,18 @@ class MiniCPMVProcessor(ProcessorBase):
                 missing.append(image)
         made = {id(image): sliced for image, sliced in zip(missing, make(missing), strict=True)}
 
-        def of(image: Any) -> SlicedImage:  # not among the missing: the cache has let go of it since
+        def of(image: Any) -> SlicedImage:  # those not among the missing, the cache has let go of since
             return made[id(image)] if id(image) in made else make([image])[0]
 
         return [cache.get("image", image, partial(of, image)) for image in images]
 
     def _add_video(self, sample: ExpandedPrompt, video: Any, options: _Options) -> str:
         """Add the sampled frames of one video; returns the text with its slots, a line for each group."""
-        make, cache = self.video_processor.preprocess, options.media_cache
-        make = partial(make, video, return_metadata=True, **options.videos)
-        clip = make() if cache is None else cache.get("video", video, make)
+        make = partial(self.video_processor.preprocess, video, return_metadata=True, **options.videos)
+        clip = make() if options.media_cache is None else options.media_cache.get("video", video, make)
         (report,) = clip["video_metadata"]
-        pixel_values, tgt_sizes, temporal_ids, image_sizes = (
-            clip[name][0] for name in ("pixel_values", "tgt_sizes", "temporal_ids", "image_sizes")
-        )
-        sample.add(pixel_values, tgt_sizes.tolist(), temporal_ids, image_sizes)
+        sizes = clip["tgt_sizes"][0].tolist()
+        sample.add(clip["pixel_values"][0], sizes, clip["temporal_ids"][0], clip["image_sizes"][0])
         sample.video_metadata.append(report)
         limits = {name: options.videos.get(name) for name in ("max_slice_nums", "use_image_id")}
         return self.video_processor.get_video_placeholder(sample.image_sizes[-1], report.num_groups, **limits)
@@ -491,12 +467,9 @@ class MiniCPMVProcessor(ProcessorBase):
         pending = {"images": unstack(options.pop("images", None)), "videos": options.pop("videos", None)}
         media = [{"image": [], "video": []} for _ in conversations]
         guard = typed_guard(self.tokenizer) if tokenize and sanitize_control_tokens else None
-        rendered_messages = [
-            [read_message(message, found, guard) for message in messages]
-            for messages, found in zip(conversations, media, strict=True)
-        ]
+        pairs = zip(conversations, media, strict=True)
         prompts, spans = render_jinja_template(
-            conversations=rendered_messages,
+            conversations=[[read_message(message, found, guard) for message in each] for each, found in pairs],
             tools=mark_typed(tools, guard),
             documents=mark_typed(documents, guard),
             chat_template=template,
@@ -508,21 +481,14 @@ class MiniCPMVProcessor(ProcessorBase):
         if not tokenize:
             return prompts if is_batched else prompts[0]
         inputs = {}
-        for kind, placeholder, as_list in (
-            ("image", IMAGE_PLACEHOLDER, _as_list),
-            ("video", VIDEO_PLACEHOLDER, flatten_videos),
-        ):
+        readers = {"image": (IMAGE_PLACEHOLDER, _as_list), "video": (VIDEO_PLACEHOLDER, flatten_videos)}
+        for kind, (placeholder, as_list) in readers.items():
             given, found = pending[f"{kind}s"], [each[kind] for each in media]
             if given is not None and any(found):
                 raise MiniCPMVError(f"{kind}s stand in the messages and in {kind}s=. Give them in one way only.")
             inputs[f"{kind}s"] = found if any(found) else _share_out(prompts, given, placeholder, f"{kind}s", as_list)
-        output = self._process(
-            prompts,
-            **inputs,
-            spans=spans if return_assistant_tokens_mask else None,
-            return_tensors=return_tensors,
-            **options,
-        )
+        spans = spans if return_assistant_tokens_mask else None
+        output = self._process(prompts, **inputs, spans=spans, return_tensors=return_tensors, **options)
         return output if return_dict else output["input_ids"]
 
     # ---- for other software ----
@@ -532,15 +498,15 @@ class MiniCPMVProcessor(ProcessorBase):
     ) -> MultiModalData:
         """Slots and slices that pictures of `image_sizes` (height, width) take.
 
-        Serving engines split the places where `mm_token_type_ids` is 1 by these numbers: the tokens around the slots of
-        a picture do not count.
+        Serving engines split the places where `mm_token_type_ids` is 1 by these numbers; tokens around slots are not.
         """
         if image_sizes is None:
             return MultiModalData()
-        slices = [
-            self.image_processor.get_number_of_image_patches(height, width, kwargs) for height, width in image_sizes
-        ]
-        query_num = self.image_processor.image_feature_size
+        number_of, query_num = (
+            self.image_processor.get_number_of_image_patches,
+            self.image_processor.image_feature_size,
+        )
+        slices = [number_of(height, width, kwargs) for height, width in image_sizes]
         return MultiModalData(num_image_tokens=[query_num * count for count in slices], num_image_patches=slices)
 
     @classmethod
@@ -577,18 +543,16 @@ def _not_made() -> NoReturn:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, str) for item in value)
-    )
+    return isinstance(value, str) or _is_list_of(value, str)
 
 
 def _is_nested(value: Any) -> bool:
     """Whether a list holds one list for each sample."""
-    return (
-        isinstance(value, (list, tuple))
-        and bool(value)
-        and all(item is None or isinstance(item, (list, tuple)) for item in value)
-    )
+    return _is_list_of(value, (list, tuple, type(None)))
+
+
+def _is_list_of(value: Any, kinds: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, kinds) for item in value)
 
 
 def _as_list(value: Any) -> list:
@@ -620,7 +584,5 @@ def _share_out(
 
 def _check_places(subject: str, placeholder: str, name: str, places: int, given: list) -> None:
     if places != len(given):
-        raise MiniCPMVError(
-            f"The {subject} {places} places {placeholder} for {name}, but {len(given)} {name} were given. Give one for each "
-            "place, in order."
-        )
+        found = f"{places} places {placeholder} for {name}, but {len(given)} {name} were given"
+        raise MiniCPMVError(f"The {subject} {found}. Give one for each place, in order.")

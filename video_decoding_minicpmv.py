@@ -61,8 +61,7 @@ class FrameSource:
         for frame in self.frames(range(first, stop)):
             yield np.asarray(frame.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC))
 
-    def close(self) -> None:
-        pass
+    def close(self) -> None: ...
 
 
 class _FrameList(FrameSource):

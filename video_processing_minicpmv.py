@@ -132,17 +132,11 @@ class FramePlan:
 
 
 def plan_frames(total_num_frames: int, native_fps: float, options: VideoOptions | None = None) -> FramePlan:
-    """Choose frames at the centers of equal bins, and the packing that makes them fit.
+    """Choose frames at the centers of equal bins, and the packing that makes them fit: `max_num_frames` groups, exceeded
+    by the fraction of a second that the recipe does not count.
 
-    `max_num_frames` groups are exceeded by the fraction of a second that the recipe does not count.
-
-    Args:
-        total_num_frames: frames the clip has.
-        native_fps: frames per second of the clip.
-        options: of which `fps`, `num_frames`, `max_num_frames`, `max_num_packing` and `force_packing` count.
-
-    Raises:
-        FrameSamplingError: a clip without frames or rate.
+    Of the options, `fps`, `num_frames`, `max_num_frames`, `max_num_packing` and `force_packing` count. Raises
+    FrameSamplingError for a clip without frames or rate.
 
     Source: the video recipe of the MiniCPM-V 4.5 model card. Where it would give no frame, or a frame twice (the clip
     is slower than `fps`), every frame of the clip is taken once.
@@ -284,8 +278,8 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
             `MiniCPMVImageProcessor`, which slices the frames (`image_processor`).
 
     Frame lists, folders and arrays have no clock: give `video_metadata={"fps": ...}`; without it they count as frames
-    sampled at `fps`, and all are kept up to `max_num_frames * max_num_packing`.
-    A variable frame rate: frames are chosen evenly by number, and their ids come from the real time stamps.
+    sampled at `fps`, and all are kept up to `max_num_frames * max_num_packing`. Where a clip's rate varies, frames are
+    chosen evenly by number, and their ids come from the real time stamps.
     """
 
     model_input_names = ["pixel_values", "image_sizes", "tgt_sizes", "temporal_ids"]
@@ -307,10 +301,9 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
             TypeError: an unknown option.
             FrameSamplingError: an option outside its range.
         """
-        for name in changes:
-            if name not in self.option_names:
-                hint = did_you_mean(name, self.option_names)
-                raise TypeError(f"unknown video option {name!r}.{hint} All: {', '.join(self.option_names)}")
+        for name in changes.keys() - self.option_names:
+            hint = did_you_mean(name, self.option_names)
+            raise TypeError(f"unknown video option {name!r}.{hint} All: {', '.join(self.option_names)}")
         own = {name: getattr(self, name) for name in self.option_names}
         return VideoOptions(**own | {name: value for name, value in changes.items() if value is not None})
 
@@ -324,10 +317,8 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
             options: see `VideoOptions`; None means the processor's own setting.
 
         Raises:
-            VideoInputError: the video is missing, broken, empty, too large, or has no picture track.
-            ImageInputError: a frame of a list or folder cannot be used.
-            FrameSamplingError: an option outside its range.
-            TypeError: an unknown option.
+            VideoInputError, ImageInputError: the video, or a frame of a list or folder, cannot be used.
+            FrameSamplingError: an option outside its range. TypeError: an unknown one.
         """
         settings = self.options(**options)
         decoded, groups, report = self._sample(video, video_metadata, settings)
@@ -352,9 +343,7 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
             return_tensors: None or "pt" give torch tensors, "np" numpy arrays, in nested lists either way.
 
         Returns:
-            One entry a video in each of: `pixel_values`, list of float32 `(3, P, P * patches)`; `image_sizes`, list of
-            the frames' (width, height); `tgt_sizes`, integer tensor `(slices, 2)` of (rows, columns) in patches;
-            `temporal_ids`, list of units, each with the ids of its frames.
+            As `MiniCPMVImageProcessor.preprocess`, one entry a video.
 
         Raises: as `sample_video`.
         """
