@@ -83,7 +83,7 @@ def load(
         raise CheckpointError(
             f"{name} cannot be loaded: {reason} Give another model, or get the published weights with minicpmv fetch."
         ) from error
-    if not hasattr(model, "chat") or not hasattr(processor, "video_processor"):
+    if not hasattr(model, "chat") or not hasattr(processor, "split_thought"):
         raise CheckpointError(
             f"{name} is a {type(model).__name__}, which cannot chat: give a MiniCPM-V 4.5 with this repository's code."
         )
