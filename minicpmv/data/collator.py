@@ -6,7 +6,7 @@ What is special:
   answer is part of the prompt, and earlier turns have lost their thoughts, as the chat template has it.
 - Rows may be of any kind and any format of `minicpmv.data.formats`, mixed in one batch: each is encoded alone, with its own
   options, and named when something is wrong with it.
-- Over-long rows are an error, dropped, or lose the text of their oldest turns; pictures are never cut.
+- Over-long rows are an error, dropped, or lose the text of their oldest turns; images are never cut.
 - Padding is on the right with the tokenizer's pad token, and masked by length: id 0 is "!", a word like any other.
 """
 
@@ -29,7 +29,7 @@ ROW_OPTIONS = (
     *("max_slice_nums", "use_image_id", "temporal_ids"),
     *("fps", "num_frames", "max_num_frames", "max_num_packing", "force_packing"),
 )
-STILL_PICTURE = [-1]  # temporal ids of a slice that is no frame of a clip
+STILL_IMAGE = [-1]  # temporal ids of a slice that is not a frame of a video
 
 
 class ConversationTooLongError(DataError):
@@ -55,7 +55,7 @@ def encoded_row(inputs: Mapping[str, Any], labels: Sequence[int] = ()) -> Encode
         labels=list(labels),
         pixel_values=slices,
         tgt_sizes=inputs["tgt_sizes"][0] if slices else torch.zeros(0, 2, dtype=torch.long),
-        temporal_ids=inputs["temporal_ids"][0] if "temporal_ids" in inputs else [STILL_PICTURE] * len(slices),
+        temporal_ids=inputs["temporal_ids"][0] if "temporal_ids" in inputs else [STILL_IMAGE] * len(slices),
     )
 
 
@@ -65,9 +65,9 @@ class ConversationCollator:
 
     Args:
         processor: the processor of the checkpoint.
-        max_length: most tokens a row may have, pictures included; None sets no limit.
+        max_length: most tokens a row may have, images included; None sets no limit.
         on_too_long: "error"; "drop" leaves the row out and counts it in `dropped`; "shorten" takes text from the oldest
-            turns, the oldest first. Shortened turns give no loss; pictures, the system's message and the last question
+            turns, the oldest first. Shortened turns give no loss; images, the system's message and the last question
             with its answer stay whole.
         on_bad_row: "raise", or "skip" to leave the row out and count it in `dropped`.
         train_on: "all" assistant turns, or the "last" one. A row's column `train_on` goes first.
@@ -98,7 +98,7 @@ class ConversationCollator:
         """A batch of rows.
 
         Returns:
-            dict: `input_ids`, `attention_mask` and `labels` [B, L]. With pictures or clips `pixel_values`
+            dict: `input_ids`, `attention_mask` and `labels` [B, L]. With images or videos `pixel_values`
             [B, slices, 3, P, W] and `tgt_sizes` [B, slices, 2], padded with zeros; when frames are packed, `temporal_ids`
             [B, units, frames], padded with -2. Without `pad_pixel_values`, a list a row of each.
 
@@ -147,7 +147,9 @@ class ConversationCollator:
         """One row, of any known format, as an [`EncodedRow`]; over-long ones shortened if so asked."""
         row = conversation_row(row)
         if "messages" not in row:
-            raise BadRowError(f"the row is no conversation to learn from, but has {sorted(row)}; it needs 'messages'")
+            raise BadRowError(
+                f"the row is not a conversation to learn from, but has {sorted(row)}; it needs 'messages'"
+            )
         options = self.processor_options | {name: row[name] for name in ROW_OPTIONS if name in row}
         train_on = row.get("train_on", self.train_on)
         _check_choice("train_on", train_on, ("all", "last"))
@@ -158,9 +160,9 @@ class ConversationCollator:
         if self._excess(inputs) > 0:
             ids = inputs["input_ids"][0]
             raise ConversationTooLongError(
-                f"the conversation has {len(ids)} tokens, {ids.count(self.processor.image_token_id)} of them for pictures; "
+                f"the conversation has {len(ids)} tokens, {ids.count(self.processor.image_token_id)} of them for images; "
                 f"the limit is {self.max_length}. Raise max_length, choose on_too_long='drop' or 'shorten', or give fewer "
-                "or smaller pictures (max_slice_nums) or frames (fps, max_num_packing)."
+                "or smaller images (max_slice_nums) or frames (fps, max_num_packing)."
             )
         ids, labels = inputs["input_ids"][0], [IGNORED] * len(inputs["input_ids"][0])
         turns = _runs(inputs["assistant_masks"][0])[first_turn:]
@@ -239,7 +241,7 @@ class ConversationCollator:
 
 def _as_lists(encoded: Sequence[EncodedRow]) -> dict[str, list]:
     names = ["pixel_values", "tgt_sizes"]
-    if any(unit != STILL_PICTURE for row in encoded for unit in row.temporal_ids):
+    if any(unit != STILL_IMAGE for row in encoded for unit in row.temporal_ids):
         names.append("temporal_ids")
     return {name: [getattr(row, name) for row in encoded] for name in names}
 

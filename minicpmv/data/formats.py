@@ -6,8 +6,8 @@ message is `{"role", "content"}`, its content a list of parts: `{"type": "text",
 
 What is special:
 - A row of any format becomes the same, a conversation row itself included: formats are told apart by their columns.
-- Pictures stand where a mark (`<image>`, `<image_00>`, `<video>`) or an empty part of their type is, or in front of the
-  first question when there is neither. Marks and pictures that do not agree make the row bad.
+- Images stand where a mark (`<image>`, `<image_00>`, `<video>`) or an empty part of their type is, or in front of the
+  first question when there is neither. Marks and images that do not agree make the row bad.
 - Text stays as it is, but for line breaks where the chat template puts its own: beside a mark, before an answer.
 - What the chat template would lose (a thought without an end, words before a thought) makes the row bad as well.
 """
@@ -28,7 +28,7 @@ THINK_START, THINK_END = "<think>", "</think>"
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 MARKS = {"image": re.compile(r"<image(?:_\d+)?>"), "video": re.compile(r"<video(?:_\d+)?>")}
 MEDIA_COLUMNS = {"image": "image", "images": "image", "video": "video", "videos": "video"}
-# In these formats `<image>` is a mark even where the row brings no picture; elsewhere it is then what a user typed.
+# In these formats `<image>` is a mark even where the row brings no image; elsewhere it is then what a user typed.
 MARKED_COLUMNS = {"conversations", "query", "instruction"}
 CONVERSATION_COLUMNS = {"messages", "conversations", "prompt", "completion", "chosen", "rejected", "rejected_response"}
 CONVERSATION_COLUMNS |= {"query", "response", "history", "instruction", "input", "output", "system"}
@@ -58,7 +58,7 @@ def conversation_row(row, folder=None):
 
     Args:
         row: mapping with the columns of the row; None counts as absent.
-        folder: where relative paths of pictures and videos begin; None leaves them.
+        folder: where relative paths of images and videos begin; None leaves them.
 
     Returns:
         dict: the conversation, and all other columns. With `train_on`: "last" where a prompt had its completion.
@@ -76,8 +76,8 @@ def conversation_row(row, folder=None):
         column: [_read_message(message, folder) for message in messages]
         for column, messages in _read_columns(row).items()
     }
-    messages = next(iter(conversation.values()))  # the only ones that may hold pictures
-    for kind in ("video", "image"):  # in front of a question pictures come first, so they are put there last
+    messages = next(iter(conversation.values()))  # the only ones that may hold images
+    for kind in ("video", "image"):  # in front of a question images come first, so they are put there last
         columns = [name for name, its_kind in MEDIA_COLUMNS.items() if its_kind == kind and name in row]
         media = [item for name in columns for item in _read_media(row[name], kind, folder)]
         _place(messages, kind, media, has_marks=bool(columns or row.keys() & MARKED_COLUMNS))
@@ -221,7 +221,7 @@ _MESSAGE_KEYS = {
 def _read_answer(parts, thought):
     """An assistant's text with its thought, checked for what the chat template would lose."""
     if any(part["type"] != "text" for part in parts):
-        raise BadRowError("an assistant's message holds a picture or video; the model writes text only")
+        raise BadRowError("an assistant's message holds an image or video; the model writes text only")
     text = "\n".join(part["text"] for part in parts)
     if thought is not None:
         text = f"{THINK_START}\n{thought}\n{THINK_END}\n\n{text}"
@@ -240,7 +240,7 @@ def _read_answer(parts, thought):
 def _read_part(item, folder):
     if isinstance(item, str):
         return {"type": "text", "text": item}
-    if isinstance(item, bytes) or _is_picture(item):
+    if isinstance(item, bytes) or _is_image(item):
         return {"type": "image", "image": _read_medium(item, "image", folder)}
     if not isinstance(item, Mapping):
         raise BadRowError(f"a message's content is text or a list of parts, not {_short(item)}")
@@ -262,7 +262,7 @@ def _read_part(item, folder):
 
 
 def _read_media(value, kind, folder):
-    """[(mark or None, picture or video)] of a column."""
+    """[(mark or None, image or video)] of a column."""
     if isinstance(value, Mapping) and not value.keys() <= {"bytes", "path"}:
         if not all(MARKS[kind].fullmatch(mark) for mark in value):
             raise BadRowError(f"the keys of several {kind}s are their marks, <{kind}_00> and so on, not {list(value)}")
@@ -272,7 +272,7 @@ def _read_media(value, kind, folder):
 
 
 def _read_medium(value, kind, folder):
-    """A picture as `{"bytes", "path"}` (or the object itself when it is loaded already), a video as its path."""
+    """An image as `{"bytes", "path"}` (or the object itself when it is loaded already), a video as its path."""
     data = None
     if isinstance(value, Mapping):
         data, value = value.get("bytes"), value.get("path")
@@ -287,13 +287,13 @@ def _read_medium(value, kind, folder):
         if folder is not None and "://" not in path:
             path = os.path.join(folder, path)  # an absolute path stays
         return {"bytes": None, "path": path} if kind == "image" else path
-    if kind == "image" and _is_picture(value):
+    if kind == "image" and _is_image(value):
         return value
-    accepted = "a path, bytes, a data URL or a picture" if kind == "image" else "a path; give frames as pictures"
-    raise BadRowError(f"{_short(value)} is no {kind}; give {accepted}")
+    accepted = "a path, bytes, a data URL or an image" if kind == "image" else "a path; give frames as images"
+    raise BadRowError(f"{_short(value)} is not {'an image' if kind == 'image' else 'a video'}; give {accepted}")
 
 
-def _is_picture(value):
+def _is_image(value):
     return isinstance(value, Image.Image) or hasattr(value, "__array__")
 
 
@@ -308,7 +308,7 @@ def _decode_data_url(url):
 
 
 def _place(messages, kind, media, has_marks):
-    """Put pictures (or videos) into their places."""
+    """Put images (or videos) into their places."""
     texts = [
         part for message in messages if message["role"] != "assistant" for part in message["content"] if "text" in part
     ]

@@ -3,9 +3,9 @@
 What is special:
 - JSON is read row by row, without the one schema for all rows that `datasets` would want: a column may hold text in one row
   and a mapping in the next. The formats are those of `minicpmv.data.formats`, told apart row by row.
-- A bad row (no conversation, a missing file, marks without pictures, ...) is an error with its index and reason, or is left
+- A bad row (no conversation, a missing file, marks without images, ...) is an error with its index and reason, or is left
   out, logged and counted. No other row takes its place.
-- Pictures are not decoded here but in the collator, so a row is small and nothing is compressed twice; their headers are
+- Images are not decoded here but in the collator, so a row is small and nothing is compressed twice; their headers are
   looked at, so that most broken files come to light before the training.
 """
 
@@ -136,25 +136,25 @@ def _conversation_columns(row):
 
 
 def _check_file(part):
-    """Look at the header of a picture, and whether a video is there. What has to be fetched from a file system of
+    """Look at the header of an image, and whether a video is there. What has to be fetched from a file system of
     `fsspec` (hf://, zip://, ...) is fetched; http addresses are left to the processor."""
     if part["type"] == "video" and not os.path.isfile(part["video"]):
         raise BadRowError(f"there is no video {part['video']!r}; relative paths begin at image_folder")
     if part["type"] != "image" or not isinstance(part["image"], Mapping):
         return
-    picture, path = part["image"], part["image"]["path"]
+    image, path = part["image"], part["image"]["path"]
     try:
-        if picture["bytes"] is None and "://" in path:
+        if image["bytes"] is None and "://" in path:
             if path.startswith(("http://", "https://")):
                 return
             with fsspec.open(path, "rb") as file:
-                picture["bytes"] = file.read()
-        with Image.open(path if picture["bytes"] is None else BytesIO(picture["bytes"])):
+                image["bytes"] = file.read()
+        with Image.open(path if image["bytes"] is None else BytesIO(image["bytes"])):
             pass
     except FileNotFoundError as error:
-        raise BadRowError(f"there is no picture {path!r}; relative paths begin at image_folder") from error
+        raise BadRowError(f"there is no image {path!r}; relative paths begin at image_folder") from error
     except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError) as error:
-        raise BadRowError(f"the picture {path or 'in bytes'} cannot be read: {error}") from error
+        raise BadRowError(f"the image {path or 'in bytes'} cannot be read: {error}") from error
 
 
 # ---- JSON files ----
@@ -245,7 +245,7 @@ def _load_dataset(source, split, streaming):
 
 
 def _convert(dataset, name, folder, on_bad_row):
-    """All rows of a dataset in the form of conversations. Pictures stay undecoded, in their own compression."""
+    """All rows of a dataset in the form of conversations. Images stay undecoded, in their own compression."""
     is_stream = isinstance(dataset, datasets.IterableDataset)
     stream = dataset if is_stream else dataset.to_iterable_dataset()
     stream = stream.decode(False) if stream.features else stream
@@ -265,7 +265,7 @@ def _convert(dataset, name, folder, on_bad_row):
         return stream.map(_convert_batch, batch_size=1, **options)
     features = {column: MESSAGES if column in columns else TEXT_COLUMNS.get(column) for column in names}
     features = {column: feature or dataset.features[column] for column, feature in features.items()}
-    # As Arrow tables: else pictures would be decoded here, and compressed again. Never from the cache: what it holds
+    # As Arrow tables: else images would be decoded here, and compressed again. Never from the cache: what it holds
     # would outlive changes of files and of this code.
     converted = dataset.with_format("arrow").map(
         _convert_batch, batch_size=100, features=datasets.Features(features), load_from_cache_file=False, **options

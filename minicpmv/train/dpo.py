@@ -1,14 +1,14 @@
-"""Direct preference optimization on pairs of answers about pictures and videos.
+"""Direct preference optimization on pairs of answers about images and videos.
 
     minicpmv train dpo --config recipes/dpo.yaml
     accelerate launch --config_file recipes/accelerate/ddp.yaml -m minicpmv.train.dpo --config recipes/dpo.yaml
 
 What is special:
 - TRL's DPOTrainer with this package's data: rows `{"prompt", "chosen", "rejected"}` of `load_conversations`, both answers
-  encoded as in supervised tuning, so that several pictures, slices and packed clips reach both alike;
+  encoded as in supervised tuning, so that several images, slices and packed videos reach both alike;
 - the reference is the model before training: an untouched copy of the adapter, a second model without an adapter, or
   numbers computed beforehand (`precompute_ref_log_probs`);
-- pictures are encoded once a pair, not four times (two answers, policy and reference), where tower and resampler rest.
+- images are encoded once a pair, not four times (two answers, policy and reference), where tower and resampler rest.
 
 Sources: https://arxiv.org/abs/2305.18290 for the loss, https://arxiv.org/abs/2509.18154 for the settings of the recipe.
 """
@@ -90,13 +90,13 @@ class PreferenceCollator(ConversationCollator):
     dropped whole.
     """
 
-    pad_pixel_values: bool = False  # both answers share their pictures' slices; padded tensors would be copies
+    pad_pixel_values: bool = False  # both answers share their images' slices; padded tensors would be copies
 
     def encode(self, row: dict) -> EncodedPair:  # type: ignore[override]  # two rows
         row = conversation_row(row)
         if "chosen" not in row:
             raise BadRowError(
-                f"the row is no preference, but has {sorted(row)}; it needs 'prompt', 'chosen' and 'rejected'"
+                f"the row is not a preference, but has {sorted(row)}; it needs 'prompt', 'chosen' and 'rejected'"
             )
         prompt, *answers = (row.pop(name) for name in ("prompt", "chosen", "rejected"))
         chosen, rejected = (
@@ -124,7 +124,7 @@ class PreferenceTrainer(TrainerMixin, DPOTrainer):
 
     @cached_property
     def _can_share_features(self):
-        """Whether policy and reference see the same picture features, and the tower can be called by itself."""
+        """Whether policy and reference see the same image features, and the tower can be called by itself."""
         trained = trained_parameters(self.model)
         return not (trained["tower"] or trained["resampler"] or self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
@@ -133,7 +133,7 @@ class PreferenceTrainer(TrainerMixin, DPOTrainer):
             inputs = dict(inputs)
             names = self.processing_class.visual_input_names
             visual = {name: inputs.pop(name) for name in names if name in inputs}
-            # The second half of the batch has the pictures of the first once more.
+            # The second half of the batch has the images of the first once more.
             visual = {name: value[: len(value) // 2] for name, value in visual.items()}
             with torch.no_grad():
                 features = self.accelerator.unwrap_model(model).get_image_features(**visual).pooler_output
@@ -145,7 +145,7 @@ def load_pairs(data_args: DataArguments) -> tuple[Rows, Rows | None]:
     """`(training pairs, evaluation pairs or None)`.
 
     Raises:
-        ArgumentsError: the rows are no pairs, or prompts would be shortened.
+        ArgumentsError: the rows are not pairs, or prompts would be shortened.
     """
     if data_args.on_too_long == "shorten":
         raise ArgumentsError(

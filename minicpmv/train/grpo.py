@@ -67,7 +67,7 @@ def check_rollouts(args: GRPOConfig) -> None:
     """
     if args.use_vllm or args.use_transformers_continuous_batching:
         raise ArgumentsError(
-            "use_vllm and use_transformers_continuous_batching cannot take this model's pictures and packed clips from the "
+            "use_vllm and use_transformers_continuous_batching cannot take this model's images and packed videos from the "
             "trainer: leave both off, so that the model's own generate makes the rollouts."
         )
 
@@ -102,12 +102,12 @@ def is_adapter(name: str) -> bool:
 
 
 def question_row(row: dict) -> dict:
-    """A row of any format of `minicpmv.data.formats` as a question: `prompt`, with its pictures inside, and `answer`.
+    """A row of any format of `minicpmv.data.formats` as a question: `prompt`, with its images inside, and `answer`.
 
     The answer is that of the row, or the last one of a whole conversation, without its thought; None where there is none.
 
     Raises:
-        BadRowError: the row is no question.
+        BadRowError: the row is not a question.
     """
     conversation = conversation_row(row)
     answer = row.get("answer")
@@ -115,7 +115,9 @@ def question_row(row: dict) -> dict:
         *conversation["prompt"], last = conversation["messages"]
         answer = final_answer(text_of(last)) if answer is None else answer
     if "prompt" not in conversation or "chosen" in conversation:
-        raise BadRowError(f"the row is no question, but has {sorted(conversation)}; it needs 'prompt' or 'messages'")
+        raise BadRowError(
+            f"the row is not a question, but has {sorted(conversation)}; it needs 'prompt' or 'messages'"
+        )
     if not isinstance(answer, str | None):
         raise BadRowError(f"'answer' is text, not {answer!r}")
     taken = {*CONVERSATION_COLUMNS, *MEDIA_COLUMNS}
@@ -222,7 +224,7 @@ class HybridGRPOTrainer(TrainerMixin, GRPOTrainer):
     def _tokenize_prompts(self, prompts):
         visual = self.processing_class.pad_visual_inputs([vars(row) for row in self._encoded])
         self._visual_inputs = self._prepare_input(visual)
-        # No list of pictures: for those TRL would call the processor once more, in the way of other models.
+        # No list of images: for those TRL would call the processor once more, in the way of other models.
         return [row.input_ids for row in self._encoded], None, self._visual_inputs
 
     # ---- log-probabilities ----

@@ -1,4 +1,4 @@
-"""A visual reward model: the model of a checkpoint with a value head, one number for an answer to pictures and text.
+"""A visual reward model: the model of a checkpoint with a value head, one number for an answer to images and text.
 
 What is special:
 - the head reads the hidden state of the last token of the conversation; tower, resampler and language model are those of

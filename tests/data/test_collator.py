@@ -302,7 +302,7 @@ def test_too_long_a_row_is_an_error_with_numbers(processor):
     collator = ConversationCollator(processor, max_length=100)
     count = len(ConversationCollator(processor).encode(row).input_ids)
     with pytest.raises(
-        ConversationTooLongError, match=f"Row long: .* {count} tokens, 64 of them for pictures; the limit is 100"
+        ConversationTooLongError, match=f"Row long: .* {count} tokens, 64 of them for images; the limit is 100"
     ):
         collator([row])
     assert ConversationCollator(processor, max_length=count)([row])["input_ids"].shape[1] == count
@@ -343,7 +343,7 @@ def test_shortening_takes_the_oldest_text_first_and_learns_only_whole_turns(proc
         try:
             encoded = collator.encode(row)
         except ConversationTooLongError as error:
-            assert f"{64 * 2} of them for pictures; the limit is {limit}" in str(error)
+            assert f"{64 * 2} of them for images; the limit is {limit}" in str(error)
             break
         text = processor.tokenizer.decode(encoded.input_ids).replace("<unk>", "")
         assert len(encoded.input_ids) <= limit

@@ -228,8 +228,8 @@ def test_a_prompt_alone_and_other_columns_are_passed_on():
         ({"images": [], "messages": turns("<image>\nA", "B")}, "they must agree"),
         ({"messages": turns([{"type": "image"}, text("A")], "B")}, "1 places for images, but the row brings 0"),
         ({"images": [NUMBER] * 2, "messages": turns([{"type": "image"}, text("A")], "B")}, "brings 2"),
-        ({"image": 5, "messages": ROLE_CONTENT}, "5 is no image"),
-        ({"videos": [[NUMBER, SHAPES]], "messages": ROLE_CONTENT}, "give frames as pictures"),
+        ({"image": 5, "messages": ROLE_CONTENT}, "5 is not an image"),
+        ({"videos": [[NUMBER, SHAPES]], "messages": ROLE_CONTENT}, "give frames as images"),
         ({"messages": turns([{"type": "image", "image": "data:image/png,x"}], "B")}, "base64"),
         ({"messages": turns([{"type": "image", "image": "data:image/png;base64,?"}], "B")}, "not valid base64"),
         ({"prompt": "A", "chosen": "B"}, "both columns"),
@@ -303,7 +303,7 @@ def test_bad_rows_are_left_out_logged_and_counted_when_asked(tmp_path, caplog, s
     assert ids == [row["id"] for row in MIXED]  # in order, none replaced
     for index, reason in (
         (2, "not valid JSON: Expecting"),
-        (3, "there is no picture"),
+        (3, "there is no image"),
         (4, "cannot identify"),
         (5, "there is no video"),
     ):
@@ -404,7 +404,7 @@ def test_streams_can_be_sent_to_spawned_workers(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_bad_row_of_a_dataset_is_named_or_left_out(streaming, caplog):
-    with pytest.raises(BadRowError, match="dataset, row 2: the picture in bytes cannot be read") as caught:
+    with pytest.raises(BadRowError, match="dataset, row 2: the image in bytes cannot be read") as caught:
         list(load_conversations(embedded(bad=2), streaming=streaming))
     assert caught.value.index == 2
     with caplog.at_level(logging.WARNING):
@@ -454,7 +454,7 @@ def test_pictures_in_other_file_systems_are_fetched(tmp_path):
     ]
     (row,) = load_conversations(write_jsonl(tmp_path / "rows.jsonl", rows[:1]))
     assert row["messages"][0]["content"][0]["image"]["bytes"] == jpeg("red")
-    with pytest.raises(BadRowError, match="row 1: there is no picture"):
+    with pytest.raises(BadRowError, match="row 1: there is no image"):
         load_conversations(write_jsonl(tmp_path / "rows.jsonl", rows))
 
 

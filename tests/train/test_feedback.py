@@ -384,7 +384,7 @@ def test_pairs_are_saved_as_a_preference_dataset_and_everything_is_counted(promp
     assert summary["prompts"] == 7
     assert summary["prompts_with_pairs"] + sum(summary["prompts_without_pairs"].values()) == 7
     assert summary["answers"] == 56
-    assert summary["answers_without_score"] == {"parts that are no claim": 7, "cut at max_new_tokens": 7}
+    assert summary["answers_without_score"] == {"parts that are not claims": 7, "cut at max_new_tokens": 7}
     assert summary["claims_rejected"] == sum(
         claim["no"] > claim["yes"]
         for line in log_of(tmp_path).values()
@@ -501,7 +501,7 @@ def test_a_picture_that_cannot_be_decoded_ends_the_run_or_is_counted(prompts, sc
     whole = (prompts.parent / "3.png").read_bytes()
     try:
         (prompts.parent / "3.png").write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(BadRowError, match=r"prompts.jsonl\[3\]: the picture .*3.png cannot be read"):
+        with pytest.raises(BadRowError, match=r"prompts.jsonl\[3\]: .*3.png"):
             run(prompts, tmp_path / "raise")
         summary = run(prompts, tmp_path / "skip", on_bad_row="skip")
     finally:

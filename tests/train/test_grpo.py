@@ -363,7 +363,7 @@ def test_a_conversation_becomes_a_question_whose_answer_is_its_last_without_the_
     row = question_row(QUESTION)
     assert row["answer"] == "47" and row["prompt"][0]["content"][0]["image"]["path"] == "number.jpg"
     assert question_row({"prompt": "Hi"})["answer"] is None
-    with pytest.raises(BadRowError, match="no question"):
+    with pytest.raises(BadRowError, match="not a question"):
         question_row({"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"})
     with pytest.raises(BadRowError, match="'answer' is text"):
         question_row(QUESTION | {"answer": 47})

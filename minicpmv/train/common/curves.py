@@ -1,4 +1,4 @@
-"""What a run logs, as `log.csv` (columns step, name, value) and as a picture `curves.png`, in its output folder.
+"""What a run logs, as `log.csv` (columns step, name, value) and as an image `curves.png`, in its output folder.
 
 What is special:
 - any trainer of transformers or TRL can carry it: it takes whatever names are logged;

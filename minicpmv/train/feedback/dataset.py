@@ -53,7 +53,7 @@ def pairs_and_summary(args: FeedbackArguments, records: list[dict]) -> tuple[lis
     if not pairs:
         raise TrainingError(
             f"{len(records)} prompts gave no pair: {json.dumps(summary)}. More answers (num_answers), a higher temperature "
-            "or more prompts give more pairs; claims: model reads answers that are no lists."
+            "or more prompts give more pairs; claims: model reads answers that are not lists."
         )
     for side in ("chosen", "rejected"):
         sides = [getattr(pair, side) for pair in pairs]
@@ -67,7 +67,7 @@ def pair_dataset(
 ) -> datasets.Dataset:
     """The pairs in TRL's preference format: `prompt`, `chosen`, `rejected`, `images`; the options of their rows beside it.
 
-    Pictures are stored whole, videos as paths.
+    Images are stored whole, videos as paths.
 
     Raises:
         TrainingError: a prompt is not the one that the log is about.

@@ -124,7 +124,7 @@ def _answer_record(answer: Answer, reading: Reading | None, verdicts: dict) -> d
     elif reading is None:
         record["reason"] = "list of claims not readable"
     elif reading.unread:
-        record["reason"] = "parts that are no claim"
+        record["reason"] = "parts that are not claims"
     elif not reading.claims:
         record["reason"] = "no claim"
     else:

@@ -3,9 +3,9 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
+from typing import Any
 
 import datasets
 from PIL import Image
@@ -13,6 +13,7 @@ from PIL import Image
 from minicpmv.data.collator import ROW_OPTIONS
 from minicpmv.data.formats import BadRowError, conversation_row, text_of
 from minicpmv.data.load import as_dataset, load_conversations
+from minicpmv.errors import is_expected
 from minicpmv.train.common.errors import ArgumentsError
 from minicpmv.train.feedback.arguments import FeedbackArguments
 
@@ -26,12 +27,12 @@ class Prompt:
 
     @property
     def digest(self) -> str:
-        """What the prompt says, but for its pictures."""
+        """What the prompt says, but for its images."""
         said = json.dumps([self.name, [text_of(message) for message in self.messages], self.options])
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def about(self, question: str) -> list[dict]:
-        """A conversation that asks `question` about the pictures of this prompt."""
+        """A conversation that asks `question` about the images of this prompt."""
         media = [part for message in self.messages for part in message["content"] if part["type"] != "text"]
         return [{"role": "user", "content": [*media, {"type": "text", "text": question}]}]
 
@@ -41,7 +42,7 @@ def load_prompts(args: FeedbackArguments) -> datasets.Dataset:
     rows = load_conversations(
         args.dataset_name, split=args.dataset_split, image_folder=args.image_folder, on_bad_row=args.on_bad_row
     )
-    if isinstance(rows, datasets.IterableDataset):  # drawn rows: pairs need to be kept with their pictures
+    if isinstance(rows, datasets.IterableDataset):  # drawn rows: pairs need to be kept with their images
         end = None if args.max_prompts is None else args.first_prompt + args.max_prompts
         rows = as_dataset(list(rows if end is None else rows.take(end)))
     last = len(rows) if args.max_prompts is None else min(len(rows), args.first_prompt + args.max_prompts)
@@ -59,22 +60,22 @@ def read_prompt(row: dict, number: int) -> Prompt:
     return Prompt(number, row.get("origin") or f"prompt {number}", messages[: last + 1], options)
 
 
-def open_pictures(prompt: Prompt) -> None:
-    """Decode the pictures of a prompt, once for all questions about them.
+def open_images(prompt: Prompt, load_image: Callable[[Any], Image.Image]) -> None:
+    """Decode the images of a prompt, once for all questions about them.
+
+    Args:
+        load_image: that of a processor.
 
     Raises:
         BadRowError: one cannot be decoded.
     """
     for part in (part for message in prompt.messages for part in message["content"] if part["type"] == "image"):
-        data, path = part["image"]["bytes"], part["image"]["path"]
-        if data is None and "://" in path:
-            part["image"] = path  # for the processor to fetch
-            continue
         try:
-            part["image"] = Image.open(path if data is None else BytesIO(data))
-            part["image"].load()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BadRowError(f"the picture {path or 'in bytes'} cannot be read: {error}") from error
+            part["image"] = load_image(part["image"])
+        except ValueError as error:
+            if not is_expected(error):
+                raise
+            raise BadRowError(str(error)) from error
 
 
 def batches(prompts: Iterator[Prompt], size: int) -> Iterator[list[Prompt]]:

@@ -1,9 +1,9 @@
-"""A model that is asked about pictures and claims: this one, any vision-language model, or a language model for text.
+"""A model that is asked about images and claims: this one, any vision-language model, or a language model for text.
 
 What is special:
 - a yes-or-no question costs one pass: the probabilities of "yes" and "no" as the first token of the answer;
-- models of this repository encode the pictures of a prompt once for all answers and all questions about them; others are
-  given the pictures with every question.
+- models of this repository encode the images of a prompt once for all answers and all questions about them; others are
+  given the images with every question.
 """
 
 from collections.abc import Mapping
@@ -61,7 +61,7 @@ class Respondent:
         ).to(self.model.device)
 
     def image_features(self, inputs: Mapping[str, Any]) -> list[torch.Tensor] | None:
-        """Features of each prompt's pictures, one tensor [units, query_num, D] a prompt; None where there is nothing to keep."""
+        """Features of each prompt's images, one tensor [units, query_num, D] a prompt; None where there is nothing to keep."""
         if not self.is_native or "pixel_values" not in inputs:
             return None
         visual = {name: inputs[name] for name in self.processor.visual_input_names if name in inputs}

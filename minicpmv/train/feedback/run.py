@@ -33,7 +33,7 @@ from minicpmv.train.feedback.arguments import FeedbackArguments, settings_of
 from minicpmv.train.feedback.dataset import pair_dataset, pairs_and_summary
 from minicpmv.train.feedback.judged import Feedback
 from minicpmv.train.feedback.log import FeedbackLog
-from minicpmv.train.feedback.prompts import batches, load_prompts, open_pictures, read_prompt
+from minicpmv.train.feedback.prompts import batches, load_prompts, open_images, read_prompt
 from minicpmv.train.feedback.respondent import load_respondent
 
 
@@ -83,7 +83,7 @@ def collect(model_args: ModelArguments, args: FeedbackArguments, rows: datasets.
             for number in waiting:
                 prompt = read_prompt(rows[number - args.first_prompt], number)
                 try:
-                    open_pictures(prompt)
+                    open_images(prompt, policy.processor.load_image)
                 except BadRowError as error:
                     log.add(leave_out(prompt, error))
                     bar.update()

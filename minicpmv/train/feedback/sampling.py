@@ -3,7 +3,7 @@
 What is special:
 - an answer depends on (seed, prompt, number of the answer) alone: not on the batch it was in, nor on where a run was resumed;
 - all answers are drawn under the same conditions, so that they differ in what they say and not in style;
-- a prompt's pictures are encoded once for all its answers.
+- a prompt's images are encoded once for all its answers.
 """
 
 from collections.abc import Mapping

@@ -32,7 +32,7 @@ class Example(EncodedRow):
 def patch_labels_of(
     drawing: Drawing, grid: tuple[int, int] | None, tgt_sizes: list[list[int]], patch_size: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Labels of all slices of one picture: the source view, then the slices row by row."""
+    """Labels of all slices of one image: the source view, then the slices row by row."""
     width, height = drawing.image.size
     crops: list[tuple[float, float, float, float]] = [(0, 0, width, height)]
     if grid is not None:
@@ -92,7 +92,7 @@ LAYOUTS = (("shapes", "line", "lower", "sum", "chart"), ("form",), ("page",), tu
 def training_batch(encoder: SampleEncoder, mixture: Mixture, size: int, seed: int, number: int) -> dict[str, Any]:
     """Batch `number` of the training split: deterministic in its arguments, so any process can make any batch.
 
-    All its samples are of one layout (picture, sliced picture, form, page or clip) and have about as many turns, so that
+    All its samples are of one layout (image, sliced image, form, page or video) and have about as many turns, so that
     little is padded; layouts are drawn by the shares of the mixture. A batch of pages is half as large.
     """
     rng = random.Random(f"batch/{seed}/{number}")

@@ -1,11 +1,11 @@
-"""Train nano: a small model of the same architecture, from scratch, on pictures that the repository draws.
+"""Train nano: a small model of the same architecture, from scratch, on images that the repository draws.
 
     python -m minicpmv.train.nano --config recipes/nano/pretraining.yaml --output DIR
 
 What is special:
 - stages: first the tower alone learns what lies under each patch (dense labels cost nothing, since we draw), then
   resampler and language model learn conversations, with the dense loss kept beside;
-- the resampler's queries start spread over the picture, each looking at one spot (`spread_queries`);
+- the resampler's queries start spread over the image, each looking at one spot (`spread_queries`);
 - one single-threaded process a core. Each takes the next batch of a step as soon as it is free, and the gradients are
   summed at the end: on shared cores much faster than threads, which wait for each other in every operation;
 - everything follows from the recipe and its seed; a run that stopped goes on from `DIR/state.pt`.
@@ -97,9 +97,9 @@ class Recipe:
 
 @torch.no_grad()
 def spread_queries(resampler) -> None:
-    """Start each head of each query at one spot of the picture, so that the tokens begin as a coarse map of it.
+    """Start each head of each query at one spot of the image, so that the tokens begin as a coarse map of it.
 
-    The spots are the cells of a grid over a picture of 8 x 10 patches; the heads of a query lie side by side. Part h of a
+    The spots are the cells of a grid over an image of 8 x 10 patches; the heads of a query lie side by side. Part h of a
     query holds the sin-cos position of head h's spot, in the highest frequencies of that code, where near and far
     positions differ most; head h projects that part, and the same frequencies of the keys. From a random start the
     queries all see the same average, and it takes most of an hour until they part.
@@ -170,8 +170,8 @@ class Trainee(nn.Module):
         for rows in lengths.argsort().split(4):
             longest = int(lengths[rows].max())
             ids, mask, labels = (batch[name][rows, :longest] for name in ("input_ids", "attention_mask", "labels"))
-            pictures = {"image": torch.cat([visual[row] for row in rows])}
-            output = self.model(input_ids=ids, attention_mask=mask, mm_encoder_outputs=pictures, use_cache=False)
+            images = {"image": torch.cat([visual[row] for row in rows])}
+            output = self.model(input_ids=ids, attention_mask=mask, mm_encoder_outputs=images, use_cache=False)
             logits, wanted = output.logits[:, :-1].float(), labels[:, 1:]
             written = wanted != IGNORED
             total = total + F.cross_entropy(logits[written], wanted[written], reduction="sum")
@@ -212,7 +212,7 @@ def validate(trainee: Trainee, encoder: SampleEncoder, recipe: Recipe, stage: St
 
 
 def optimizers_of(trainee: Trainee, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the network, which learns from fewer pictures so; AdamW for all else."""
+    """Muon for the matrices inside the network, which learns from fewer images so; AdamW for all else."""
     inner: list[nn.Parameter] = []
     other: list[nn.Parameter] = []
     for name, parameter in trainee.named_parameters():
