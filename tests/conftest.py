@@ -113,6 +113,22 @@ def tiny_config(**changes):
     return type(config)(**fields | changes)
 
 
+def small_config(**changes):
+    """A configuration as small as nano's, for nano's processor, whose parts are those of the published one."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(NANO, trust_remote_code=True)
+    fields = config.to_dict() | {"num_hidden_layers": 2, "max_window_layers": 2, "tie_word_embeddings": False}
+    fields.pop("layer_types", None)
+    fields["vision_config"] |= {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+    }
+    return type(config)(**fields | changes)
+
+
 def name_seeded_model(config, attn_implementation="sdpa"):
     """A float32 model whose parameters are functions of their names, as in the golden values."""
     from transformers import AutoModel
@@ -135,3 +151,11 @@ def name_seeded_model(config, attn_implementation="sdpa"):
 def golden_model():
     """The tiny model behind the golden values. Tests leave its parameters as they are."""
     return name_seeded_model(tiny_config())
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """A random model for nano's processor, which writes until a limit. Tests leave its parameters as they are."""
+    model = name_seeded_model(small_config())
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [889, 887], 887
+    return model

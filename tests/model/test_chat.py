@@ -15,26 +15,31 @@ PICTURE = wave_picture(300, 200, 0)
 
 
 @pytest.fixture(scope="module")
-def ask(golden_model, processor):
+def processor(nano_processor):
+    return nano_processor
+
+
+@pytest.fixture(scope="module")
+def ask(small_model, processor):
     """chat() with greedy search, unless asked otherwise."""
 
     def ask(*content, **options):
         messages = options.pop("msgs", None) or [{"role": "user", "content": list(content)}]
         defaults = {"processor": processor, "max_new_tokens": 8, **GREEDY}
-        return golden_model.chat(msgs=messages, **defaults | options)
+        return small_model.chat(msgs=messages, **defaults | options)
 
     return ask
 
 
-def test_every_form_of_messages_gives_the_same_answer(ask, golden_model, processor):
+def test_every_form_of_messages_gives_the_same_answer(ask, small_model, processor):
     answer = ask(PICTURE, "What is this?")
     assert isinstance(answer, str) and answer
     text = [{"role": "user", "content": "What is this?"}]
     options = {"processor": processor, "max_new_tokens": 8, **GREEDY}
-    assert golden_model.chat(PICTURE, text, None, processor, max_new_tokens=8, **GREEDY) == answer
-    assert golden_model.chat(image=PICTURE, msgs=json.dumps(text), tokenizer=processor.tokenizer, **options) == answer
+    assert small_model.chat(PICTURE, text, None, processor, max_new_tokens=8, **GREEDY) == answer
+    assert small_model.chat(image=PICTURE, msgs=json.dumps(text), tokenizer=processor.tokenizer, **options) == answer
     assert (
-        golden_model.chat(
+        small_model.chat(
             image=None, msgs=[{"role": "user", "content": [PICTURE, "What is this?"]}], context=None, **options
         )
         == answer
@@ -74,9 +79,9 @@ def test_messages_are_left_as_they_were(ask):
         ([["Hi"]], "role"),
     ],
 )
-def test_messages_that_cannot_be_read_are_refused(golden_model, processor, messages, words):
+def test_messages_that_cannot_be_read_are_refused(small_model, processor, messages, words):
     with pytest.raises(ValueError, match=words):
-        golden_model.chat(msgs=messages, processor=processor)
+        small_model.chat(msgs=messages, processor=processor)
 
 
 @pytest.mark.parametrize("content", ["Hello! 你好!", "Tell me."])
@@ -98,19 +103,19 @@ def test_sampling_repeats_with_a_seed_and_leaves_the_global_state(ask):
     assert len({ask("Hi", seed=seed, **options) for seed in range(4)}) > 1
 
 
-def test_an_error_while_streaming_reaches_the_reader(ask, golden_model, monkeypatch):
+def test_an_error_while_streaming_reaches_the_reader(ask, small_model, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(golden_model.llm, "forward", fail)
+    monkeypatch.setattr(small_model.llm, "forward", fail)
     with pytest.raises(RuntimeError, match="out of luck"):
         list(ask("Hi", stream=True))
 
 
-def test_closing_a_stream_stops_the_model(ask, golden_model, monkeypatch):
-    steps, forward = [], golden_model.llm.forward
+def test_closing_a_stream_stops_the_model(ask, small_model, monkeypatch):
+    steps, forward = [], small_model.llm.forward
     monkeypatch.setattr(
-        golden_model.llm, "forward", lambda *args, **kwargs: steps.append(1) or forward(*args, **kwargs)
+        small_model.llm, "forward", lambda *args, **kwargs: steps.append(1) or forward(*args, **kwargs)
     )
     before = threading.active_count()
     stream = ask("Count on and on", stream=True, max_new_tokens=2000, min_new_tokens=2000)
@@ -149,28 +154,28 @@ def test_thought_and_answer_apart(ask, processor):
         ask("?", enable_thinking="often")
 
 
-def test_exclamation_marks_survive_in_answers(ask, golden_model, processor, monkeypatch):
-    ids = processor.tokenizer("Hello! Yes!!")["input_ids"] + [151645]
+def test_exclamation_marks_survive_in_answers(ask, small_model, processor, monkeypatch):
+    ids = processor.tokenizer("Hello! Yes!!")["input_ids"] + [889]
     assert 0 in ids
 
     def generate(input_ids, **kwargs):
         return torch.cat([input_ids, torch.tensor([ids])], dim=1)
 
-    monkeypatch.setattr(golden_model, "generate", generate)
-    assert ask("Hi!") == "Hello! Yes!!"
-    ids[:] = [151645]
+    monkeypatch.setattr(small_model, "generate", generate)
+    assert ask("Hi!", max_new_tokens=16) == "Hello! Yes!!"
+    ids[:] = [889]
     assert ask("Hi!") == ""
 
 
-def test_the_checkpoint_decides_how_to_decode_where_the_caller_does_not(golden_model, processor, monkeypatch):
+def test_the_checkpoint_decides_how_to_decode_where_the_caller_does_not(small_model, processor, monkeypatch):
     given = []
 
     def generate(input_ids, **kwargs):
         given.append({name: kwargs.get(name) for name in ("do_sample", "num_beams", "temperature", "top_k")})
         return input_ids
 
-    monkeypatch.setattr(golden_model, "generate", generate)
-    monkeypatch.setattr(golden_model, "generation_config", copy.deepcopy(golden_model.generation_config))
+    monkeypatch.setattr(small_model, "generate", generate)
+    monkeypatch.setattr(small_model, "generation_config", copy.deepcopy(small_model.generation_config))
     names = ("do_sample", "num_beams", "temperature", "top_k")
     nothing, sample = (None, None, None, None), (True, None, 0.7, 100)
     for do_sample, options, expected in (
@@ -184,8 +189,8 @@ def test_the_checkpoint_decides_how_to_decode_where_the_caller_does_not(golden_m
         (False, {"temperature": 0.2}, (True, None, 0.2, 100)),
         (True, {"decoding": "sample", "enable_thinking": True}, (True, None, 0.7, None)),
     ):
-        golden_model.generation_config.do_sample = do_sample
-        golden_model.chat(msgs=[{"role": "user", "content": "Hi"}], processor=processor, **options)
+        small_model.generation_config.do_sample = do_sample
+        small_model.chat(msgs=[{"role": "user", "content": "Hi"}], processor=processor, **options)
         assert given.pop() == dict(zip(names, expected, strict=True))
 
 
@@ -225,19 +230,19 @@ def test_a_misspelt_keyword_names_the_nearest(ask):
 
 
 def test_a_prompt_that_is_too_long_is_an_error_before_anything_runs(ask):
-    with pytest.raises(ValueError, match="64 of them for pictures; the limit is 50"):
+    with pytest.raises(ValueError, match=r"\d+ of them for pictures; the limit is 50"):
         ask(PICTURE, "What?", max_inp_length=50)
     with pytest.raises(ValueError, match="limit is 5"):
         ask("A question that is long enough", max_inp_length=5, stream=True)
 
 
-def test_without_a_processor_nothing_is_downloaded(golden_model, processor, tmp_path, monkeypatch):
+def test_without_a_processor_nothing_is_downloaded(small_model, processor, tmp_path, monkeypatch):
     from transformers import AutoModel
 
-    monkeypatch.setattr(golden_model.config, "_name_or_path", "")
+    monkeypatch.setattr(small_model.config, "_name_or_path", "")
     with pytest.raises(ValueError, match="processor="):
-        golden_model.chat(msgs=[{"role": "user", "content": "Hi"}])
-    golden_model.save_pretrained(tmp_path)
+        small_model.chat(msgs=[{"role": "user", "content": "Hi"}])
+    small_model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).eval()
     with pytest.raises(ValueError, match="does not download"):
         loaded.chat(msgs=[{"role": "user", "content": "Hi"}])
@@ -254,10 +259,10 @@ def test_an_edited_template_of_the_tokenizer_is_used(ask, processor):
     assert output.prompt_tokens == ask("?", enable_thinking=True, return_dict=True).prompt_tokens + 1
 
 
-def test_features_of_a_picture_can_be_used_again(ask, golden_model, processor):
+def test_features_of_a_picture_can_be_used_again(ask, small_model, processor):
     inputs = processor("(<image>./</image>)", [PICTURE])
     with torch.no_grad():
-        features = golden_model.get_image_features(inputs["pixel_values"], inputs["tgt_sizes"]).pooler_output
+        features = small_model.get_image_features(inputs["pixel_values"], inputs["tgt_sizes"]).pooler_output
     assert ask(PICTURE, "What?", vision_hidden_states=[features]) == ask(PICTURE, "What?")
 
 
