@@ -173,7 +173,7 @@ class Bench:
             self.model.get_image_features([pixels], clip["tgt_sizes"], clip["temporal_ids"])
 
         frames = video.sample_video(CLIP, **options).frames
-        resizes = self.seconds(lambda: resize_only(video, frames, None))
+        resizes = self.seconds(lambda: resize_only(video.image_processor, frames, 1))
         arithmetic = sum(
             tower_flops(self.model.config.vision_config, int(size.prod()), 1) for size in clip["tgt_sizes"][0]
         )
