@@ -48,7 +48,7 @@ newest: ## the README's commands with what pip picks today, without pins; TORCH=
 	rm -rf .venvs/newest
 	$(PYTHON) -m venv .venvs/newest
 	.venvs/newest/bin/python $(PIP_INSTALL) $(TORCH) -e . pytest
-	.venvs/newest/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|tokenizers|huggingface_hub|pillow|numpy|av|decord) '
+	.venvs/newest/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|tokenizers|huggingface_hub|pillow|numpy|av) '
 	.venvs/newest/bin/python -m pytest tests/docs/test_readme.py -k "README-line or README.md" $(PYTEST_ARGS)
 
 conformance: $(VENV)/dev.stamp tokenizer.json ## the test classes of transformers itself, run on this model
