@@ -40,7 +40,7 @@ def ask(
     max_slice_nums: options.MaxSliceNums = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
-):
+) -> None:
     """Ask one question, about images and videos or about nothing but text.
 
     Examples:

@@ -17,7 +17,7 @@ def build_tokenizer(
     revision: Annotated[
         str | None, typer.Option(metavar="NAME", help="Commit, tag or branch of the Hub repository.")
     ] = None,
-):
+) -> None:
     """Write tokenizer.json from the vocabulary in the PyPI package dashscope."""
     with one_line_errors(OSError):
         from minicpmv import build_tokenizer as tokenizer

@@ -7,10 +7,10 @@ What is special:
 """
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -68,7 +68,7 @@ def chat(
     max_slice_nums: options.MaxSliceNums = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
-):
+) -> None:
     """Talk with a model about images, videos and anything else; /help in the conversation lists its commands.
 
     Examples:
@@ -148,17 +148,19 @@ class Conversation:
         settings: those of a session.
     """
 
-    def __init__(self, model, processor, console, name, enable_thinking, **settings):
+    def __init__(
+        self, model: Any, processor: Any, console: Any, name: str, enable_thinking: bool | str, **settings: Any
+    ) -> None:
         from minicpmv.chat import ChatSession  # imports torch
 
         self.model, self.processor, self.console, self.name = model, processor, console, name
         self.sessions = ChatSession
         self.thinking, self.settings = enable_thinking, settings
         self.session = self.sessions(model, processor, **settings)
-        self.changed = {}  # settings of answers since then
-        self.waiting = []  # images and videos for the next question
+        self.changed: dict[str, Any] = {}  # settings of answers since then
+        self.waiting: list[Any] = []  # images and videos for the next question
         self.is_noted = False  # what the model knows
-        self.output = None  # the last answer; None where nothing came of the last question
+        self.output: Any = None  # the last answer; None where nothing came of the last question
         self.goes_on = True
 
     @property
@@ -195,7 +197,7 @@ class Conversation:
         if name in ("/image", "/video"):
             self.show(file_names(rest), name.removeprefix("/"))
         elif name == "/think":
-            modes = {"on": True, "off": False, "auto": "auto", "": not self.thinking}
+            modes: dict[str, bool | str] = {"on": True, "off": False, "auto": "auto", "": not self.thinking}
             if rest not in modes:
                 raise CommandError(f"/think {rest} does not exist; choose on, off or auto")
             self.thinking = modes[rest]
@@ -325,7 +327,7 @@ def media_names(line: str) -> list[str]:
 
 
 @contextmanager
-def one_interrupt():
+def one_interrupt() -> Iterator[None]:
     """Ctrl-C counts once: the model stops after the token that it is writing, and until then nothing else may."""
     import signal
 

@@ -1,6 +1,7 @@
 """`minicpmv demo`: a model answers questions about the images and the clip in assets/, and what it saw is shown."""
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ def demo(
     model: Annotated[
         str | None, typer.Option("--model", "-m", metavar="MODEL", help="Model folder; the clone's nano by default.")
     ] = None,
-):
+) -> None:
     """Ask a model about the images and the clip that come with the repository.
 
     Examples:
@@ -100,7 +101,15 @@ def answer(model: Any, processor: Any, content: dict, question: str, **options: 
     return text, visual_tokens, int((ids == tokenizer.slice_start_id).sum())
 
 
-def show_answers(console, model, processor, content, questions, describe, **options):
+def show_answers(
+    console: Any,
+    model: Any,
+    processor: Any,
+    content: dict,
+    questions: Sequence[str],
+    describe: Callable[[int, int], str],
+    **options: Any,
+) -> None:
     """Ask and print; `describe(visual tokens, slices)` is what the model saw, said once, above the answers."""
     from rich.markup import escape
 
@@ -113,7 +122,7 @@ def show_answers(console, model, processor, content, questions, describe, **opti
         console.print(f"  {escape(question):34} [bold green]{escape(text)}[/bold green]  [dim]{seconds:.2f} s[/dim]")
 
 
-def show_thought(console, model, processor, image, question):
+def show_thought(console: Any, model: Any, processor: Any, image: Path, question: str) -> None:
     """The same question answered at once, and after a thought."""
     from rich.markup import escape
 

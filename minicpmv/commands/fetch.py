@@ -19,7 +19,7 @@ def fetch(
         str | None, typer.Option(metavar="NAME", help="Commit, tag or branch of the Hub repository.")
     ] = None,
     check_only: Annotated[bool, typer.Option("--check-only", help="Download nothing; check what is there.")] = False,
-):
+) -> None:
     """Attach the published weights (17.4 GB): download, check, move into place.
 
     Run it again after an interruption: it goes on where it stopped.

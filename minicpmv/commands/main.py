@@ -39,7 +39,7 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-):
+) -> None:
     """MiniCPM-V 4.5: what to do with the model."""
 
 

@@ -57,7 +57,7 @@ def read(
     ] = 8192,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
-):
+) -> None:
     """Read a document: all of it, or what you ask for.
 
     Without --question, --summary, --schema or --regions the pages are transcribed.
@@ -149,7 +149,7 @@ def read(
         terminal.note_knowledge(loaded, model)
 
 
-def read_schema(file: Path):
+def read_schema(file: Path) -> Any:
     """The JSON Schema in a file.
 
     Raises:

@@ -1,12 +1,15 @@
 """`minicpmv serve`: a server that OpenAI's clients can talk to."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from minicpmv.commands import options, terminal
 from minicpmv.errors import MiniCPMVError, one_line_errors, require
 
+
+if TYPE_CHECKING:
+    import socket
 
 OLDEST_TRANSFORMERS = "5.23"  # its server, on which this one stands, looked different before
 PACKAGES = ("fastapi", "httpcore", "openai", "pydantic", "uvicorn")
@@ -34,7 +37,7 @@ def serve(
     ] = 64,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
-):
+) -> None:
     """Answer over HTTP as OpenAI's chat completions do, on the server of transformers.
 
     Examples:
@@ -69,7 +72,7 @@ def serve(
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def check_transformers():
+def check_transformers() -> None:
     """Refuse a transformers whose server looked different.
 
     Raises:
@@ -86,7 +89,7 @@ def check_transformers():
         )
 
 
-def open_port(host: str, port: int):
+def open_port(host: str, port: int) -> "socket.socket":
     """A socket bound to the address, before the model is loaded: else one would wait for nothing.
 
     Raises:

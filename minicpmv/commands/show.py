@@ -15,7 +15,7 @@ from minicpmv.errors import one_line_errors
 def show(
     model: options.Model = ".",
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
-):
+) -> None:
     """Show what a model folder holds: parameters, types, limits, and what it knows.
 
     Examples:

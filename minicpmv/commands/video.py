@@ -29,7 +29,7 @@ def video(
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens about a segment.")] = 256,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
-):
+) -> None:
     """Describe what happens in a video, with time stamps.
 
     Examples:

@@ -25,7 +25,7 @@ def web(
     ] = 16,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
-):
+) -> None:
     """Open a page to talk with a model: images, videos, camera, thinking, and what the model sees.
 
     Examples:
