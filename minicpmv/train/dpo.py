@@ -123,13 +123,13 @@ class PreferenceTrainer(TrainerMixin, DPOTrainer):
         return dataset
 
     @cached_property
-    def _can_share_features(self):
+    def shares_features(self):
         """Whether policy and reference see the same image features, and the tower can be called by itself."""
         trained = trained_parameters(self.model)
         return not (trained["tower"] or trained["resampler"] or self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-        if "pixel_values" in inputs and self._can_share_features:
+        if "pixel_values" in inputs and self.shares_features:
             inputs = dict(inputs)
             names = self.processing_class.visual_input_names
             visual = {name: inputs.pop(name) for name in names if name in inputs}
