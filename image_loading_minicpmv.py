@@ -102,6 +102,7 @@ def load_image(
 
 
 def _open(source: Any) -> Image.Image:
+    file: Any
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         name, file = source, BytesIO(_fetch(source))
     elif isinstance(source, str) and source.startswith("data:"):

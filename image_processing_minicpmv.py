@@ -53,7 +53,13 @@ class SliceLayout:
     @property
     def num_slices(self) -> int:
         """Number of visual units: the source view and each slice."""
-        return 1 if self.grid is None else 1 + self.grid[0] * self.grid[1]
+        return len(self.sizes)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Of the source view and each slice, row by row."""
+        slices = [] if self.grid is None or self.slice is None else [self.slice] * (self.grid[0] * self.grid[1])
+        return [self.source, *slices]
 
 
 def _nearest_multiple(length: float, step: int) -> int:
@@ -176,7 +182,9 @@ def pack_frames(
 
     Source: MiniCPM-V 4.5 (arXiv 2509.18154), 3D resampler.
     """
-    pixel_values, tgt_sizes, unit_temporal_ids, rest = [], [], [], iter(frames)
+    pixel_values: list[torch.Tensor] = []
+    tgt_sizes: list[tuple[int, int]] = []
+    unit_temporal_ids, rest = [], iter(frames)
     for group in groups:
         members = list(islice(rest, len(group)))
         first = members[0]
@@ -361,7 +369,8 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         settings = {_SETTING_ALIASES.get(name, name): value for name, value in settings.items()}
         own = {name: settings.pop(name) for name in self.setting_names & settings.keys()}
         super().__init__(**settings)
-        vars(self).update(vars(ImageSettings(**own)))
+        for name, value in vars(ImageSettings(**own)).items():
+            setattr(self, name, value)
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -433,7 +442,7 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         return sliced
 
     def _slice_chunk(self, images: list[Image.Image], layouts: list[SliceLayout]) -> list[SlicedImage]:
-        slice_sizes = [[x.source] + [x.slice] * (x.num_slices - 1) for x in layouts]
+        slice_sizes = [layout.sizes for layout in layouts]
         lengths = [3 * width * height for sizes in slice_sizes for width, height in sizes]
         # One block: fresh memory costs as much as the arithmetic, and numpy asks for huge pages from 4 MiB on.
         block = np.empty(sum(lengths), np.float32)
@@ -442,7 +451,7 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         for image, layout, sizes in zip(images, layouts, slice_sizes, strict=True):
             own = [next(strips).reshape(3, self.patch_size, -1) for _ in sizes]
             views.append((image, layout.source, layout.source, own[:1]))
-            if layout.grid is not None:
+            if layout.refined is not None and layout.slice is not None:
                 views.append((image, layout.refined, layout.slice, own[1:]))
             tgt_sizes = [(height // self.patch_size, width // self.patch_size) for width, height in sizes]
             sliced.append(SlicedImage(image.size, layout.grid, [torch.from_numpy(strip) for strip in own], tgt_sizes))

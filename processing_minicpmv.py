@@ -114,12 +114,8 @@ class ExpandedPrompt:
 class MiniCPMVProcessor(ProcessorBase):
     """Image processor, tokenizer and video processor in one.
 
-    Args:
-        image_processor ([`MiniCPMVImageProcessor`]): cuts pictures into slices.
-        tokenizer ([`MiniCPMVTokenizerFast`]): the tokenizer.
-        video_processor ([`MiniCPMVVideoProcessor`], *optional*): samples clips; made from the settings of the image
-            processor when it is not given.
-        chat_template (`str`, *optional*): the jinja template; the tokenizer's when it is not given.
+    Without `video_processor`, one is made from the settings of the image processor; without `chat_template`, the
+    tokenizer's counts.
     """
 
     # The errors of its parts, for callers that cannot import this module by name.
@@ -135,17 +131,17 @@ class MiniCPMVProcessor(ProcessorBase):
 
     def __init__(
         self,
-        image_processor: MiniCPMVImageProcessor | None = None,
+        image_processor: Any = None,
         tokenizer: Any = None,
-        video_processor: MiniCPMVVideoProcessor | None = None,
+        video_processor: Any = None,
         chat_template: str | None = None,
         **kwargs: Any,
     ):
         if video_processor is None and image_processor is not None:
             video_processor = MiniCPMVVideoProcessor.from_dict(image_processor.to_dict())
-        self.image_processor = image_processor
+        self.image_processor: MiniCPMVImageProcessor = image_processor
         self.tokenizer = tokenizer
-        self.video_processor = video_processor
+        self.video_processor: MiniCPMVVideoProcessor = video_processor
         self.chat_template = chat_template if chat_template is not None else getattr(tokenizer, "chat_template", None)
 
     @property
@@ -197,8 +193,7 @@ class MiniCPMVProcessor(ProcessorBase):
             kwargs: options, those of `ImageOptions`, `VideoOptions` and `TextOptions`. The dicts `images_kwargs`,
                 `videos_kwargs` and `text_kwargs` reach one part alone. And:
             return_metadata: also give `video_metadata`, one report a video.
-            pad_pixel_values: give the tensors of `pad_visual_inputs` instead of nested lists, for trainers that insist
-                on them.
+            pad_pixel_values: give the tensors of `pad_visual_inputs` instead of nested lists.
             media_cache: an object with `get(kind, source, make)`, asked for each image and video before it is read:
                 kind is "image" or "video", source what the caller gave, and `make()` gives what this processor makes
                 of it (a `SlicedImage`; the features of a clip). It returns that, or what it kept of an earlier call.
@@ -210,9 +205,7 @@ class MiniCPMVProcessor(ProcessorBase):
             `image_bound` [units, 2]. When frames are packed, `temporal_ids`.
 
         Raises:
-            MiniCPMVError: when places and pictures differ in number.
-            ImageInputError, VideoInputError, FrameSamplingError, FramePackingError: what cannot be used.
-            PromptTooLongError: see `max_length`.
+            MiniCPMVError: places and pictures differ in number. Its kinds are attributes of the processor.
         """
         if _is_text(images) and not _is_text(text):  # transformers' own order is (images, text)
             text, images = images, text
@@ -388,7 +381,7 @@ class MiniCPMVProcessor(ProcessorBase):
                         "frames (fps, max_num_packing), or raise the limit (max_length; in chat() max_inp_length)."
                     )
                 ids, offsets = ids[:limit], offsets[:limit]
-            row = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+            row: dict[str, list] = {"input_ids": ids, "attention_mask": [1] * len(ids)}
             row["image_bound"] = [(start, start + query_num) for start in slots[::query_num]]
             if with_masks:
                 masks = (any(first <= start < last for first, last in sample.spans) for start, _ in offsets)
@@ -444,7 +437,6 @@ class MiniCPMVProcessor(ProcessorBase):
                 is the name of a region, which follows the text between `<ref>` and `</ref>`.
             tokenize: return inputs instead of the rendered text.
             return_dict: return all inputs instead of `input_ids` alone.
-            return_tensors: "pt", "np" or None (lists).
             return_assistant_tokens_mask: also give `assistant_masks` [B, L], 1 where the assistant's text stands.
             sanitize_control_tokens: with `tokenize=True`, control tokens in what users, tools and the system wrote
                 become plain text; in an assistant's turn those that the model itself writes stay. Rendering to text
@@ -459,13 +451,13 @@ class MiniCPMVProcessor(ProcessorBase):
         if template is None:
             raise MiniCPMVError("This processor has no chat template. Load it from its folder, or pass one.")
         options = dict(processor_kwargs or {})
-        template_variables = {}
+        template_variables: dict[str, Any] = {}
         for name, value in kwargs.items():
             (options if self.is_option(name) else template_variables)[name] = value
         is_batched = _is_nested(conversation)
         conversations = conversation if is_batched else [conversation]
         pending = {"images": unstack(options.pop("images", None)), "videos": options.pop("videos", None)}
-        media = [{"image": [], "video": []} for _ in conversations]
+        media: list[dict[str, list]] = [{"image": [], "video": []} for _ in conversations]
         guard = typed_guard(self.tokenizer) if tokenize and sanitize_control_tokens else None
         pairs = zip(conversations, media, strict=True)
         prompts, spans = render_jinja_template(
@@ -517,7 +509,7 @@ class MiniCPMVProcessor(ProcessorBase):
         # raise is what `processor.ImageInputError` and its kin name.
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in ("trust_remote_code", "code_revision")}
-        parts = [MiniCPMVImageProcessor, MiniCPMVVideoProcessor]
+        parts: list[Any] = [MiniCPMVImageProcessor, MiniCPMVVideoProcessor]
         for part in parts:
             part.register_for_auto_class()  # so that saving writes where the classes are found
         images, videos = (part.from_pretrained(pretrained_model_name_or_path, **kwargs) for part in parts)

@@ -80,23 +80,22 @@ class VideoOptions:
     end: float | None = None
 
     def __post_init__(self) -> None:
-        most_frames = self.max_num_frames * self.max_num_packing if _is_whole(self.max_num_frames, 1) else 0
-        for name, least, most, hint in (
-            ("max_num_frames", 1, math.inf, "the published value is 180"),
-            ("max_num_packing", 1, MAX_PACKING, "the published value is 3"),
-            ("force_packing", 1, MAX_PACKING, "frames in a group"),
-            ("num_frames", 1, most_frames, "max_num_frames x max_num_packing; raise one of them, or ask for fewer"),
-            ("max_slice_nums", 1, math.inf, "1 keeps a frame whole"),
-        ):
+        most_frames = self.max_num_frames * self.max_num_packing if _is_whole(self.max_num_frames) else 0
+        whole: dict[str, tuple[float, str]] = {
+            "max_num_frames": (math.inf, "the published value is 180"),
+            "max_num_packing": (MAX_PACKING, "the published value is 3"),
+            "force_packing": (MAX_PACKING, "frames in a group"),
+            "num_frames": (most_frames, "max_num_frames x max_num_packing; raise one of them, or ask for fewer"),
+            "max_slice_nums": (math.inf, "1 keeps a frame whole"),
+        }
+        for name, (most, hint) in whole.items():
             value = getattr(self, name)
-            if not _is_whole(value, least, most) and not (value is None and name in ("force_packing", "num_frames")):
-                limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            if not _is_whole(value, most) and not (value is None and name in ("force_packing", "num_frames")):
+                limits = "at least 1" if most == math.inf else f"from 1 to {most}"
                 raise FrameSamplingError(f"{name}={value!r} must be a whole number {limits} ({hint})")
-        for name, least, hint in (("fps", 1e-6, "frames a second, e.g. 3"), ("time_scale", 1e-3, "seconds, as 0.1")):
+        for name, least in (("fps", 1e-6), ("time_scale", 1e-3)):
             if not _is_number(getattr(self, name), least) or getattr(self, name) == math.inf:
-                raise FrameSamplingError(
-                    f"{name}={getattr(self, name)!r} must be a positive number from {least} of {hint}"
-                )
+                raise FrameSamplingError(f"{name}={getattr(self, name)!r} must be a positive number, at least {least}")
         if self.frame_selection not in FRAME_SELECTIONS:
             raise FrameSamplingError(
                 f"frame_selection={self.frame_selection!r} is unknown; give one of {FRAME_SELECTIONS}"
@@ -112,8 +111,8 @@ def _is_number(value: Any, least: float, most: float = math.inf, kind: type = nu
     return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
 
 
-def _is_whole(value: Any, least: float, most: float = math.inf) -> bool:
-    return _is_number(value, least, most, numbers.Integral)
+def _is_whole(value: Any, most: float = math.inf) -> bool:
+    return _is_number(value, 1, most, numbers.Integral)
 
 
 # --- which frames: pure functions ------------------------------------------------------------------------------------
@@ -165,12 +164,13 @@ def plan_frames(total_num_frames: int, native_fps: float, options: VideoOptions 
     return FramePlan(tuple(int(i * gap + gap / 2) for i in range(count)), packing)
 
 
-def _check_clip(total_num_frames: int, native_fps: float) -> None:
+def _check_clip(total_num_frames: int, native_fps: Any) -> float:
     if total_num_frames < 1:
         raise FrameSamplingError(f"the clip has {total_num_frames} frames; at least 1 is needed")
     if not _is_number(native_fps, 1e-6) or native_fps == math.inf:
         remedy = 'give the true one as video_metadata={"fps": ...}'
         raise FrameSamplingError(f"the clip's frame rate is {native_fps!r}, not a positive number; {remedy}")
+    return float(native_fps)
 
 
 def temporal_ids_of(
@@ -185,13 +185,12 @@ def temporal_ids_of(
     return temporal_ids_at(np.asarray(indices, dtype=np.float64) / native_fps, time_scale, duration)
 
 
-def temporal_ids_at(seconds: Sequence[float], time_scale: float = 0.1, duration: float | None = None) -> list[int]:
+def temporal_ids_at(seconds: np.ndarray, time_scale: float = 0.1, duration: float | None = None) -> list[int]:
     """Temporal ids of frames shown at `seconds`: the nearest multiple of `time_scale`, divided by it and truncated.
 
     The division is done in floating point and loses one in 6 % of the cases (43 * 0.1 / 0.1 is 42.99...). The model
     was trained and published with these numbers, so they stay. Half-way times go to the earlier multiple.
     """
-    seconds = np.asarray(seconds, dtype=np.float64)
     below = np.maximum(np.floor(seconds / time_scale).astype(np.int64), 0)
     above = below + 1
     if duration is not None:
@@ -290,7 +289,8 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
         if auto_map := settings.pop("auto_map", None):
             self.auto_map = auto_map
         options = VideoOptions(**{name: settings.pop(name) for name in self.option_names if name in settings})
-        vars(self).update(asdict(options))
+        for name, value in asdict(options).items():
+            setattr(self, name, value)
         shared = {"max_slice_nums": options.max_slice_nums, "use_image_id": options.use_image_id}
         self.image_processor = MiniCPMVImageProcessor.from_dict(settings | shared)
 
@@ -385,14 +385,14 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
         if native_fps is None and source.native_fps is None:  # frames without a clock: taken as sampled already
             limit = options.max_num_frames * options.max_num_packing
             native_fps, num_frames = options.fps, num_frames or min(count, limit)
-        native_fps = source.native_fps if native_fps is None else native_fps
-        _check_clip(count, native_fps)
+        native_fps = _check_clip(count, source.native_fps if native_fps is None else native_fps)
 
         clock = np.arange(count) / native_fps  # seconds
         # Within half a frame the rate is constant, and the ids are those of the published recipe.
-        variable = times is not None and bool(np.abs(times - times[0] - clock).max() > 0.5 / native_fps)
+        shown = clock if times is None else times - times[0]
+        variable = bool(np.abs(shown - clock).max() > 0.5 / native_fps)
         if variable:
-            clock = times - times[0]
+            clock = shown
         first, stop = part_of_clip(clock, count / native_fps, options.start, options.end)
         if not options.do_sample_frames:
             num_frames = stop - first
@@ -413,7 +413,7 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
 
         report = VideoReport(
             total_num_frames=count,
-            fps=float(native_fps),
+            fps=native_fps,
             duration=count / native_fps,
             video_backend=source.decoder,
             frames_indices=indices,
