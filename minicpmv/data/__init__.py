@@ -1,1 +1,1 @@
-"""Data: synthetic tasks that the repository draws itself, and batches for training."""
+"""Conversations for training: rows of many formats, and batches of them."""

@@ -17,6 +17,7 @@ import binascii
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from PIL import Image
 
@@ -53,7 +54,7 @@ class BadRowError(DataError):
         return type(self), (str(self), self.index)
 
 
-def conversation_row(row, folder=None):
+def conversation_row(row: Mapping[str, Any], folder: str | os.PathLike | None = None) -> dict[str, Any]:
     """Bring one row of any known format into the form of this module; such a row comes back equal.
 
     Args:
@@ -90,12 +91,12 @@ def conversation_row(row, folder=None):
     return conversation | rest
 
 
-def text_of(message):
+def text_of(message: Mapping[str, Any]) -> str:
     """The text of a message as the chat template renders it."""
     return "\n".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
-def has_thought(message):
+def has_thought(message: Mapping[str, Any]) -> bool:
     """Whether an assistant's message begins with a thought."""
     thought, end, _ = text_of(message).partition(THINK_END)
     return bool(end) and bool(thought.replace(THINK_START, "").strip("\n"))

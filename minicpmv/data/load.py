@@ -12,10 +12,11 @@ What is special:
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
+from typing import Any, Literal
 
 import datasets
 import fsspec
@@ -45,7 +46,14 @@ MESSAGES = [
 TEXT_COLUMNS = {name: datasets.Value("string") for name in ("id", "origin", "train_on")}
 
 
-def load_conversations(source, *, split=None, image_folder=None, streaming=False, on_bad_row="raise"):
+def load_conversations(
+    source: Any,
+    *,
+    split: str | None = None,
+    image_folder: str | os.PathLike | None = None,
+    streaming: bool = False,
+    on_bad_row: Literal["raise", "skip"] = "raise",
+) -> datasets.Dataset | datasets.IterableDataset:
     """Conversation rows (see [`minicpmv.data.formats`]) of any source, for training or evaluation.
 
     Args:
@@ -83,7 +91,12 @@ def load_conversations(source, *, split=None, image_folder=None, streaming=False
     return _convert(dataset, name, image_folder, on_bad_row)
 
 
-def read_conversations_file(path, *, image_folder=None, on_bad_row="raise"):
+def read_conversations_file(
+    path: str | os.PathLike,
+    *,
+    image_folder: str | os.PathLike | None = None,
+    on_bad_row: Literal["raise", "skip"] = "raise",
+) -> Iterator[dict[str, Any]]:
     """The conversation rows of one JSON or JSONL file, one after the other. Arguments and errors: [`load_conversations`]."""
     folder = Path(path).parent if image_folder is None else image_folder
     kept = skipped = 0
@@ -195,7 +208,7 @@ def _read_json(path):
     yield from enumerate(rows)
 
 
-def as_dataset(rows):
+def as_dataset(rows: Sequence[dict[str, Any]]) -> datasets.Dataset:
     """Conversation rows as a Dataset. The types of columns that are not ours are inferred."""
     kinds = {_conversation_columns(row) for row in rows}
     if len(kinds) > 1:

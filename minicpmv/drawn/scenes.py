@@ -83,7 +83,9 @@ def draw_until(split: str, rng: random.Random, propose) -> str:
             return text
 
 
-def picture_size(rng: random.Random, short: tuple[int, int], widest: float = 1.6, upright: float = 0.2):
+def picture_size(
+    rng: random.Random, short: tuple[int, int], widest: float = 1.6, upright: float = 0.2
+) -> tuple[int, int]:
     side = rng.randint(*short)
     other = round(side * rng.uniform(1, widest))
     return (side, other) if rng.random() < upright else (other, side)

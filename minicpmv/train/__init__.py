@@ -1,1 +1,1 @@
-"""Training recipes."""
+"""Training: supervised, preferences, rewards, reinforcement, and nano from scratch."""

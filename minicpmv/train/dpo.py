@@ -123,7 +123,7 @@ class PreferenceTrainer(TrainerMixin, DPOTrainer):
         return dataset
 
     @cached_property
-    def shares_features(self):
+    def shares_features(self) -> bool:
         """Whether policy and reference see the same image features, and the tower can be called by itself."""
         trained = trained_parameters(self.model)
         return not (trained["tower"] or trained["resampler"] or self.is_deepspeed_enabled or self.is_fsdp_enabled)

@@ -30,9 +30,10 @@ from functools import partial
 from itertools import chain
 from math import floor
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoProcessor, set_seed
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
 from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import get_repetition_penalty_reward
 
@@ -55,7 +56,7 @@ from minicpmv.train.common.loading import load_model_and_processor
 from minicpmv.train.common.names import check_model_name
 from minicpmv.train.common.run import RunArguments, check, load_data, save, set_up, train_and_evaluate
 from minicpmv.train.common.trainer import TrainerMixin
-from minicpmv.train.reward_model import load_reward_model, score_answers
+from minicpmv.train.reward_model import RewardModel, load_reward_model, score_answers
 from minicpmv.train.reward_terms import accuracy_reward, final_answer, format_reward, standardized
 
 
@@ -125,7 +126,9 @@ def question_row(row: dict) -> dict:
     return rest | {"prompt": conversation["prompt"], "answer": answer}
 
 
-def reward_model_term(model, processor, batch_size: int = 8):
+def reward_model_term(
+    model: RewardModel, processor: ProcessorMixin, batch_size: int = 8
+) -> Callable[..., list[float | None]]:
     """A reward function of TRL: the score of each final answer by a reward model, None where there is no answer."""
 
     def reward_model_score(prompts, completions, enable_thinking, **columns):
@@ -160,7 +163,14 @@ class HybridGRPOTrainer(TrainerMixin, GRPOTrainer):
 
     method = "reinforcement learning (GRPO)"
 
-    def __init__(self, model, reward_funcs, args, thinking_share: float = 0.5, **kwargs):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reward_funcs: list[Callable],
+        args: GRPOConfig,
+        thinking_share: float = 0.5,
+        **kwargs: Any,
+    ):
         check_rollouts(args)
         super().__init__(model, reward_funcs, args, **kwargs)
         self.thinking_share = thinking_share

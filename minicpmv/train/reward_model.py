@@ -10,13 +10,14 @@ What is special:
 Source: https://arxiv.org/abs/2509.18154.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -35,7 +36,7 @@ class RewardModel(PreTrainedModel):
     _no_split_modules = ["Qwen3DecoderLayer", "MiniCPMVVisionEncoderLayer", "Resampler"]
     _keys_to_ignore_on_load_unexpected = [r"llm\.lm_head"]
 
-    def __init__(self, config):
+    def __init__(self, config: PretrainedConfig):
         super().__init__(config)
         # The code came with the configuration, and is as trusted.
         attention = config._attn_implementation
@@ -45,14 +46,16 @@ class RewardModel(PreTrainedModel):
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
         self.post_init()
 
-    def forward(self, input_ids, attention_mask, **inputs):
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any
+    ) -> SequenceClassifierOutput:
         """Scores, as `logits` [B, 1]; `inputs` are the visual inputs of the backbone."""
         output = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
         last = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)  # padding may stand on either side
         rows = torch.arange(len(last), device=last.device)
         return SequenceClassifierOutput(logits=self.score(output.last_hidden_state[rows, last]))
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             custom_object_save(self.model, save_directory)
@@ -93,7 +96,13 @@ def load_reward_model(
     return model
 
 
-def reward_inputs(processor, prompts: list[list[dict]], answers: list[str], options=None, **collator_options) -> dict:
+def reward_inputs(
+    processor: ProcessorMixin,
+    prompts: list[list[dict]],
+    answers: list[str],
+    options: list[dict] | None = None,
+    **collator_options: Any,
+) -> dict[str, Any]:
     """What the reward model reads: each prompt with its answer, the answer without thoughts; padded on the right.
 
     Args:
@@ -118,7 +127,14 @@ def reward_inputs(processor, prompts: list[list[dict]], answers: list[str], opti
 
 
 @torch.inference_mode()
-def score_answers(model: RewardModel, processor, prompts, answers, options=None, batch_size: int = 8) -> torch.Tensor:
+def score_answers(
+    model: RewardModel,
+    processor: ProcessorMixin,
+    prompts: list[list[dict]],
+    answers: list[str],
+    options: list[dict] | None = None,
+    batch_size: int = 8,
+) -> torch.Tensor:
     """Scores [N] of answers to prompts; for the arguments see [`reward_inputs`]."""
     was_training = model.training
     model.eval()

@@ -9,6 +9,9 @@ The terms are those of https://arxiv.org/abs/2509.18154: accuracy + format + rep
 standardized score of a reward model.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from minicpmv.data.formats import THINK_END, THINK_START
@@ -27,7 +30,9 @@ def final_answer(text: str, enable_thinking: bool = False) -> str | None:
     return answer.strip()
 
 
-def accuracy_reward(completions, enable_thinking, answer, **kwargs) -> list[float | None]:
+def accuracy_reward(
+    completions: Sequence[list[dict]], enable_thinking: Sequence[bool], answer: Sequence[str | None], **kwargs: Any
+) -> list[float | None]:
     """1 when the final answer, stripped, is the expected one to the letter, else 0; None for rows without an answer."""
     return [
         None if expected is None else float(final_answer(_text(completion), thinks) == expected.strip())
@@ -35,7 +40,7 @@ def accuracy_reward(completions, enable_thinking, answer, **kwargs) -> list[floa
     ]
 
 
-def format_reward(completions, enable_thinking, **kwargs) -> list[float]:
+def format_reward(completions: Sequence[list[dict]], enable_thinking: Sequence[bool], **kwargs: Any) -> list[float]:
     """1 when the text has the form of its mode, else 0.
 
     Deep mode: a thought that is not empty, closed once, then an answer that is not empty. Fast mode: an answer that is

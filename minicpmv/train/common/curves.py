@@ -7,34 +7,44 @@ What is special:
 
 import csv
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-def is_measure(name):
+def is_measure(name: str) -> bool:
     """Whether a logged name is worth drawing: no counter, no time, no sum over the whole run."""
     counters = ("step", "epoch", "runtime", "per_second", "total_flos", "num_tokens", "num_input_tokens_seen")
     return not name.endswith(counters) and name != "train_loss"
 
 
 class LossCurves(TrainerCallback):
-    def on_train_begin(self, args, state, control, **kwargs):
+    """Writes the log and draws the curves of a run."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             self._write(args, state.log_history, "w")
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self._write(args, state.log_history[-1:], "a")
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             draw(state.log_history, Path(args.output_dir) / "curves.png")
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.on_save(args, state, control)
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.on_save(args, state, control)
 
     @staticmethod
@@ -49,13 +59,13 @@ class LossCurves(TrainerCallback):
                 writer.writerows((entry["step"], name, value) for name, value in entry.items() if name != "step")
 
 
-def draw(history, path, unit="step"):
+def draw(history: Sequence[dict[str, Any]], path: Path, unit: str = "step") -> None:
     """One panel a measure, training and evaluation in the same; nothing without two points of anything.
 
     Args:
         history: entries {"step": number, measure: value, ...}; `unit` says what the number counts.
     """
-    curves = defaultdict(list)
+    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for entry in history:
         for name, value in entry.items():
             if is_measure(name) and isinstance(value, (int, float)):

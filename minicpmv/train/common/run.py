@@ -69,7 +69,7 @@ def check(data_args: DataArguments, args: TrainingArguments) -> None:
 
 def load_data(data_args: DataArguments) -> tuple[Rows, Rows | None]:
     """`(training rows, evaluation rows or None)`."""
-    options = {
+    options: dict[str, Any] = {
         "image_folder": data_args.image_folder,
         "streaming": data_args.dataset_streaming,
         "on_bad_row": data_args.on_bad_row,

@@ -31,7 +31,7 @@ import yaml
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 
 from minicpmv.data.collator import IGNORED
 from minicpmv.drawn.drawing import COLOR_CLASSES, KIND_CLASSES
@@ -96,7 +96,7 @@ class Recipe:
 
 
 @torch.no_grad()
-def spread_queries(resampler) -> None:
+def spread_queries(resampler: nn.Module) -> None:
     """Start each head of each query at one spot of the image, so that the tokens begin as a coarse map of it.
 
     The spots are the cells of a grid over an image of 8 x 10 patches; the heads of a query lie side by side. Part h of a
@@ -129,17 +129,19 @@ def spread_queries(resampler) -> None:
 class Trainee(nn.Module):
     """The model with the heads that name what lies under each patch; only the model is kept in the end."""
 
-    def __init__(self, model):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
         width = model.config.vision_config.hidden_size
         self.kind_head = nn.Linear(width, len(KIND_CLASSES))
         self.color_head = nn.Linear(width, len(COLOR_CLASSES))
 
-    def heads(self):
+    def heads(self) -> list[nn.Parameter]:
         return [*self.kind_head.parameters(), *self.color_head.parameters()]
 
-    def forward(self, batch: dict, answers: bool = True, tower_learns: bool = True):
+    def forward(
+        self, batch: dict[str, Any], answers: bool = True, tower_learns: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Returns the dense loss, the answer loss (0 without answers), the logits of kinds, and whether each answer
         token is the most likely one."""
         slices = [pixels for sample in batch["pixel_values"] for pixels in sample]
@@ -157,7 +159,7 @@ class Trainee(nn.Module):
         answer_loss, right = self.answer(batch, tokens)
         return dense_loss, answer_loss, kinds, right
 
-    def answer(self, batch: dict, tokens: torch.Tensor):
+    def answer(self, batch: dict[str, Any], tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of the answers, and for each row whether it is what greedy search gives.
 
         Short conversations do not wait for long ones: rows of like length go through the language model together.
@@ -248,7 +250,7 @@ def sum_gradients(trainee: Trainee, stage: Stage) -> None:
 class Run:
     """What a run keeps on disk: `state.pt`, from which it goes on, `log.jsonl`, `curves.png`. Only process 0 writes."""
 
-    def __init__(self, trainee: Trainee, optimizers, output: Path, rank: int):
+    def __init__(self, trainee: Trainee, optimizers: list[torch.optim.Optimizer], output: Path, rank: int):
         self.trainee, self.optimizers, self.output, self.rank = trainee, optimizers, output, rank
         self.progress: dict[str, Any] = {"stage": 0, "step": 0, "batches": 0, "samples": 0, "seconds": 0.0}
         self.saved = time.monotonic()
