@@ -221,9 +221,7 @@ def read_groups(temporal_ids: Any, counts: Sequence[int]) -> list[list[list[int]
     samples = [[[-1]] * count if groups is None else groups for groups, count in zip(samples, counts, strict=True)]
     for groups, count in zip(samples, counts, strict=True):
         if not _are_groups(groups):
-            raise FramePackingError(
-                f"temporal_ids={shorten(groups)} must be a list of groups such as [[0, 1, 2], [3]]"
-            )
+            raise FramePackingError(f"temporal_ids={shorten(groups)} is no list of groups such as [[0, 1, 2], [3]]")
         for group in groups:
             if not all(isinstance(number, int) for number in group):
                 raise FramePackingError(f"temporal_ids of group {group} must be whole numbers (tenths of a second)")
@@ -249,12 +247,11 @@ def pad_visual_inputs(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tens
 
     Args:
         rows: for each sample `pixel_values` (slices [3, P, P * patches]), `tgt_sizes` [slices, 2] and, unless all are
-            still images, `temporal_ids` (a list of ids for each unit).
+            stills, `temporal_ids` (a list of ids for each unit).
 
     Returns:
-        `pixel_values` [B, slices, 3, P, W] padded with zeros, `tgt_sizes` [B, slices, 2] with (0, 0) where there is no
-        slice and, where frames are packed, `temporal_ids` [B, units, frames] padded with -2. Nothing when no sample has
-        a slice.
+        `pixel_values` [B, slices, 3, P, W] and `tgt_sizes` [B, slices, 2], padded with zeros; where frames are packed also
+        `temporal_ids` [B, units, frames], padded with -2. Nothing when no sample has a slice.
     """
     slices = [pixels for row in rows for pixels in row["pixel_values"]]
     if not slices:
@@ -300,51 +297,32 @@ _SETTING_ALIASES = {"image_mean": "norm_mean", "mean": "norm_mean", "image_std":
 
 @dataclass
 class ImageSettings:
-    """Settings of `MiniCPMVImageProcessor`, which has them as attributes.
+    """Settings of `MiniCPMVImageProcessor`, which has them as attributes. Raises MiniCPMVError for one out of range."""
 
-    Args:
-        max_slice_nums: most slices beside the source view; 1 never slices.
-        scale_resolution: side in pixels of the square whose area one slice has.
-        patch_size: side of a vision patch in pixels.
-        image_feature_size: tokens of one visual unit (`query_num` of the model).
-        use_image_id: number the pictures of a prompt with `<image_id>K</image_id>`.
-        slice_mode: False never slices.
-        im_start, im_end, slice_start, slice_end, unk, im_id_start, im_id_end: control tokens of the placeholders.
-        norm_mean, norm_std: one value for each of R, G, B, on the scale 0..1.
-        version: version of the model.
-        do_exif_transpose: turn pictures upright as their EXIF orientation says.
-        background_color: RGB color under transparent pixels; None drops the alpha channel.
-
-    Raises:
-        MiniCPMVError: a setting outside its range.
-    """
-
-    max_slice_nums: int = 9
-    scale_resolution: int = 448
-    patch_size: int = 14
-    image_feature_size: int = 64
-    use_image_id: bool = True
-    slice_mode: bool = True
-    im_start: str = "<image>"
+    max_slice_nums: int = 9  # most slices beside the source view; 1 never slices
+    scale_resolution: int = 448  # side in pixels of the square whose area one slice has
+    patch_size: int = 14  # side of a vision patch in pixels
+    image_feature_size: int = 64  # tokens of one visual unit (`query_num` of the model)
+    use_image_id: bool = True  # number the pictures of a prompt with `<image_id>K</image_id>`
+    slice_mode: bool = True  # False never slices
+    im_start: str = "<image>"  # control tokens of the placeholders
     im_end: str = "</image>"
     slice_start: str = "<slice>"
     slice_end: str = "</slice>"
     unk: str = "<unk>"
     im_id_start: str = "<image_id>"
     im_id_end: str = "</image_id>"
-    norm_mean: Sequence[float] = (0.5, 0.5, 0.5)
+    norm_mean: Sequence[float] = (0.5, 0.5, 0.5)  # of R, G, B, on the scale 0..1
     norm_std: Sequence[float] = (0.5, 0.5, 0.5)
-    version: float = 4.5
-    do_exif_transpose: bool = True
-    background_color: Sequence[int] | None = (255, 255, 255)
+    version: float = 4.5  # of the model
+    do_exif_transpose: bool = True  # turn pictures upright as their EXIF orientation says
+    background_color: Sequence[int] | None = (255, 255, 255)  # under transparent pixels; None drops the alpha channel
 
     def __post_init__(self) -> None:
         for name in ("max_slice_nums", "scale_resolution", "patch_size", "image_feature_size"):
             setattr(self, name, _positive_int(name, getattr(self, name)))
         if self.patch_size > self.scale_resolution:
-            raise MiniCPMVError(
-                f"patch_size={self.patch_size} must not exceed scale_resolution={self.scale_resolution}"
-            )
+            raise MiniCPMVError(f"patch_size={self.patch_size} exceeds scale_resolution={self.scale_resolution}")
         self.norm_mean = _three_numbers("norm_mean", self.norm_mean, -math.inf, math.inf)
         self.norm_std = _three_numbers("norm_std", self.norm_std, 1e-6, math.inf)
         if self.background_color is not None:
@@ -501,7 +479,6 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         Raises:
             ImageInputError, FramePackingError: pictures or ids that cannot be used.
         """
-        check_return_tensors(return_tensors)
         samples = _as_samples(images)
         groups = read_groups(temporal_ids, [len(pictures) for pictures in samples])
         sliced = iter(self.slice_all_to_patches(chain(*samples), max_slice_nums, input_data_format))
@@ -517,6 +494,8 @@ def visual_features(
     samples: Iterable[tuple[list[SlicedImage], list[list[int]]]], return_tensors: str | None
 ) -> NestedBatchFeature:
     """What both processors return, of the pictures or frames of each sample and their groups."""
+    if return_tensors not in (None, "pt", "np"):
+        raise MiniCPMVError(f"return_tensors={return_tensors!r} is not supported; give None, 'pt' or 'np'")
     convert = (lambda tensor: tensor.numpy()) if return_tensors == "np" else (lambda tensor: tensor)
     data: dict[str, list] = {"pixel_values": [], "image_sizes": [], "tgt_sizes": [], "temporal_ids": []}
     for frames, groups in samples:
@@ -537,13 +516,8 @@ def _map_threaded(function: Callable, items: Sequence) -> list:
         return list(pool.map(function, items))
 
 
-def check_return_tensors(return_tensors: str | None) -> None:
-    if return_tensors not in (None, "pt", "np"):
-        raise MiniCPMVError(f"return_tensors={return_tensors!r} is not supported; give None, 'pt' or 'np'")
-
-
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " Did you mean ...?" with the nearest of the known names, or "" where none is near."""
+    """A question with the nearest of the known names, to stand behind a sentence; "" where none is near."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
 

@@ -258,7 +258,8 @@ class MiniCPMVProcessor(ProcessorBase):
         """Keyword arguments of `__call__` by the part they concern: {"images": ..., "videos": ..., "text": ...}."""
         # `use_image_id` is not a video's unless asked of it alone: a number for each picture is the default of images.
         videos = {*self.video_processor.option_names, "video_metadata"} - {"use_image_id"}
-        return {"images": _names_of(ImageOptions), "videos": videos, "text": _names_of(TextOptions)}
+        images, text = ({each.name for each in fields(options)} for options in (ImageOptions, TextOptions))
+        return {"images": images, "videos": videos, "text": text}
 
     def is_option(self, name: str) -> bool:
         """Whether a keyword is an option of this processor (else it may be a variable of the chat template)."""
@@ -444,8 +445,7 @@ class MiniCPMVProcessor(ProcessorBase):
             processor_kwargs, kwargs: options of `__call__`; other keywords are variables of the template, such as
                 `enable_thinking`.
 
-        Returns:
-            The prompt (a list for a batch), the ids, or the [`BatchFeature`] of `__call__`.
+        Returns the prompt (a list for a batch), the ids, or the [`BatchFeature`] of `__call__`.
         """
         template = chat_template or self.chat_template
         if template is None:
@@ -520,10 +520,6 @@ class MiniCPMVProcessor(ProcessorBase):
         files = super().save_pretrained(save_directory, *args, **kwargs)
         self.image_processor.save_pretrained(save_directory)
         return files
-
-
-def _names_of(options: type) -> set[str]:
-    return {each.name for each in fields(options)}
 
 
 class _NotMadeError(Exception):

@@ -234,15 +234,15 @@ def _first_line(error: Exception) -> str:
 def _open_file(source: Any, name: str, load: Callable[[Any], Image.Image]) -> FrameSource:
     """Open a file, in Pillow where its first bytes are those of a picture format, else in PyAV."""
     try:
-        file = source if hasattr(source, "read") else open(source, "rb")  # noqa: SIM115
-        header = _rewound(file).read(16)
-        _rewound(file)
-        if file is not source:
-            file.close()
+        if hasattr(source, "read"):
+            header = _rewound(source).read(16)
+        else:
+            with open(source, "rb") as file:
+                header = file.read(16)
         if not header:
             raise VideoInputError("an empty file")
         if header.startswith(PILLOW_SIGNATURES) or (header[:4] == b"RIFF" and header[8:12] == b"WEBP"):
-            return _Pillow(source, load)
+            return _Pillow(_rewound(source), load)
         return _PyAV(source, importlib.import_module("av"))  # by name: nothing here may require it to be installed
     except ImportError as error:
         raise VideoInputError(f"PyAV is needed to read {name}: pip install av") from error

@@ -26,7 +26,6 @@ from .configuration_minicpmv import MiniCPMVError
 from .image_loading_minicpmv import ImageInputError  # noqa: F401  # transformers 4 copies only the files named here
 from .image_processing_minicpmv import (
     MiniCPMVImageProcessor,
-    check_return_tensors,
     did_you_mean,
     visual_features,
 )
@@ -43,40 +42,24 @@ class FrameSamplingError(MiniCPMVError):
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """How a video is looked at: settings of the processor, each of which a call may change.
+    """How a video is looked at: settings of the processor, each of which a call may change. Raises FrameSamplingError for
+    one out of range."""
 
-    Args:
-        fps: frames per second to look at.
-        max_num_frames: groups (of 64 tokens) before frames are packed more tightly.
-        max_num_packing: most frames in a group, 1 to 6. With 6 a frame of 448 x 448 costs 96 times less than one
-            token per patch.
-        force_packing: frames in a group for short clips too (the recipe packs long ones only); no more than
-            `max_num_packing` are used.
-        num_frames: a number of frames instead of a rate; a shorter clip gives all it has.
-        time_scale: seconds that one step of a temporal id means; the model was trained with 0.1.
-        frame_selection: "uniform" takes the centers of equal time bins; "keyframes" takes as many frames with the
-            same packing, but those that differ most from the frame before them (cuts first). It decodes the whole
-            clip once, in small.
-        do_sample_frames: False keeps every frame (the caller has chosen them).
-        max_slice_nums: slices a frame may be cut into; 1 keeps a frame whole.
-        use_image_id: whether groups get `<image_id>` numbers in the prompt.
-        start, end: seconds of a part, which is sampled as if it had been cut out first.
-
-    Raises:
-        FrameSamplingError: an option outside its range.
-    """
-
-    fps: float = 3
-    max_num_frames: int = 180
-    max_num_packing: int = 3
-    force_packing: int | None = None
-    num_frames: int | None = None
-    time_scale: float = 0.1
+    fps: float = 3  # frames per second to look at
+    max_num_frames: int = 180  # groups (of 64 tokens) before frames are packed more tightly
+    max_num_packing: int = 3  # most frames in a group, 1 to 6; with 6 a frame of 448 x 448 costs a 96th of its patches
+    force_packing: int | None = (
+        None  # frames in a group (at most max_num_packing) for clips that the recipe would not pack
+    )
+    num_frames: int | None = None  # a number of frames instead of a rate; a shorter clip gives all it has
+    time_scale: float = 0.1  # seconds that one step of a temporal id means; the model was trained with 0.1
+    # "uniform" takes the centers of equal time bins; "keyframes" as many frames with the same packing, but those that
+    # differ most from the frame before them (cuts first). It decodes the whole clip once, in small.
     frame_selection: str = "uniform"
-    do_sample_frames: bool = True
-    max_slice_nums: int = 1
-    use_image_id: bool = False
-    start: float | None = None
+    do_sample_frames: bool = True  # False keeps every frame (the caller has chosen them)
+    max_slice_nums: int = 1  # slices a frame may be cut into; 1 keeps a frame whole
+    use_image_id: bool = False  # whether groups get `<image_id>` numbers in the prompt
+    start: float | None = None  # seconds of a part, which is sampled as if it had been cut out first
     end: float | None = None
 
     def __post_init__(self) -> None:
@@ -97,9 +80,7 @@ class VideoOptions:
             if not _is_number(getattr(self, name), least) or getattr(self, name) == math.inf:
                 raise FrameSamplingError(f"{name}={getattr(self, name)!r} must be a positive number, at least {least}")
         if self.frame_selection not in FRAME_SELECTIONS:
-            raise FrameSamplingError(
-                f"frame_selection={self.frame_selection!r} is unknown; give one of {FRAME_SELECTIONS}"
-            )
+            raise FrameSamplingError(f"frame_selection={self.frame_selection!r} is none of {FRAME_SELECTIONS}")
         for name in ("start", "end"):
             if getattr(self, name) is not None and not _is_number(getattr(self, name), 0):
                 raise FrameSamplingError(f"{name}={getattr(self, name)!r} must be 0 or more seconds")
@@ -107,7 +88,7 @@ class VideoOptions:
             raise FrameSamplingError(f"start={self.start} must lie before end={self.end} (seconds)")
 
 
-def _is_number(value: Any, least: float, most: float = math.inf, kind: type = numbers.Real) -> bool:
+def _is_number(value: Any, least: float, most: float = math.inf, kind: Any = numbers.Real) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
 
 
@@ -256,9 +237,6 @@ class VideoReport:
     height: int = 0
     num_tokens: int = 0  # visual tokens the language model reads
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class SampledVideo:
@@ -347,7 +325,6 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
 
         Raises: as `sample_video`.
         """
-        check_return_tensors(return_tensors)
         settings = self.options(**options)
         videos = flatten_videos(videos)
         if video_metadata is None or isinstance(video_metadata, Mapping):
