@@ -53,7 +53,7 @@ def measure(model: str, adapter: str, steps: int, batch_size: int) -> tuple[floa
         clock = Clock()
         trainer.add_callback(clock)
         trainer.train()
-    batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
+    batches = list(trainer.get_train_dataloader())
     seconds = 0.0
     for step in range(steps + WARM_UP):
         batch = dict(batches[step % len(batches)])

@@ -58,12 +58,12 @@ class TrainerMixin(Trainer):
         names, finite = [], []
         for parameters in trained_parameters(self.model).values():
             for name, parameter in parameters:
-                local = (
-                    parameter.to_local() if hasattr(parameter, "to_local") else parameter
-                )  # of a shard, this process's
+                # Of a parameter in shards: this process's.
+                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
                 names.append(name)
                 finite.append(local.detach().isfinite().all())
-        bad = self.accelerator.gather((~torch.stack(finite)).to(self.accelerator.device)[None]).any(0).nonzero()
+        lost = (~torch.stack(finite)).int().to(self.accelerator.device)
+        bad = self.accelerator.gather(lost[None]).any(0).nonzero()
         if len(bad):
             args = self.args
             raise TrainingError(
