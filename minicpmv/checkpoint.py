@@ -27,10 +27,12 @@ def source_of(
             that bring code without `trust_remote_code`.
 
     Raises:
-        CheckpointError: `name` is not a folder, and its code is not trusted.
+        CheckpointError: `name` is not a folder, and its code is not trusted; or it is one, and a revision is given.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{name} is a folder, which has no revision {revision!r}: leave it out")
         return {"pretrained_model_name_or_path": str(folder.resolve()), "trust_remote_code": True}
     if needs_code and not trust_remote_code:
         raise CheckpointError(
@@ -65,7 +67,7 @@ def load(
     Raises:
         CheckpointError: it cannot be loaded, its code is not trusted, or it is a model of another kind.
     """
-    check_name(name, trust_remote_code)
+    check_name(name, revision, trust_remote_code)
     source = source_of(name, revision, trust_remote_code)
 
     import torch
@@ -90,13 +92,13 @@ def load(
     return model, processor
 
 
-def check_name(name: str | Path, trust_remote_code: bool = False) -> None:
+def check_name(name: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> None:
     """Refuse what cannot be loaded before the seconds that importing transformers takes.
 
     Raises:
-        CheckpointError: the code is not trusted, or the folder holds no config.json or no weights.
+        CheckpointError: as `source_of`; or the folder holds no config.json or no weights.
     """
-    folder = Path(source_of(name, None, trust_remote_code)["pretrained_model_name_or_path"])
+    folder = Path(source_of(name, revision, trust_remote_code)["pretrained_model_name_or_path"])
     if not folder.is_dir():
         return
     has_config = (folder / "config.json").is_file()

@@ -16,7 +16,12 @@ NANO = REPOSITORY / "nano"
 def test_a_folder_is_trusted_and_named_by_its_whole_path(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     expected = {"pretrained_model_name_or_path": str(NANO.resolve()), "trust_remote_code": True}
-    assert source_of("nano", revision="of the Hub") == source_of(NANO) == expected
+    assert source_of("nano") == source_of(NANO) == expected
+
+
+def test_a_revision_of_a_folder_is_refused():
+    with pytest.raises(CheckpointError, match="is a folder, which has no revision 'abc'"):
+        load(NANO, revision="abc")
 
 
 def test_code_of_the_hub_has_to_be_trusted():

@@ -87,7 +87,7 @@ def load_shown(console: Any, name: str, revision: str | None, trust_remote_code:
 
     from minicpmv import checkpoint
 
-    checkpoint.check_name(name, trust_remote_code)
+    checkpoint.check_name(name, revision, trust_remote_code)
     # The imports leave a million objects that stay. To look through them again and again, and once more at the end, takes a
     # quarter of the time of a short answer.
     gc.disable()
