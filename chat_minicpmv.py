@@ -52,8 +52,8 @@ from .messages_minicpmv import read_part
 
 
 # What each way to decode means; None falls back to the library's own default.
-_NO_SAMPLING = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-DECODINGS = {
+_NO_SAMPLING: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+DECODINGS: dict[str, dict[str, Any]] = {
     "greedy": {**_NO_SAMPLING, "num_beams": 1, "repetition_penalty": 1.0},
     "beam": {**_NO_SAMPLING, "num_beams": 3, "repetition_penalty": 1.2},
     "sample": {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 100, "repetition_penalty": 1.03},
@@ -106,7 +106,7 @@ class ChatSettings:
 
     def __init__(
         self,
-        model: "ChatMixin",
+        model: Any,
         processor: ProcessorMixin,
         max_new_tokens: int = 2048,
         min_new_tokens: int = 0,
@@ -121,7 +121,8 @@ class ChatSettings:
     ):
         self.thinking, self.thinking_budget, self.seed = enable_thinking, thinking_budget, seed
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
-        self.template, given = {"max_length": max_inp_length}, {}
+        self.template: dict[str, Any] = {"max_length": max_inp_length}
+        given: dict[str, Any] = {}
         for name, value in kwargs.items():
             if name in generation_names():
                 given[name] = value
@@ -153,7 +154,9 @@ class ChatSettings:
         if decoding is None and (sampling is not None or asks_to_sample or config.do_sample):
             decoding = "beam" if sampling is False else "sample"
         thinks = enable_thinking is True and decoding == "sample"
-        self.decoding = {} if decoding is None else dict(SAMPLE_THINKING if thinks else DECODINGS[decoding])
+        self.decoding: dict[str, Any] = {}
+        if decoding is not None:
+            self.decoding |= SAMPLE_THINKING if thinks else DECODINGS[decoding]
         if sampling is False and stream:
             self.decoding["num_beams"] = 1
         self.decoding |= given
@@ -179,7 +182,7 @@ class ChatSettings:
 
 
 def _check_number(name: str, value: Any, least: int, most: float = math.inf, why: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) <= most:
         limit = f" to {most}: " if most < math.inf else "."
         raise ChatError(f"{name}={value!r} has to be a whole number from {least}{limit}{why}")
 
@@ -224,7 +227,7 @@ class EncodedImage:
 
     image: Any  # what was given
     sliced: Any  # the processor's `SlicedImage`, its slices on the meta device
-    features: dict[tuple["ChatMixin", VisualUnit], torch.Tensor]  # [Q, D] each
+    features: dict[tuple[Any, VisualUnit], torch.Tensor]  # [Q, D] each
 
     def slices(self, image_processor, max_slice_nums: int | None):
         """The `SlicedImage`, if the call cuts it as it was cut; else a ChatError."""
@@ -236,7 +239,7 @@ class EncodedImage:
         return self.sliced
 
 
-def encode(model: "ChatMixin", units: list[VisualUnit]) -> torch.Tensor:
+def encode(model: Any, units: list[VisualUnit]) -> torch.Tensor:
     """Features [units, Q, D] of visual units."""
     slices = [pixels for unit in units for pixels in unit.slices]
     if any(pixels.is_meta for pixels in slices):
@@ -267,7 +270,9 @@ class CallMemory:
     def __init__(self, image_processor, max_slice_nums: int | None, keeps_states: bool):
         self._image_processor, self._max_slice_nums = image_processor, max_slice_nums
         self._features: dict[tuple[ChatMixin, VisualUnit], torch.Tensor] = {}
-        self._keeps_states, self._ids, self._states = keeps_states, [], None
+        self._keeps_states = keeps_states
+        self._ids: list[int] = []
+        self._states: Any = None
 
     def get(self, kind: str, source: Any, make: Callable[[], Any]) -> Any:
         """What the processor makes of a picture or video: the `media_cache` of `MiniCPMVProcessor.__call__`."""
@@ -276,7 +281,7 @@ class CallMemory:
         self._features |= source.features
         return source.slices(self._image_processor, self._max_slice_nums)
 
-    def features(self, units: list[VisualUnit], model: "ChatMixin") -> torch.Tensor:
+    def features(self, units: list[VisualUnit], model: Any) -> torch.Tensor:
         """Features [units, Q, D], encoded where they are new."""
         if new := [unit for unit in dict.fromkeys(units) if (model, unit) not in self._features]:
             self._features |= {(model, unit): rows for unit, rows in zip(new, encode(model, new), strict=True)}
@@ -286,7 +291,7 @@ class CallMemory:
         """Tokens of the prompt whose states a session holds."""
         return 0
 
-    def generate(self, model: "ChatMixin", prompt: Prompt, draft: list[int], arguments: dict[str, Any]) -> Any:
+    def generate(self, model: Any, prompt: Prompt, draft: list[int], arguments: dict[str, Any]) -> Any:
         """`model.generate` behind the prompt and the beginning of an answer; returns its output."""
         if not self._keeps_states or (arguments.get("num_beams") or 1) > 1:
             return model.generate(prompt.input_ids, attention_mask=prompt.attention_mask, **arguments)
@@ -316,7 +321,7 @@ class Turn:
 
     def __init__(
         self,
-        model: "ChatMixin",
+        model: Any,
         processor: ProcessorMixin,
         conversations: list[list[dict]],
         settings: ChatSettings,
@@ -330,7 +335,8 @@ class Turn:
         if memory is None:
             memory = CallMemory(processor.image_processor, settings.max_slice_nums, keeps_states=is_auto)
         self._memory = memory
-        self._conversations, self._features, self._prompts = conversations, features, {}
+        self._conversations, self._features = conversations, features
+        self._prompts: dict[bool, Prompt] = {}
         self.prompt = self._write(False if is_auto else settings.thinking)
         self.watch.note("inputs")
 
@@ -338,9 +344,10 @@ class Turn:
     def run(self, streamer: AnswerStreamer | None = None) -> list[ChatOutput]:
         """Let the model answer; one output for each conversation."""
         settings, watch = self.settings, self.watch
-        facts = {"cached_tokens": self._memory.cached_tokens(self.prompt)}
+        facts: dict[str, Any] = {"cached_tokens": self._memory.cached_tokens(self.prompt)}
         features = self._read_pictures()
-        thinking, draft = settings.thinking, []
+        thinking: Any = settings.thinking
+        draft: list[int] = []
         if thinking == "auto":
             thinking, draft, facts["need"], facts["draft_tokens"] = self._decide(features)
         prompt = self._write(thinking)
@@ -369,7 +376,7 @@ class Turn:
         """`run()` in a thread, whose text comes in pieces; `finish` gets the output, None where nothing was read."""
         return AnswerStream(self, finish)
 
-    def _write(self, thinking: bool) -> Prompt:
+    def _write(self, thinking: Any) -> Prompt:
         """The prompts with the opening of the mode; of conversations that end with an answer, as far as they go."""
         if thinking not in self._prompts:
             is_begun = self._conversations[0][-1]["role"] == "assistant"
@@ -531,7 +538,9 @@ def read_conversations(
 class ChatMixin:
     """Adds `chat` and `encode_images` to a model that has `generate`, and what sessions are built on."""
 
-    draft_tokens = DRAFT_TOKENS
+    config: Any
+    generation_config: Any
+    draft_tokens = DRAFT_TOKENS  # of "auto", at most
 
     def chat(
         self,
@@ -599,20 +608,18 @@ class ChatMixin:
             raise ChatError(
                 "stream=True gives the text of one conversation: pass one, and no return_dict (the stream has `output`)."
             )
+        kwargs |= {"max_slice_nums": max_slice_nums, "use_image_id": use_image_id, "temporal_ids": temporal_ids}
         settings = ChatSettings(
             self,
             processor,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            sampling=sampling,
-            max_inp_length=max_inp_length,
-            stream=stream,
-            max_slice_nums=max_slice_nums,
-            use_image_id=use_image_id,
-            temporal_ids=temporal_ids,
-            enable_thinking=enable_thinking,
-            thinking_budget=thinking_budget,
-            seed=seed,
+            max_new_tokens,
+            min_new_tokens,
+            sampling,
+            max_inp_length,
+            stream,
+            enable_thinking,
+            thinking_budget,
+            seed,
             **kwargs,
         )
         begun = {messages[-1]["role"] == "assistant" for messages in conversations}
@@ -677,15 +684,7 @@ class ChatMixin:
     read_conversations = staticmethod(read_conversations)
     encode_units = encode
 
-    def chat_settings(self, processor: ProcessorMixin, **options) -> ChatSettings:
-        """Options of `chat()` that concern the answer, checked."""
-        return ChatSettings(self, processor, **options)
-
-    def chat_turn(
-        self, messages: list[dict], processor: ProcessorMixin, settings: ChatSettings, memory: CallMemory
-    ) -> Turn:
-        """The next answer of a conversation, whose pictures and states are kept in `memory`."""
-        return Turn(self, processor, [messages], settings, memory)
+    chat_settings, chat_turn = ChatSettings, Turn  # to be called with the model as first argument
 
     @staticmethod
     def seeded_choice(seeds: Sequence[int | str], prompt_length: int) -> SeededChoice:
@@ -699,46 +698,47 @@ class ChatMixin:
             ChatError: there is none on this machine.
         """
         if processor is None:
-            processor = getattr(self, "_own_processor", None)
-        if processor is None:
-            folder = self.config._name_or_path
-            if not folder:
-                raise ChatError(
-                    "This model was not loaded from a folder. Pass processor=AutoProcessor.from_pretrained(...)."
-                )
-            try:
-                # The folder's code already runs as the model's, so it is trusted here too.
-                processor = AutoProcessor.from_pretrained(
-                    folder,
-                    trust_remote_code=True,
-                    local_files_only=True,
-                    revision=None if os.path.isdir(folder) else getattr(self.config, "_commit_hash", None),
-                    **({"subfolder": self._subfolder} if getattr(self, "_subfolder", "") else {}),
-                )
-            except (OSError, ValueError) as error:  # ValueError: the folder has a config, but no processor
-                raise ChatError(
-                    f"No processor is stored with the model in {folder!r}, and chat() does not download one. Pass "
-                    "processor=AutoProcessor.from_pretrained(...)."
-                ) from error
-            self._own_processor = processor
+            processor = getattr(self, "_own_processor", None) or self._load_processor()
         if tokenizer is not None and tokenizer is not processor.tokenizer:
             processor = copy.copy(processor)
             processor.tokenizer = tokenizer
         return processor
+
+    def _load_processor(self) -> ProcessorMixin:
+        folder: str = self.config._name_or_path
+        where: dict[str, Any] = {}
+        if not folder:
+            raise ChatError(
+                "This model was not loaded from a folder. Pass processor=AutoProcessor.from_pretrained(...)."
+            )
+        if not os.path.isdir(folder):
+            where = {
+                "revision": getattr(self.config, "_commit_hash", None),
+                "subfolder": getattr(self, "_subfolder", ""),
+            }
+        try:  # the folder's code already runs as the model's, so it is trusted here too
+            loaded = AutoProcessor.from_pretrained(folder, trust_remote_code=True, local_files_only=True, **where)
+        except (OSError, ValueError) as error:  # ValueError: the folder has a config, but no processor
+            raise ChatError(
+                f"No processor is stored with the model in {folder!r}, and chat() does not download one. Pass "
+                "processor=AutoProcessor.from_pretrained(...)."
+            ) from error
+        self._own_processor = loaded
+        return loaded
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, *args, subfolder: str = "", **kwargs):
         """As of transformers; a subfolder is remembered, since the processor lies there too."""
         if subfolder and os.path.isdir(folder := os.path.join(name, subfolder)):
             name, subfolder = folder, ""  # where transformers would take the outer folder's generation_config.json
-        loaded = super().from_pretrained(name, *args, subfolder=subfolder, **kwargs)
+        loaded = super().from_pretrained(name, *args, subfolder=subfolder, **kwargs)  # type: ignore[misc]
         (loaded[0] if isinstance(loaded, tuple) else loaded)._subfolder = subfolder
         return loaded
 
     def _get_logits_processor(self, generation_config, *args, **kwargs) -> LogitsProcessorList:
         # A seeded choice is made from what temperature, top_p and the like leave, and so comes behind them; then nothing
         # is left to draw, and the global random state stays as it is.
-        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
         ordered = sorted(processors, key=lambda processor: isinstance(processor, SeededChoice))
         if ordered and isinstance(ordered[-1], SeededChoice):
             generation_config.do_sample = False

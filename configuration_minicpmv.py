@@ -34,17 +34,17 @@ class MiniCPMVVisionConfig(PretrainedConfig):
 
     def __init__(
         self,
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        num_channels=3,
-        image_size=980,
-        patch_size=14,
-        hidden_act="gelu_pytorch_tanh",
-        layer_norm_eps=1e-6,
-        attention_dropout=0.0,
-        initializer_range=0.02,
+        hidden_size: int = 1152,
+        intermediate_size: int = 4304,
+        num_hidden_layers: int = 27,
+        num_attention_heads: int = 16,
+        num_channels: int = 3,
+        image_size: int = 980,
+        patch_size: int = 14,
+        hidden_act: str = "gelu_pytorch_tanh",
+        layer_norm_eps: float = 1e-6,
+        attention_dropout: float = 0.0,
+        initializer_range: float = 0.02,
         **kwargs,
     ):
         self.hidden_size = hidden_size
@@ -67,7 +67,7 @@ class MiniCPMVSliceConfig(PretrainedConfig):
     model_type = "minicpmv"
     base_config_key = "slice_config"
 
-    def __init__(self, patch_size=14, max_slice_nums=9, scale_resolution=448, **kwargs):
+    def __init__(self, patch_size: int = 14, max_slice_nums: int = 9, scale_resolution: int = 448, **kwargs):
         self.patch_size = patch_size
         self.max_slice_nums = max_slice_nums
         self.scale_resolution = scale_resolution
@@ -90,7 +90,7 @@ class MiniCPMVConfig(Qwen3Config):
         use_image_id, slice_mode, batch_vision_input, batch_3d_resampler (`bool`): kept because other tools read them.
 
     Raises:
-        ValueError: for fields that contradict each other; the message names both.
+        MiniCPMVError: for fields that contradict each other; the message names both.
     """
 
     model_type = "minicpmv"
@@ -99,30 +99,30 @@ class MiniCPMVConfig(Qwen3Config):
 
     def __init__(
         self,
-        vision_config=None,
-        slice_config=None,
-        query_num=64,
-        image_size=448,
-        patch_size=14,
-        image_token_id=128244,
-        vision_batch_size=16,
-        version=4.5,
-        drop_vision_last_layer=False,
-        use_image_id=True,
-        slice_mode=True,
-        batch_vision_input=True,
-        batch_3d_resampler=True,
-        vocab_size=151748,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        max_window_layers=36,
-        bos_token_id=151643,
-        eos_token_id=151645,
+        vision_config: dict | MiniCPMVVisionConfig | None = None,
+        slice_config: dict | MiniCPMVSliceConfig | None = None,
+        query_num: int = 64,
+        image_size: int = 448,
+        patch_size: int = 14,
+        image_token_id: int = 128244,
+        vision_batch_size: int = 16,
+        version: float = 4.5,
+        drop_vision_last_layer: bool = False,
+        use_image_id: bool = True,
+        slice_mode: bool = True,
+        batch_vision_input: bool = True,
+        batch_3d_resampler: bool = True,
+        vocab_size: int = 151748,
+        hidden_size: int = 4096,
+        intermediate_size: int = 12288,
+        num_hidden_layers: int = 36,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int = 8,
+        head_dim: int = 128,
+        max_position_embeddings: int = 40960,
+        max_window_layers: int = 36,
+        bos_token_id: int = 151643,
+        eos_token_id: int = 151645,
         **kwargs,
     ):
         # Sub-configs stand before `super().__init__`, which hands them the attention implementation.
@@ -158,11 +158,11 @@ class MiniCPMVConfig(Qwen3Config):
         )
         self._check()
 
-    def get_text_config(self, *args, **kwargs):
+    def get_text_config(self, *args, **kwargs) -> "MiniCPMVConfig":
         """The config itself: its Qwen3 fields stand at the top level."""
         return self
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """The published flat layout, with `rope_theta` even where this version of transformers keeps it elsewhere."""
         output = super().to_dict()
         rope_parameters = output.get("rope_parameters")
@@ -170,41 +170,32 @@ class MiniCPMVConfig(Qwen3Config):
             output["rope_theta"] = rope_parameters["rope_theta"]
         return output
 
-    def _check(self):
-        """Raise a ValueError that names both fields when two of them contradict each other."""
-        for name, sub_config in (("vision_config", self.vision_config), ("slice_config", self.slice_config)):
-            if sub_config.patch_size != self.patch_size:
-                raise ValueError(
-                    f"patch_size ({self.patch_size}) and {name}.patch_size ({sub_config.patch_size}) have to be equal."
-                )
-        if self.hidden_size % RESAMPLER_HEAD_DIM:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) has to be a multiple of the resampler's head width "
-                f"({RESAMPLER_HEAD_DIM})."
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) has to be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})."
-            )
-        vision = self.vision_config
-        if vision.hidden_size % vision.num_attention_heads:
-            raise ValueError(
-                f"vision_config.hidden_size ({vision.hidden_size}) has to be a multiple of "
-                f"vision_config.num_attention_heads ({vision.num_attention_heads})."
-            )
-        if vision.image_size % vision.patch_size:
-            raise ValueError(
-                f"vision_config.image_size ({vision.image_size}) has to be a multiple of vision_config.patch_size "
-                f"({vision.patch_size})."
-            )
+    def _check(self) -> None:
+        """Raise a MiniCPMVError that names both fields when two of them contradict each other."""
+        vision, patch_size = self.vision_config, self.patch_size
+        equal = (
+            ("vision_config.patch_size", vision.patch_size),
+            ("slice_config.patch_size", self.slice_config.patch_size),
+        )
+        for name, value in equal:
+            if value != patch_size:
+                raise MiniCPMVError(f"patch_size ({patch_size}) and {name} ({value}) have to be equal.")
+        multiples = (
+            ("hidden_size", self.hidden_size, "the resampler's head width", RESAMPLER_HEAD_DIM),
+            ("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads),
+            ("vision_config.hidden_size", vision.hidden_size, "its num_attention_heads", vision.num_attention_heads),
+            ("vision_config.image_size", vision.image_size, "its patch_size", vision.patch_size),
+        )
+        for name, value, of, step in multiples:
+            if value % step:
+                raise MiniCPMVError(f"{name} ({value}) has to be a multiple of {of} ({step}).")
         if not 0 <= self.image_token_id < self.vocab_size:
-            raise ValueError(
-                f"image_token_id ({self.image_token_id}) has to be an id below vocab_size ({self.vocab_size})."
+            raise MiniCPMVError(
+                f"image_token_id ({self.image_token_id}) has to be below vocab_size ({self.vocab_size})."
             )
         for name in ("query_num", "vision_batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) has to be at least 1.")
+                raise MiniCPMVError(f"{name} ({getattr(self, name)}) has to be at least 1.")
 
 
 def _sub_config(config_class, value):

@@ -32,21 +32,17 @@ DEFAULT_THRESHOLD = 0.5  # not calibrated: what pays differs between checkpoints
 # ---- when to think ----
 
 
-def complexity(question_tokens: int, pictures: int) -> float:
-    """How much a question asks for, from 0 to 1: its tokens, where a picture or a clip counts as 32, on a log scale.
-
-    480 are 1, 96 are a half, 32 are a quarter.
-    """
-    return min(1.0, math.log2(1 + (question_tokens + 32 * pictures) / 32) / 4)
-
-
 def need_to_think(certainty: float, question_tokens: int, pictures: int) -> float:
     """Need from 0 to 1: four parts uncertainty, one part complexity.
 
-    `certainty` is the lowest of the probabilities that the model gave the likeliest token at each place of its draft:
-    an answer is as certain as its weakest token.
+    Args:
+        certainty: the lowest of the probabilities that the model gave the likeliest token at each place of its draft: an
+            answer is as certain as its weakest token.
+        question_tokens, pictures: of the question; a picture or a clip counts as 32 tokens. 480 are a complexity of 1, 96
+            a half, 32 a quarter: their logarithm counts.
     """
-    return (1 - COMPLEXITY_SHARE) * (1 - certainty) + COMPLEXITY_SHARE * complexity(question_tokens, pictures)
+    complexity = min(1.0, math.log2(1 + (question_tokens + 32 * pictures) / 32) / 4)
+    return (1 - COMPLEXITY_SHARE) * (1 - certainty) + COMPLEXITY_SHARE * complexity
 
 
 def least_certainty(logits: Iterable[torch.Tensor]) -> float:
@@ -120,8 +116,8 @@ class Watch(StoppingCriteria):
     """
 
     def __init__(self, exact: bool = False):
-        self.start, self.timings, self.cancelled = time.perf_counter(), {}, threading.Event()
-        self.exact = exact
+        self.start, self.cancelled, self.exact = time.perf_counter(), threading.Event(), exact
+        self.timings: dict[str, float] = {}
 
     def note(self, stage: str, computed: torch.Tensor | None = None) -> None:
         """Note the time of a stage, the first time; `computed` is what the stage computes."""
@@ -141,6 +137,7 @@ class AnswerStreamer(TextIteratorStreamer):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=False)
+        self.next_tokens_are_prompt = True
         self.stop_ids: Collection[int] = ()
         self.prompt_length, self.left, self.thinking = 0, 0, False
 
@@ -183,7 +180,8 @@ class AnswerStream:
         self._split_thought, self._watch = turn.processor.split_thought, turn.watch
         self._streamer, self._finish = AnswerStreamer(turn.processor.tokenizer), finish
         self._seen, self._rest = "", ""
-        self._result, self._over, self._lock = Future(), False, threading.Lock()
+        self._result: Future = Future()
+        self._over, self._lock = False, threading.Lock()
         # The thread knows nothing of this object, so that dropping the stream ends it.
         self._thread = threading.Thread(
             target=_run_into, args=(self._result, turn, self._streamer), name="minicpmv-chat", daemon=True

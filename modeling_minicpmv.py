@@ -11,17 +11,14 @@ What is special:
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel, Qwen3ForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
@@ -143,24 +140,16 @@ class MiniCPMVModel:
         self._model = model
 
     def __call__(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: list | torch.Tensor | None = None,
-        tgt_sizes: list | torch.Tensor | None = None,
-        temporal_ids: list | torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        mm_encoder_outputs: dict | None = None,
-        image_bound: list | None = None,
-        image_sizes: list | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
-        **kwargs,
+        self, input_ids: torch.LongTensor | None = None, inputs_embeds: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPast:
         """As `MiniCPMV.forward`, up to the last hidden states [B, L, D]."""
-        inputs_embeds = self._model._embed(
-            input_ids, inputs_embeds, pixel_values, tgt_sizes, temporal_ids, mm_encoder_outputs
+        visual = {name: kwargs.pop(name, None) for name in (*VISUAL_INPUTS, "mm_encoder_outputs")}
+        for name in UNUSED_INPUTS:
+            kwargs.pop(name, None)
+        kwargs[CACHE_NAME] = take_cache(kwargs)
+        return self._model.get_decoder()(
+            inputs_embeds=self._model._embed(input_ids, inputs_embeds, **visual), **kwargs
         )
-        cache = take_cache(kwargs)
-        return self._model.get_decoder()(inputs_embeds=inputs_embeds, **{CACHE_NAME: cache}, **kwargs)
 
     def __getattr__(self, name: str):
         if name == "_model":  # not yet there while an object is copied
@@ -254,9 +243,8 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
 
         hidden_states = attentions = None
         if outputs[0].hidden_states is not None:
-            hidden_states = tuple(
-                torch.cat(layer) for layer in zip(*(vision.hidden_states for vision in outputs), strict=True)
-            )
+            layers = zip(*(vision.hidden_states for vision in outputs), strict=True)
+            hidden_states = tuple(torch.cat(layer) for layer in layers)
         if outputs[0].attentions is not None:
             layers = zip(*(vision.attentions for vision in outputs), strict=True)
             attentions = tuple(list(chain.from_iterable(layer)) for layer in layers)
@@ -273,7 +261,8 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
         With ZeRO-3 there is one chunk: every process has to run the tower equally often.
         """
         limit = math.inf if is_deepspeed_zero3_enabled() else self.config.vision_batch_size
-        chunk, slices = [], 0
+        chunk: list[list[int]] = []
+        slices = 0
         for unit in units:
             if chunk and slices + len(unit) > limit:
                 yield chunk
@@ -286,7 +275,7 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
     def get_placeholder_mask(
         self,
         input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.Tensor | None,
+        inputs_embeds: Any,
         image_features: torch.Tensor | None = None,
     ) -> torch.BoolTensor:
         """Where the image slots lie: bool [B, L]. Without `input_ids`, where the embeddings are those of the slot token.
@@ -323,11 +312,12 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
             if features is not None:
                 raise ValueError("Pass pixel_values or mm_encoder_outputs['image'], not both.")
             features = self.get_image_features(pixel_values, tgt_sizes, temporal_ids)
-        rows = None if features is None else _feature_rows(features)  # [slots, D]
-        mask = None if rows is None else self.get_placeholder_mask(input_ids, inputs_embeds, rows)
-        if rows is None or not len(rows):
-            return inputs_embeds + self._vision_zero().to(inputs_embeds) if self._needs_vision() else inputs_embeds
-        return inputs_embeds.masked_scatter(mask[..., None].to(inputs_embeds.device), rows.to(inputs_embeds))
+        if features is not None:
+            rows = _feature_rows(features)  # [slots, D]
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, rows)
+            if len(rows):
+                return inputs_embeds.masked_scatter(mask[..., None].to(inputs_embeds.device), rows.to(inputs_embeds))
+        return inputs_embeds + self._vision_zero().to(inputs_embeds) if self._needs_vision() else inputs_embeds
 
     def _needs_vision(self) -> bool:
         """Whether a batch without pictures has to run tower and resampler all the same. In distributed training every
@@ -461,12 +451,11 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
     def _prefill_pictures(self, input_ids: torch.LongTensor | None, kwargs: dict) -> None:
         """Fit the pictures in `kwargs` to a filled cache. Where tokens will be guessed, put them into the cache here: the
         first guess may hold slots, which generate's own prefill would count."""
-        cache, assistant = kwargs.get(CACHE_NAME), kwargs.get("assistant_model")
+        cache = kwargs.get(CACHE_NAME)
+        assistant: Any = kwargs.get("assistant_model")
         cached = cache.get_seq_length() if cache is not None else 0
-        config = kwargs.get("generation_config")
-        guesses = assistant is not None or kwargs.get(
-            "prompt_lookup_num_tokens", getattr(config, "prompt_lookup_num_tokens", None)
-        )
+        lookup = getattr(kwargs.get("generation_config"), "prompt_lookup_num_tokens", None)
+        guesses = assistant is not None or kwargs.get("prompt_lookup_num_tokens", lookup)
         mask = kwargs.get("attention_mask")
         only_new = mask is not None and input_ids is not None and mask.shape[1] > input_ids.shape[1]
         if input_ids is None or only_new or not (cached or guesses):

@@ -21,7 +21,7 @@ from torch import nn
 STILL_IMAGE_ID = -1  # the temporal id of a picture that is not part of a clip: no time is added
 
 
-def sincos_positions(positions: Sequence[int], dim: int) -> np.ndarray:
+def sincos_positions(positions: Sequence[int] | np.ndarray, dim: int) -> np.ndarray:
     """Sin-cos embedding of `positions` (any numbers [n]) in `dim` channels: float32 array [n, dim], sines first.
 
     The frequencies are 1 / 10000 ** (i / (dim / 2)). Each is rounded to float32, as are the angles: the checkpoint learned

@@ -173,12 +173,8 @@ class MiniCPMVVisionAttention(nn.Module):
         query, key, value = (state.view(*shape, self.num_heads, self.head_dim).transpose(1, 2) for state in states)
         implementation = self.config._attn_implementation
         runs_faster_in_parts = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
-        if (
-            implementation == "sdpa"
-            and runs_faster_in_parts
-            and attention_mask is None
-            and not torch.is_grad_enabled()
-        ):
+        is_plain = implementation == "sdpa" and attention_mask is None and not torch.is_grad_enabled()
+        if is_plain and runs_faster_in_parts:
             return cpu_attention(query, key, value, self.scaling).reshape(-1, self.embed_dim), None
         attention = eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         dropout = self.dropout if self.training else 0.0
@@ -222,10 +218,7 @@ class MiniCPMVVisionEncoderLayer(GradientCheckpointingLayer):
         **packing,
     ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
         attended, weights = self.self_attn(
-            self.layer_norm1(hidden_states),
-            attention_mask=attention_mask,
-            output_attentions=output_attentions,
-            **packing,
+            self.layer_norm1(hidden_states), attention_mask, output_attentions, **packing
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
@@ -248,7 +241,9 @@ class MiniCPMVVisionEncoder(nn.Module):
         return_dict: bool = True,
         **packing,
     ) -> BaseModelOutput | tuple:
-        hidden_states, all_hidden_states, all_attentions = inputs_embeds, (inputs_embeds,), ()
+        hidden_states = inputs_embeds
+        all_hidden_states: tuple = (inputs_embeds,)
+        all_attentions: tuple = ()
         for layer in self.layers:
             hidden_states, weights = layer(hidden_states, attention_mask, output_attentions, **packing)
             if output_hidden_states:

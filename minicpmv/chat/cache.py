@@ -50,8 +50,8 @@ class ConversationCache:
         other = copy.copy(self)
         other._media, other._pixels, other._features = dict(self._media), dict(self._pixels), dict(self._features)
         other._keys, other._states = list(self._keys), copy.copy(self._states)
-        if self._states is not None:
-            other._states.layers = [copy.copy(layer) for layer in self._states.layers]
+        if other._states is not None:
+            other._states.layers = [copy.copy(layer) for layer in other._states.layers]
         return other
 
     # ---- pictures ----
@@ -74,7 +74,7 @@ class ConversationCache:
         stand_ins = [torch.empty_like(pixels, device="meta") for pixels in slices]
         self._pixels |= zip(stand_ins, slices, strict=True)
         if isinstance(made, Mapping):  # a clip
-            return type(made)({**made, "pixel_values": [stand_ins]})
+            return type(made)({**made, "pixel_values": [stand_ins]})  # type: ignore[call-arg]
         return replace(made, pixel_values=stand_ins)
 
     def features(self, units: list, model) -> torch.Tensor:

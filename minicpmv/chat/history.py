@@ -25,7 +25,7 @@ from minicpmv.errors import MiniCPMVError
 try:
     import fcntl
 except ImportError:  # Windows, where they do not
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 
 HISTORY_FILE = "history.json"
@@ -119,7 +119,7 @@ def _stored_message(message: Mapping, folder: Path, processor) -> dict:
     return stored | {"content": parts}
 
 
-def _store(kind: str, value: Any, folder: Path, processor) -> str | list[str]:
+def _store(kind: str, value: Any, folder: Path, processor) -> Any:
     """Write a picture or video; returns its file name, or the list of the names of its frames."""
     if kind == "image":
         image = processor.load_image(getattr(value, "image", value))  # what `model.encode_images` was given
@@ -208,14 +208,11 @@ def _is_part(part: Any) -> bool:
 
 def _names(message: dict) -> list[str]:
     """The files that a message names."""
-    names = []
+    names: list[str] = []
     for part in message["content"] if isinstance(message.get("content"), list) else []:
         if part["type"] != "text":
-            names += (
-                part[part["type"]]
-                if part["type"] == "video" and isinstance(part["video"], list)
-                else [part[part["type"]]]
-            )
+            value = part[part["type"]]
+            names += value if isinstance(value, list) else [value]
     return names
 
 

@@ -98,7 +98,7 @@ class ChatSession:
                     f"{name!r} is no option of a session: it bounds its prompts by max_tokens, takes clips as videos, "
                     "streams by send(stream=True), and keeps a dynamic cache of its own."
                 )
-        model.chat_settings(processor, **options)  # refuses what does not exist
+        model.chat_settings(model, processor, **options)  # refuses what does not exist
         messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
         if history:
             (conversation,), _ = model.read_conversations(history)
@@ -165,7 +165,7 @@ class ChatSession:
             of_all = dict(self._options)
             if options.keys() & {"decoding", "sampling"}:  # two names of one choice
                 of_all = {name: value for name, value in of_all.items() if name not in ("decoding", "sampling")}
-            settings = self.model.chat_settings(self.processor, **{**of_all, **options, "stream": stream})
+            settings = self.model.chat_settings(self.model, self.processor, **{**of_all, **options, "stream": stream})
             question = _snapshot({"role": "user", "content": content})
             messages, turn, dropped = self._make_room([*self._messages, question], settings)
         except BaseException:
@@ -196,7 +196,7 @@ class ChatSession:
         dropped, share = 0, 1.0
         while True:
             kept = [*system, *(message for turn in turns[dropped:] for message in turn)]
-            turn = self.model.chat_turn(kept, self.processor, settings, self._cache)
+            turn = self.model.chat_turn(self.model, self.processor, [kept], settings, self._cache)
             length = turn.prompt.input_ids.shape[1]
             tokens, pictures = length + settings.max_new_tokens, self._count_pictures(kept)
             if tokens <= share * self.max_tokens and pictures <= share * self.max_pictures:
@@ -260,7 +260,7 @@ class ChatSession:
             save_history(self._messages, folder, self.processor)
 
     def _new_cache(self) -> ConversationCache:
-        limit = self.model.chat_settings(self.processor, **self._options).max_slice_nums
+        limit = self.model.chat_settings(self.model, self.processor, **self._options).max_slice_nums
         return ConversationCache(self.processor.image_processor, limit, self.model.config.image_token_id)
 
     def _take(self) -> None:
