@@ -418,6 +418,8 @@ class Turn:
             for ids in (arguments.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id)
             if ids is not None
         )
+        if (config.num_beams or 1) > 1:
+            arguments.setdefault("num_beams", config.num_beams)
         arguments["eos_token_id"] = list(stop_ids) if isinstance(stop_ids, (list, tuple)) else [stop_ids]
         if features:
             arguments["mm_encoder_outputs"] = dict(features)
