@@ -18,7 +18,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest web web-screenshots matrix newest conformance lint format bench clean
+.PHONY: help demo test pytest web web-screenshots matrix newest conformance lint format docs bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -49,25 +49,29 @@ newest: ## the README's commands with what pip picks today, without pins; TORCH=
 	$(PYTHON) -m venv .venvs/newest
 	.venvs/newest/bin/python $(PIP_INSTALL) $(TORCH) -e . pytest
 	.venvs/newest/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|tokenizers|huggingface_hub|pillow|numpy|av) '
-	.venvs/newest/bin/python -m pytest tests/docs/test_readme.py -k "README-line or README.md" $(PYTEST_ARGS)
+	.venvs/newest/bin/python -m pytest tests/docs/test_readme.py -k "README and not nano and not zh" $(PYTEST_ARGS)
 
 conformance: $(VENV)/dev.stamp tokenizer.json ## the test classes of transformers itself, run on this model
 	$(PY) -m pytest tests/model/conformance $(PYTEST_ARGS)
 
-lint: $(VENV)/dev.stamp ## ruff (rules and format) and mypy
+lint: $(VENV)/dev.stamp ## ruff (rules and format), mypy, and which part may import which
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 format: $(VENV)/dev.stamp ## let ruff rewrite the files
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+docs: .venvs/docs/stamp ## build the site of docs/ into site/; a broken link fails
+	.venvs/docs/bin/python -m mkdocs build --strict
+
 bench: $(VENV)/dev.stamp tokenizer.json ## run the measurements in perf/
 	@for file in perf/bench_*.py; do echo "== $$file"; $(PY) "$$file" || exit 1; done
 
 clean: ## remove environments, caches and the built tokenizer
-	rm -rf .venv .venvs build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis tokenizer.json
+	rm -rf .venv .venvs build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis tokenizer.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- environments: a stamp tells that one is complete, and is made anew when the requirements change -------------------
@@ -87,6 +91,11 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	.venvs/$*/bin/python $(PIP_INSTALL) -c .venvs/$*/constraints.txt -e ".[matrix]" "transformers==$*"
 	@touch $@
 .PRECIOUS: .venvs/%/stamp
+
+.venvs/docs/stamp: docs/requirements.txt
+	$(PYTHON) -m venv .venvs/docs
+	.venvs/docs/bin/python $(PIP_INSTALL) -r docs/requirements.txt
+	@touch $@
 
 # Gradio wants an older Pillow than the one whose pixels the other tests compare.
 $(WEB)/stamp: pyproject.toml constraints.txt

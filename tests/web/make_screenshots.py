@@ -16,7 +16,7 @@ CLIP, NUMBER = (str(ASSETS / name) for name in ("star.mp4", "number.jpg"))
 
 
 def take(browser, url, name, turns, **options):
-    """Ask the questions of `turns` (question, then its files) and write docs/NAME.png with 256 colors."""
+    """Ask the questions of `turns` (question, then its files) and write docs/images/NAME.png with 256 colors."""
     tab = browser.new_page(**options)
     tab.set_default_timeout(WAIT)
     tab.goto(url)
@@ -29,7 +29,7 @@ def take(browser, url, name, turns, **options):
     tab.mouse.move(0, 0)
     tab.wait_for_timeout(1000)  # until nothing moves
     picture = Image.open(BytesIO(tab.screenshot())).convert("RGB").quantize(256, kmeans=3, dither=Image.Dither.NONE)
-    picture.save(REPOSITORY / "docs" / f"{name}.png", optimize=True)
+    picture.save(REPOSITORY / "docs" / "images" / f"{name}.png", optimize=True)
 
 
 def main():
