@@ -729,8 +729,9 @@ class ChatMixin:
         return loaded
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike, *args, subfolder: str = "", **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args, subfolder: str = "", **kwargs):
         """As of transformers; a subfolder is remembered, since the processor lies there too."""
+        name = pretrained_model_name_or_path
         if subfolder and os.path.isdir(folder := os.path.join(name, subfolder)):
             name, subfolder = folder, ""  # where transformers would take the outer folder's generation_config.json
         loaded = super().from_pretrained(name, *args, subfolder=subfolder, **kwargs)  # type: ignore[misc]
