@@ -8,8 +8,10 @@ MATRIX ?= 4.57.6 5.0.0 5.10.1 5.19.0 5.24.0
 PYTEST_ARGS ?=
 TORCH ?= torch
 WORKERS ?= 2
+# What takes longest begins first, so that no worker is left alone with it.
+LONG_TESTS := tests/train tests/docs tests/chat tests/model
 # What depends on the version of transformers.
-MATRIX_TESTS := tests/model tests/chat/test_sessions.py --ignore=tests/model/conformance
+MATRIX_TESTS := tests/model tests/chat --ignore=tests/model/conformance
 
 VENV := .venv
 WEB := .venvs/web
@@ -26,14 +28,16 @@ help: ## this list
 demo: $(VENV)/demo.stamp tokenizer.json ## nano answers questions about a picture and a short clip
 	@$(PY) -m minicpmv demo
 
-test: lint pytest web ## lint, all tests, then the tests of the oldest transformers (the newest runs in `pytest`)
-	@$(MAKE) --no-print-directory matrix MATRIX=$(firstword $(MATRIX))
+# Side by side: the page's tests mostly wait for the browser. The newest transformers is that of `pytest`.
+test: lint ## lint, then side by side all tests, those of the web page, and those of the oldest transformers
+	@$(MAKE) --no-print-directory --output-sync=target -j3 pytest web matrix-$(firstword $(MATRIX))
 
 pytest: $(VENV)/dev.stamp tokenizer.json ## all tests but those of the web page, with the pinned versions; PYTEST_ARGS="-k name" picks some; WORKERS=2
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --durations=20 --ignore=tests/web $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(LONG_TESTS) tests --ignore=tests/web -n $(WORKERS) --dist loadfile \
+		--no-loadscope-reorder --durations=20 $(PYTEST_ARGS)
 
 web: $(WEB)/stamp ## the tests of the web page, which need a browser
-	$(WEB)/bin/python -m pytest tests/web --durations=5 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(WEB)/bin/python -m pytest tests/web --durations=5 $(PYTEST_ARGS)
 
 web-screenshots: $(WEB)/stamp ## take the screenshots of the web page in docs/ anew
 	$(WEB)/bin/python tests/web/make_screenshots.py
@@ -42,7 +46,7 @@ matrix: $(MATRIX:%=matrix-%) ## the version-dependent tests on every supported t
 
 matrix-%: .venvs/%/stamp tokenizer.json
 	@echo "== transformers $*"
-	.venvs/$*/bin/python -m pytest $(MATRIX_TESTS) -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest $(MATRIX_TESTS) -q $(PYTEST_ARGS)
 
 newest: ## the README's commands with what pip picks today, without pins; TORCH=torch==2.13.0 for a machine without a GPU
 	rm -rf .venvs/newest
