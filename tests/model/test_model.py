@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import threading
 import weakref
 
@@ -318,7 +319,9 @@ def test_pipeline_equals_the_plain_path(model, processor, tmp_path):
     ask = pipeline("image-text-to-text", model=str(tmp_path), trust_remote_code=True, device="cpu")
     answer = ask(text=[message], return_full_text=False, max_new_tokens=6, generate_kwargs={"do_sample": False})
     one = processor.apply_chat_template([message], **encoding())
-    assert answer[0]["generated_text"] == processor.decode(new_ids(model, one)[0])
+    # Whether control tokens stay in the text differs between versions.
+    texts = [answer[0]["generated_text"], processor.decode(new_ids(model, one)[0])]
+    assert len({re.sub(r"<\|?\w+\|?>", "", text) for text in texts}) == 1
 
 
 def test_a_streamer_of_transformers_equals_the_plain_path(model, processor):
