@@ -211,7 +211,7 @@ def test_stdin_is_left_alone_where_files_and_a_question_are_given(run):
         (["-", "-", QUESTION], "a", ["not 2 times"]),
         ([NUMBER, QUESTION, "--json", "--stream"], None, ["leave out --stream"]),
         ([str(ASSETS / "README.md"), QUESTION], None, ["README.md", "not an image"]),
-        (["-", QUESTION], b"\0no picture and no clip", ["bytes"]),
+        (["-", QUESTION], b"\0no picture and no clip", ["cannot be read as a video"]),
         ([NUMBER, QUESTION, "--think", "--thinking-budget", "9999"], None, ["thinking_budget=9999"]),
     ],
 )
