@@ -1,28 +1,27 @@
 """Write tokenizer.json, which is too large for git, from the vocabulary that the PyPI package dashscope carries.
 
-    python -m minicpmv.build_tokenizer [FOLDER] [--from-hub [REPO]] [--revision REVISION]
+    minicpmv build-tokenizer [FOLDER] [--from-hub] [--revision REVISION]
 
 qwen.tiktoken lists byte strings by rank. A rank is an id, and a token of rank r came from merging the two pieces
 that byte-pair encoding leaves of it when only ranks below r are known: vocabulary and merges follow from it alone.
 Normaliser and pre-tokenizer are those of transformers' Qwen2Tokenizer, the added tokens those of tokenizer_config.json.
 """
 
-import argparse
 import base64
 import hashlib
 import itertools
 import json
 import os
-import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from minicpmv.checkpoint import PUBLISHED
 from minicpmv.errors import MiniCPMVError
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-HUB_REPOSITORY = "openbmb/MiniCPM-V-4_5"
 
 RANKS_FILE = "dashscope/resources/qwen.tiktoken"
 RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
@@ -30,41 +29,46 @@ RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186
 VOCABULARY_SHA256 = "ad061afcfc26a5ff7b7611ace84657fe939d902af56b06ba07d823fec5668050"
 
 
+Ranks = dict[bytes, int]  # of byte strings; a rank is an id
+Vocabulary = dict[str, int]
+Merges = list[tuple[str, ...]]
+
+
 class VocabularyError(MiniCPMVError):
     """The vocabulary file is missing, or is not the one that the checkpoint was trained with."""
 
 
-def byte_alphabet():
+def byte_alphabet() -> dict[int, str]:
     """The byte-level alphabet: byte -> printable character. Bytes without a glyph take 256, 257, ... in turn."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (byte for byte in range(256) if byte not in printable)
     return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + n) for n, byte in enumerate(others)}}
 
 
-def read_ranks(path=None):
+def read_ranks(path: str | Path | None = None) -> dict[bytes, int]:
     """`{byte string: rank}` from qwen.tiktoken; found in the installed dashscope, whose code is not imported."""
     if path is None:
         try:
-            path = metadata.distribution("dashscope").locate_file(RANKS_FILE)
+            path = str(metadata.distribution("dashscope").locate_file(RANKS_FILE))
         except metadata.PackageNotFoundError:
-            path = Path(RANKS_FILE)
+            path = RANKS_FILE
     path = Path(path)
     if not path.is_file():
         raise VocabularyError(
             f"{path} was not found; run `pip install dashscope`, which carries it, "
-            "or `python -m minicpmv.build_tokenizer --from-hub` where the Hub can be reached"
+            "or `minicpmv build-tokenizer --from-hub` where the Hub can be reached"
         )
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != RANKS_SHA256:
         raise VocabularyError(
             f"{path} has sha256 {digest}, not {RANKS_SHA256}; run `pip install dashscope==2.0.2` "
-            "or `python -m minicpmv.build_tokenizer --from-hub`"
+            "or `minicpmv build-tokenizer --from-hub`"
         )
     return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
 
 
-def recover_merge(token, ranks):
+def recover_merge(token: bytes, ranks: Ranks) -> tuple[bytes, ...]:
     """The pair that byte-pair encoding merged last to make `token` (bytes, at least two)."""
     limit = ranks[token]
     pieces = [token[i : i + 1] for i in range(len(token))]
@@ -76,33 +80,37 @@ def recover_merge(token, ranks):
     return tuple(pieces)
 
 
-def recover_vocabulary(ranks):
+def recover_vocabulary(ranks: Ranks) -> tuple[Vocabulary, Merges]:
     """`({token: id}, [(left, right), ...])` in the byte-level alphabet, merges in rank order (a few seconds)."""
     alphabet = byte_alphabet()
 
     def spell(token):
         return "".join(map(alphabet.__getitem__, token))
 
-    in_order = sorted(ranks, key=ranks.get)
+    in_order = sorted(ranks, key=ranks.__getitem__)
     vocabulary = {spell(token): ranks[token] for token in in_order}
     return vocabulary, [tuple(map(spell, recover_merge(token, ranks))) for token in in_order if len(token) > 1]
 
 
-def fingerprint(vocabulary, merges):
+def fingerprint(vocabulary: Vocabulary, merges: Merges) -> str:
     """sha256 over the tokens in id order and the merges in rank order."""
-    tokens = sorted(vocabulary, key=vocabulary.get)
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
     if [vocabulary[token] for token in tokens] != list(range(len(tokens))):
         raise VocabularyError(f"the ids of {len(tokens)} tokens are not 0 .. {len(tokens) - 1}")
     return hashlib.sha256("\n".join([*tokens, "", *map(" ".join, merges)]).encode()).hexdigest()
 
 
-def added_tokens(config):
+def added_tokens(config: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """`{id: fields}` from the contents of tokenizer_config.json."""
     return {int(token_id): fields for token_id, fields in config["added_tokens_decoder"].items()}
 
 
-def check(tokenizer_json, config):
-    """Raise VocabularyError unless the contents of a tokenizer.json are exactly what this repository needs."""
+def check(tokenizer_json: dict[str, Any], config: dict[str, Any]) -> None:
+    """Compare the contents of a tokenizer.json with what this repository needs.
+
+    Raises:
+        VocabularyError: they differ.
+    """
     model = tokenizer_json["model"]
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     digest = fingerprint(model["vocab"], merges)
@@ -117,7 +125,7 @@ def check(tokenizer_json, config):
         raise VocabularyError(f"added tokens differ from tokenizer_config.json at ids {differing}")
 
 
-def is_current(path, config):
+def is_current(path: Path, config: dict[str, Any]) -> bool:
     """Whether `path` holds the tokenizer that `build` would write."""
     try:
         check(json.loads(path.read_text(encoding="utf-8")), config)
@@ -126,33 +134,41 @@ def is_current(path, config):
     return True
 
 
-def backend(vocabulary, merges, config):
+def backend(vocabulary: Vocabulary, merges: Merges, config: dict[str, Any]) -> Any:
     """The `tokenizers.Tokenizer` that transformers' own Qwen2 class makes of vocabulary, merges and added tokens."""
     from transformers import Qwen2TokenizerFast
 
     special = {key: config[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
     settings = {**special, "added_tokens_decoder": config["added_tokens_decoder"], "add_prefix_space": False}
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
         (folder / "merges.txt").write_text("".join(f"{left} {right}\n" for left, right in merges), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
         return Qwen2TokenizerFast.from_pretrained(folder).backend_tokenizer
 
 
-def from_hub(repository, revision=None):
-    """Vocabulary and merges as a Hub repository publishes them (vocab.json, merges.txt)."""
+def from_hub(revision: str | None = None) -> tuple[Vocabulary, Merges]:
+    """Vocabulary and merges as the Hub publishes them (vocab.json, merges.txt)."""
     from huggingface_hub import hf_hub_download
 
-    paths = [Path(hf_hub_download(repository, name, revision=revision)) for name in ("vocab.json", "merges.txt")]
+    paths = [Path(hf_hub_download(PUBLISHED, name, revision=revision)) for name in ("vocab.json", "merges.txt")]
     vocabulary = json.loads(paths[0].read_text(encoding="utf-8"))
     lines = paths[1].read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     return vocabulary, merges
 
 
-def build(folder=REPOSITORY, hub_repository=None, revision=None):
-    """Write `folder/tokenizer.json` unless it is there already; returns `(path, whether it was written)`."""
+def build(folder: str | Path = REPOSITORY, hub: bool = False, revision: str | None = None) -> tuple[Path, bool]:
+    """Write `folder/tokenizer.json` unless it is there already; returns `(path, whether it was written)`.
+
+    Args:
+        folder: holds tokenizer_config.json.
+        hub: take vocabulary and merges from the Hub's `revision` instead of the package dashscope.
+
+    Raises:
+        VocabularyError: they are not there, or not those of the checkpoint.
+    """
     folder = Path(folder)
     path = folder / "tokenizer.json"
     try:
@@ -161,7 +177,7 @@ def build(folder=REPOSITORY, hub_repository=None, revision=None):
         raise VocabularyError(f"{error.filename} was not found; give the folder of the model repository") from None
     if is_current(path, config):
         return path, False
-    source = from_hub(hub_repository, revision) if hub_repository else recover_vocabulary(read_ranks())
+    source = from_hub(revision) if hub else recover_vocabulary(read_ranks())
     content = backend(*source, config).to_str()
     check(json.loads(content), config)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -171,22 +187,3 @@ def build(folder=REPOSITORY, hub_repository=None, revision=None):
     finally:
         partial.unlink(missing_ok=True)
     return path, True
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m minicpmv.build_tokenizer", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", default=REPOSITORY, help="folder with tokenizer_config.json")
-    parser.add_argument(
-        "--from-hub", nargs="?", const=HUB_REPOSITORY, metavar="REPO", help="use a published vocabulary"
-    )
-    parser.add_argument("--revision", help="commit or tag of the Hub repository")
-    args = parser.parse_args(argv)
-    try:
-        path, written = build(args.folder, args.from_hub, args.revision)
-    except VocabularyError as error:
-        sys.exit(f"error: {error}")
-    print(f"{path}: {'written' if written else 'up to date'}")
-
-
-if __name__ == "__main__":
-    main()

@@ -22,5 +22,5 @@ def build_tokenizer(
     with one_line_errors(OSError):
         from minicpmv import build_tokenizer as tokenizer
 
-        path, written = tokenizer.build(folder, tokenizer.HUB_REPOSITORY if from_hub else None, revision)
+        path, written = tokenizer.build(folder, from_hub, revision)
         terminal.write(f"{path}: {'written' if written else 'up to date'}")

@@ -268,9 +268,9 @@ def test_missing_vocabulary_file_names_both_remedies(monkeypatch):
         build_tokenizer.read_ranks()
 
 
-def test_folder_without_configuration_is_an_error(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="tokenizer_config.json was not found"):
-        build_tokenizer.main([str(tmp_path)])
+def test_folder_without_configuration_is_an_error(tmp_path):
+    with pytest.raises(VocabularyError, match="tokenizer_config.json was not found"):
+        build_tokenizer.build(tmp_path)
 
 
 def test_from_hub_takes_the_published_files_and_checks_them(repository, built, config, tmp_path, monkeypatch):
@@ -289,14 +289,14 @@ def test_from_hub_takes_the_published_files_and_checks_them(repository, built, c
     folder = tmp_path / "model"
     folder.mkdir()
     shutil.copy(repository / "tokenizer_config.json", folder)
-    build_tokenizer.main([str(folder), "--from-hub", "--revision", "abc"])
+    build_tokenizer.build(folder, hub=True, revision="abc")
     assert asked == [("openbmb/MiniCPM-V-4_5", name, "abc") for name in ("vocab.json", "merges.txt")]
     assert build_tokenizer.is_current(folder / "tokenizer.json", config)
 
     (folder / "tokenizer.json").unlink()
     (hub / "merges.txt").write_text("\n".join([merges[1], merges[0], *merges[2:]]), encoding="utf-8")
-    with pytest.raises(SystemExit, match="merges with sha256"):
-        build_tokenizer.main([str(folder), "--from-hub"])
+    with pytest.raises(VocabularyError, match="merges with sha256"):
+        build_tokenizer.build(folder, hub=True)
     assert [path.name for path in folder.iterdir()] == ["tokenizer_config.json"]
 
 
