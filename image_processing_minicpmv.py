@@ -413,13 +413,14 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         The tensors of a call share memory, by up to 16 pictures: clone one to store it alone.
         """
         images, sliced = iter(images), []
-        while chunk := list(islice(images, _PICTURES_PER_BLOCK)):
-            chunk = _map_threaded(lambda image: self.load_image(image, input_data_format), chunk)
-            layouts = [self.get_slice_layout(image.size, max_slice_nums) for image in chunk]
-            sliced += self._slice_chunk(chunk, layouts)
+        # Nothing here holds a block of pictures while the next one is decoded.
+        while block := self._slice_block(list(islice(images, _PICTURES_PER_BLOCK)), max_slice_nums, input_data_format):
+            sliced += block
         return sliced
 
-    def _slice_chunk(self, images: list[Image.Image], layouts: list[SliceLayout]) -> list[SlicedImage]:
+    def _slice_block(self, given: list, limit: int | None, input_data_format: str | None) -> list[SlicedImage]:
+        images = _map_threaded(lambda image: self.load_image(image, input_data_format), given)
+        layouts = [self.get_slice_layout(image.size, limit) for image in images]
         slice_sizes = [layout.sizes for layout in layouts]
         lengths = [3 * width * height for sizes in slice_sizes for width, height in sizes]
         # One block: fresh memory costs as much as the arithmetic, and numpy asks for huge pages from 4 MiB on.

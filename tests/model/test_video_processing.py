@@ -10,6 +10,7 @@ import operator
 import shutil
 import struct
 import sys
+import weakref
 from fractions import Fraction
 
 import numpy as np
@@ -305,26 +306,23 @@ def test_pyav_starts_again_where_a_jump_went_too_far(clips):
     source.close()
 
 
-def test_only_the_frames_needed_become_pictures(processor, clips, monkeypatch):
-    converted = []
-    held = []
+def test_only_the_frames_needed_become_pictures_and_few_at_a_time(processor, clips, monkeypatch):
+    images, decoded, alive = processor.image_processor, [], []
+    slice_all = images.slice_all_to_patches
 
-    class Counting(video_decoding._PyAV):
-        def frames(self, indices):
-            for frame in super().frames(indices):
-                converted.append(frame.size)
-                held.append(len(converted) - sum(sliced))
+    def watched(frames, *arguments):
+        def seen():
+            for frame in frames:
+                decoded.append(weakref.ref(frame))
+                alive.append(sum(reference() is not None for reference in decoded))
                 yield frame
 
-    sliced = []
-    slice_chunk = processor.image_processor._slice_chunk
-    monkeypatch.setattr(video_decoding, "_PyAV", Counting)
-    monkeypatch.setattr(
-        processor.image_processor, "_slice_chunk", lambda *args: sliced.append(len(args[0])) or slice_chunk(*args)
-    )
-    processor.preprocess(clips / "count.mp4", fps=6)
-    assert len(converted) == sum(sliced) == 24
-    assert max(held) == 16  # frames are sliced, a block at a time, before the next ones are converted
+        return slice_all(seen(), *arguments)
+
+    monkeypatch.setattr(images, "slice_all_to_patches", watched)
+    processor.preprocess(clips / "count.mp4", fps=12)
+    assert len(decoded) == 48
+    assert max(alive) <= 17  # a block, and perhaps the last frame of the one before
 
 
 def test_a_decoder_that_is_missing_is_named_with_its_package(processor, clips, monkeypatch):
