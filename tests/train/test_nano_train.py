@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from minicpmv.drawn.drawing import COLOR_CLASSES, KIND_CLASSES
 from minicpmv.drawn.samples import Mixture, Sample, Turn, bench_sample, make_sample
 from minicpmv.train import dpo, sft
-from minicpmv.train.common.errors import ArgumentsError
+from minicpmv.train.common.errors import ArgumentsError, TrainingError
 from minicpmv.train.feedback import run as feedback
 from minicpmv.train.nano.batches import SampleEncoder, training_batch
 from minicpmv.train.nano.pretrain import Recipe, Stage, Trainee, optimizers_of, spread_queries, train
-from minicpmv.train.nano.tokenizer import train_merges
+from minicpmv.train.nano.tokenizer import build, train_merges
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -151,6 +151,19 @@ def test_a_run_goes_on_from_its_state_and_leaves_a_model_that_loads(tmp_path):
     sample = bench_sample("colour")
     text = model.chat(sample.images[0], [{"role": "user", "content": sample.turns[0].question}], processor=processor)
     assert isinstance(text, str)
+
+
+def test_a_run_whose_loss_is_no_number_stops_and_saves_nothing(tmp_path):
+    stage = Stage("tower", 4, 2, 1e30, Mixture({"shapes": 1}), batches=1, answers=False, warmup=1)
+    with pytest.raises(TrainingError, match=r"Stage tower, step \d: the loss is .*Lower the learning_rate"):
+        train(0, Recipe([stage], model=str(NANO), processes=1, validation_samples=2), tmp_path)
+    assert not (tmp_path / "state.pt").exists() and not (tmp_path / "model").exists()
+
+
+def test_an_installed_package_says_that_the_tokenizer_is_built_in_a_clone(tmp_path, monkeypatch):
+    monkeypatch.setattr("minicpmv.train.nano.tokenizer.REPOSITORY", tmp_path)
+    with pytest.raises(ArgumentsError, match="run this in a clone"):
+        build(tmp_path)
 
 
 def test_the_recipe_of_nano_is_valid_and_a_misspelt_field_is_named(tmp_path):
