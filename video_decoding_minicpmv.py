@@ -28,7 +28,6 @@ STILL_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".p
 PILLOW_SIGNATURES = (b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")  # and RIFF....WEBP
 SEEKABLE_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # those whose time stamps are complete
 THUMBNAIL = 32  # side of a thumbnail
-DECODE_CHUNK = 16  # full-size frames held at once; with 1080p about 100 MB
 FRAME_PIXELS = 2**25  # of a video's frame: 7680 x 4320 has fewer
 ANIMATION_PIXELS = 2**29  # of all frames of an animation, which all have to be decoded: 258 of 1920 x 1080
 

@@ -639,6 +639,7 @@ def test_it_is_a_video_processor_of_transformers_without_torchvision(processor):
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(
     "size, frames, words",
     [((4000, 4000), 40, "more than 536870912 pixels"), ((10_000, 10_000), 2, "MAX_IMAGE_PIXELS")],
