@@ -10,6 +10,7 @@ TORCH ?= torch
 WORKERS ?= 2
 # What takes longest begins first, so that no worker is left alone with it.
 LONG_TESTS := tests/train tests/docs tests/chat tests/model
+README_TESTS := tests/docs/test_readme.py
 # What depends on the version of transformers.
 MATRIX_TESTS := tests/model tests/chat --ignore=tests/model/conformance
 
@@ -53,7 +54,8 @@ newest: ## the README's commands with what pip picks today, without pins; TORCH=
 	$(PYTHON) -m venv .venvs/newest
 	.venvs/newest/bin/python $(PIP_INSTALL) $(TORCH) -e . pytest
 	.venvs/newest/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|tokenizers|huggingface_hub|pillow|numpy|av) '
-	.venvs/newest/bin/python -m pytest tests/docs/test_readme.py -k "README and not nano and not zh" $(PYTEST_ARGS)
+	.venvs/newest/bin/python -m pytest "$(README_TESTS)::test_commands_run[README]" $(PYTEST_ARGS) \
+		"$(README_TESTS)::test_python_blocks_run_in_order_and_print_what_their_comments_say[README]"
 
 conformance: $(VENV)/dev.stamp tokenizer.json ## the test classes of transformers itself, run on this model
 	$(PY) -m pytest tests/model/conformance $(PYTEST_ARGS)

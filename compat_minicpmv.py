@@ -74,5 +74,5 @@ class NestedBatchFeature(BatchFeature):
                 return value.to(*args, **kwargs)
             return value.to(device=device, non_blocking=kwargs.get("non_blocking", False))
 
-        self.data = {name: move(value) for name, value in self.data.items()}
+        self.data: dict[str, Any] = {name: move(value) for name, value in self.data.items()}
         return self
