@@ -229,7 +229,7 @@ class EncodedImage:
     sliced: Any  # the processor's `SlicedImage`, its slices on the meta device
     features: dict[tuple[Any, VisualUnit], torch.Tensor]  # [Q, D] each
 
-    def slices(self, image_processor, max_slice_nums: int | None):
+    def slices(self, image_processor: Any, max_slice_nums: int | None) -> Any:
         """The `SlicedImage`, if the call cuts it as it was cut; else a ChatError."""
         if image_processor.get_sliced_grid(self.sliced.image_size, max_slice_nums) != self.sliced.grid:
             raise ChatError(
@@ -729,7 +729,7 @@ class ChatMixin:
         return loaded
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args, subfolder: str = "", **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args, subfolder: str = "", **kwargs) -> Any:
         """As of transformers; a subfolder is remembered, since the processor lies there too."""
         name = pretrained_model_name_or_path
         if subfolder and os.path.isdir(folder := os.path.join(name, subfolder)):

@@ -45,7 +45,7 @@ class TokenizerBase(Qwen2TokenizerFast):
 class CompatGenerationMixin(GenerationMixin):
     """[`GenerationMixin`] with what some versions of it need."""
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs) -> dict[str, Any]:
         # Before its first guess, assisted decoding passes the whole prompt even where its beginning is cached
         # (transformers 5.10 to 5.24; earlier ones have no `next_sequence_length`).
         cache = kwargs.get(CACHE_NAME)

@@ -424,7 +424,7 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
     # ---- generation ----
 
     @torch.no_grad()
-    def generate(self, inputs: torch.LongTensor | Mapping | None = None, *args, **kwargs):
+    def generate(self, inputs: torch.LongTensor | Mapping | None = None, *args, **kwargs) -> Any:
         """[`GenerationMixin.generate`] over text, pictures and video; the result starts with the prompt ids.
 
         Takes everything that the processor returns. `inputs` may also be that dict itself, and

@@ -137,7 +137,7 @@ class ChatSession:
         """Tokens whose states are kept."""
         return len(self._cache)
 
-    def send(self, content: Any, *, stream: bool = False, **options):
+    def send(self, content: Any, *, stream: bool = False, **options: Any) -> Any:
         """Ask, and add question and answer to the history.
 
         Args:

@@ -5,6 +5,7 @@ flags; `minicpmv train VERB --help` lists them.
 """
 
 import importlib
+from types import ModuleType
 
 import typer
 
@@ -18,7 +19,7 @@ align_app = typer.Typer(help="Make preference pairs from the model's own answers
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
-def load_verb(module: str):
+def load_verb(module: str) -> ModuleType:
     """The module of a verb, which imports the packages for training."""
     try:
         return importlib.import_module(module)
