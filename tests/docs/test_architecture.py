@@ -24,15 +24,15 @@ def names(cell):
     return re.findall(r"`(\w+)(?:\.py)?`", cell)
 
 
-def drawn_arrows(section):
-    """`{(from, to)}` of the mermaid drawing; `a & b --> c` is two arrows."""
-    (drawing,) = re.findall(r"```mermaid\n(.*?)```", section, re.DOTALL)
-    arrows = set()
-    for line in drawing.splitlines():
-        if "-->" in line:
-            sources, targets = (side.split("&") for side in line.split("-->"))
-            arrows |= {(source.strip(), target.strip()) for source in sources for target in targets}
-    return arrows
+def drawn_arrows():
+    """`{from: all that it reaches}` along the arrows of the drawing."""
+    drawing = (REPOSITORY / "docs" / "images" / "floors.svg").read_text(encoding="utf-8")
+    arrows = re.findall(r'data-from="(.*?)" data-to="(.*?)"', drawing)
+    reached = {name: set() for arrow in arrows for name in arrow}
+    for _ in reached:
+        for source, target in arrows:
+            reached[source] |= {target} | reached[target]
+    return reached
 
 
 def imported_modules(file):
@@ -46,26 +46,21 @@ def imported_modules(file):
 # ---- the ground floor ----
 
 STRATA = {row[0]: names(row[1]) for row in table(GROUND)}
-LABELS = dict(re.findall(r'(\w+)\["<b>(.*?)</b>', GROUND))
 GROUND_FILES = sorted(REPOSITORY.glob("*.py"))
 
 
 def test_every_file_at_the_top_stands_in_one_stratum():
     assert sorted(name for members in STRATA.values() for name in members) == [file.stem for file in GROUND_FILES]
-    assert set(LABELS.values()) == set(STRATA)
 
 
-def test_strata_import_each_other_as_drawn():
+def test_strata_import_what_lies_below_them_as_drawn():
     stratum_of = {name: stratum for stratum, members in STRATA.items() for name in members}
-    found = {
-        (stratum_of[file.stem], stratum_of[module[1:]])
-        for file in GROUND_FILES
-        for module in imported_modules(file)
-        if module.startswith(".")
-    }
-    assert {arrow for arrow in found if arrow[0] != arrow[1]} == {
-        (LABELS[source], LABELS[target]) for source, target in drawn_arrows(GROUND)
-    }
+    found = {stratum: set() for stratum in STRATA}
+    for file in GROUND_FILES:
+        here = stratum_of[file.stem]
+        found[here] |= {stratum_of[module[1:]] for module in imported_modules(file) if module.startswith(".")} - {here}
+    reached = drawn_arrows()
+    assert {stratum: reached[stratum] for stratum in STRATA} == found
 
 
 def test_the_ground_floor_knows_nothing_of_the_package_and_has_no_circle():
@@ -96,13 +91,9 @@ def test_every_room_has_a_row():
 
 
 def test_the_drawing_and_the_table_have_the_same_arrows():
-    """The drawing leaves out what follows from other arrows."""
-    reachable = {room: set() for room in ROOMS}
-    arrows = drawn_arrows(UPPER)
-    for _ in ROOMS:
-        for source, target in arrows:
-            reachable[source] |= {target} | reachable[target]
-    assert reachable == ROOMS
+    reached = drawn_arrows()
+    assert {room: reached[room] for room in ROOMS} == ROOMS
+    assert reached.keys() == ROOMS.keys() | STRATA.keys()
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS))

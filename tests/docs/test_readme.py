@@ -81,7 +81,7 @@ def test_figures_of_nano_are_those_of_its_card():
 def test_every_fenced_block_is_run_or_known_not_to_be(page):
     # Every second fence closes a block.
     languages = re.findall(r"^```(.*)\n", page.read_text(encoding="utf-8"), re.MULTILINE)[::2]
-    assert set(languages) <= {"python", "bash", "text", "json", "bibtex", "mermaid"}
+    assert set(languages) <= {"python", "bash", "text", "json", "bibtex"}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if list(code_blocks(page, "bash"))], ids=name_of)
