@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ VOCABULARY_SHA256 = "ad061afcfc26a5ff7b7611ace84657fe939d902af56b06ba07d823fec56
 
 Ranks = dict[bytes, int]  # of byte strings; a rank is an id
 Vocabulary = dict[str, int]
-Merges = list[tuple[str, ...]]
+Merges = Sequence[tuple[str, ...]]
 
 
 class VocabularyError(MiniCPMVError):

@@ -231,11 +231,9 @@ class DocumentReader:
 
         options = {"decoding": "greedy", "max_pictures": self.pages_at_once} | self.options
         options["max_new_tokens"] = min(options.get("max_new_tokens", CALL_TOKENS), self.max_page_tokens)
-        answers: list[list[tuple[int, int, str]]] = [
-            [] for _ in questions
-        ]  # (first page, last page, text) of each part
-        notices: list[list[str]] = [[] for _ in questions]
-        numbers: set[int] = set()
+        answers = [[] for _ in questions]  # (first page, last page, text) of each part
+        notices = [[] for _ in questions]
+        numbers = set()
         pages = iter(pages)
         while part := list(islice(pages, self.pages_at_once)):
             shown = self._shown(part)
