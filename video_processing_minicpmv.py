@@ -54,7 +54,7 @@ class VideoOptions:
     num_frames: int | None = None  # a number of frames instead of a rate; a shorter clip gives all it has
     time_scale: float = 0.1  # seconds that one step of a temporal id means; the model was trained with 0.1
     # "uniform" takes the centers of equal time bins; "keyframes" as many frames with the same packing, but those that
-    # differ most from the frame before them (cuts first). It decodes the whole clip once, in small.
+    # differ most from the frame before them (cuts first). It decodes the whole video once, at a small size.
     frame_selection: str = "uniform"
     do_sample_frames: bool = True  # False keeps every frame (the caller has chosen them)
     max_slice_nums: int = 1  # slices a frame may be cut into; 1 keeps a frame whole

@@ -208,7 +208,7 @@ def test_batches_hold_questions_with_equal_options_only(nano, tmp_path):
 
 
 def test_a_data_set_is_asked_whole_unless_fewer_samples_are_wanted(tmp_path):
-    """A public benchmark in small: rows of a fixed length, each its own."""
+    """A public benchmark in miniature: rows of a fixed length, each its own."""
     rows = tuple(replace(squares().rows[0], id=name, length=length) for name, length in (("short", 3), ("long", 7)))
     fixed = Benchmark("fixed", "Fixed", 1, rows)
     results = ask_parrot(tmp_path, fixed, rows=None)

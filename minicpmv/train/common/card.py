@@ -1,8 +1,6 @@
 """The card of a trained model: what it came from, what trained and how, what was reached, how to load it.
 
-What is special:
-- it states what the run itself knows, and leaves no headings to fill in;
-- one card for every trainer, made by huggingface_hub from `card.md.jinja`.
+It states what the run itself knows, and leaves no headings to fill in.
 """
 
 from importlib.metadata import version

@@ -1,8 +1,7 @@
 """What a run logs, as `log.csv` (columns step, name, value) and as an image `curves.png`, in its output folder.
 
-What is special:
-- any trainer of transformers or TRL can carry it: it takes whatever names are logged;
-- a run that goes on from a checkpoint rewrites the file from the checkpoint's history, so that no step stands there twice.
+Any trainer of transformers or TRL can carry it: it takes whatever names are logged. A run that continues from a checkpoint
+rewrites the file from the checkpoint's history, so that no step is in it twice.
 """
 
 import csv
