@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+import minicpmv
+import minicpmv.chat
+
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "nano" / "README.md"]
@@ -67,6 +70,12 @@ def test_every_page_of_the_site_is_in_its_navigation():
     config = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
     listed = re.findall(r"([\w-]+\.md)$", config.split("\nnav:")[1], re.MULTILINE)
     assert sorted(listed) == [page.name for page in sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+def test_the_api_page_has_every_public_name():
+    page = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
+    public = {name for package in (minicpmv, minicpmv.chat) for name in package.__all__} - {"__version__"}
+    assert [name for name in sorted(public) if not re.search(rf"^::: .*\b{name}\b", page, re.MULTILINE)] == []
 
 
 def test_figures_of_nano_are_those_of_its_card():
