@@ -129,7 +129,7 @@ class ChatSettings:
             elif processor.is_option(name):
                 self.template[name] = value
             elif name not in TOLERATED_ARGUMENTS:
-                own = {*inspect.signature(model.chat).parameters, *chain(*processor.option_names.values()), "decoding"}
+                own = {*inspect.signature(model.chat).parameters, *chain(*processor.option_names.values())}
                 nearest = difflib.get_close_matches(name, own | generation_names(), n=1)
                 hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
                 raise TypeError(f"chat() got an unexpected keyword argument {name!r}.{hint}")
@@ -413,11 +413,8 @@ class Turn:
         """Arguments of `generate` besides the ids."""
         settings, config, tokenizer = self.settings, self.model.generation_config, self.processor.tokenizer
         arguments = {"pad_token_id": tokenizer.pad_token_id, "tokenizer": tokenizer, **settings.decoding}
-        stop_ids = next(
-            ids
-            for ids in (arguments.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id)
-            if ids is not None
-        )
+        known = (arguments.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id)
+        stop_ids = next(ids for ids in known if ids is not None)
         if (config.num_beams or 1) > 1:
             arguments.setdefault("num_beams", config.num_beams)
         arguments["eos_token_id"] = list(stop_ids) if isinstance(stop_ids, (list, tuple)) else [stop_ids]
@@ -564,6 +561,7 @@ class ChatMixin:
         thinking_budget: int | None = None,
         seed: int | None = None,
         return_dict: bool = False,
+        decoding: str | None = None,
         **kwargs,
     ) -> str | list[str] | ChatOutput | list[ChatOutput] | AnswerStream:
         """Answer a conversation, or a batch of them.
@@ -589,11 +587,11 @@ class ChatMixin:
             seed: makes sampling repeatable, without touching the global random state. Equal conversations of a batch
                 get different answers.
             return_dict: return [`ChatOutput`], with the thought apart, instead of text.
-            kwargs: `decoding`: "greedy", "beam" (3 beams, repetition_penalty 1.2) or "sample" (temperature 0.7 and,
-                without thinking, top_p 0.8, top_k 100, repetition_penalty 1.03); without it the model's
-                generation_config decides whether it samples, unless temperature, top_p or top_k ask for it. Arguments of `generate` (temperature, num_beams,
-                stop_strings, ...) count over those, and options of the video processor (fps, max_num_packing, start,
-                ...) go there.
+            decoding: "greedy", "beam" (3 beams, repetition_penalty 1.2) or "sample" (temperature 0.7 and, without
+                thinking, top_p 0.8, top_k 100, repetition_penalty 1.03). Without it the model's generation_config decides
+                whether it samples, unless temperature, top_p or top_k ask for it.
+            kwargs: arguments of `generate` (temperature, num_beams, stop_strings, ...), which count over `decoding`, and
+                options of the video processor (fps, max_num_packing, start, ...).
 
         Returns:
             `str`, for a batch a list of `str`, with `stream` an [`AnswerStream`]; with `return_dict` [`ChatOutput`].
@@ -622,6 +620,7 @@ class ChatMixin:
             enable_thinking,
             thinking_budget,
             seed,
+            decoding,
             **kwargs,
         )
         begun = {messages[-1]["role"] == "assistant" for messages in conversations}
