@@ -106,6 +106,5 @@ def check_name(name: str | Path, revision: str | None = None, trust_remote_code:
         where = "this folder" if str(name) == "." else name
         raise CheckpointError(
             f"{where} holds no model ({'no weights' if has_config else 'no config.json'}). Name one with -m, such as -m nano "
-            f"in a clone of the repository or -m {PUBLISHED} --trust-remote-code, or get the published weights with "
-            "minicpmv fetch."
+            f"in a clone of the repository, or get the weights of {PUBLISHED} into the clone with minicpmv fetch."
         )

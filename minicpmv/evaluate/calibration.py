@@ -162,7 +162,8 @@ def calibrate(
         the mean of generated tokens on the questions of `seed` + 1.
 
     Raises:
-        CalibrationError, and what `measure` raises.
+        CalibrationError: `keep` is out of range, or no row can be right or wrong in both modes.
+        MiniCPMVError: whatever `measure` raises.
     """
     if not 0 < keep <= 1:
         raise CalibrationError(f"keep={keep} is not a share above 0 and up to 1")
