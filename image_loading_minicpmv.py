@@ -35,6 +35,12 @@ class ImageInputError(MiniCPMVError):
     """A picture that cannot be used: the message names what was given, what is accepted and what to do."""
 
 
+# Not beside its use: transformers 4 runs a module once more when an Auto class loads it, and then the error that is
+# raised is no longer the one that the processor names. No Auto class loads this module.
+class FramePackingError(MiniCPMVError):
+    """`temporal_ids` that do not describe the pictures they came with."""
+
+
 # HEIF where pillow-heif is installed and registered, AVIF where Pillow was built with it.
 IMAGE_FORMATS = tuple(
     ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "MPO", "PPM", "DIB", "ICO", "TGA", "QOI", "AVIF", "HEIF"]

@@ -28,11 +28,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .compat_minicpmv import NestedBatchFeature
 from .configuration_minicpmv import MiniCPMVError
-from .image_loading_minicpmv import ImageInputError, load_image, shorten
-
-
-class FramePackingError(MiniCPMVError):
-    """`temporal_ids` that do not describe the pictures they came with."""
+from .image_loading_minicpmv import FramePackingError, ImageInputError, load_image, shorten
 
 
 # ---- Geometry. Sizes are (width, height) in pixels; grids are (columns, rows).

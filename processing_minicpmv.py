@@ -28,9 +28,8 @@ from transformers.video_utils import VideoInput
 
 from .compat_minicpmv import NestedBatchFeature, ProcessorBase
 from .configuration_minicpmv import MiniCPMVError
-from .image_loading_minicpmv import ImageInputError
+from .image_loading_minicpmv import FramePackingError, ImageInputError
 from .image_processing_minicpmv import (
-    FramePackingError,
     ImageOptions,
     MiniCPMVImageProcessor,
     SlicedImage,
@@ -52,8 +51,8 @@ from .messages_minicpmv import (
     typed_guard,
     write_thought,
 )
-from .video_decoding_minicpmv import VideoInputError, flatten_videos
-from .video_processing_minicpmv import FrameSamplingError, MiniCPMVVideoProcessor
+from .video_decoding_minicpmv import FrameSamplingError, VideoInputError, flatten_videos
+from .video_processing_minicpmv import MiniCPMVVideoProcessor
 
 
 logger = logging.get_logger(__name__)

@@ -36,6 +36,10 @@ class VideoInputError(MiniCPMVError):
     """The video cannot be used: missing, broken, too large, empty, without a picture track, or not a video."""
 
 
+class FrameSamplingError(MiniCPMVError):  # here for the reason of FramePackingError
+    """A sampling option lies outside its range, or asks for a part of the video that is not there."""
+
+
 class FrameSource:
     """An open video.
 

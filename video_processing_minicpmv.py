@@ -24,20 +24,12 @@ from transformers.video_processing_utils import BaseVideoProcessor  # at the top
 from .compat_minicpmv import NestedBatchFeature
 from .configuration_minicpmv import MiniCPMVError
 from .image_loading_minicpmv import ImageInputError  # noqa: F401  # transformers 4 copies only the files named here
-from .image_processing_minicpmv import (
-    MiniCPMVImageProcessor,
-    did_you_mean,
-    visual_features,
-)
-from .video_decoding_minicpmv import VideoInputError, flatten_videos, open_video
+from .image_processing_minicpmv import MiniCPMVImageProcessor, did_you_mean, visual_features
+from .video_decoding_minicpmv import FrameSamplingError, VideoInputError, flatten_videos, open_video
 
 
 MAX_PACKING = 6  # frames in a group the resampler was trained on
 FRAME_SELECTIONS = ("uniform", "keyframes")
-
-
-class FrameSamplingError(MiniCPMVError):
-    """A sampling option lies outside its range, or asks for a part of the video that is not there."""
 
 
 @dataclass(frozen=True)
