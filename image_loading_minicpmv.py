@@ -75,14 +75,10 @@ def load_image(
             1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGBA). Values are uint8, uint16 (0..65535), bool, or floating
             point in [0, 1].
         input_data_format: "channels_first" or "channels_last" for arrays and tensors whose shape leaves a doubt.
-        do_exif_transpose: turn the picture upright as its EXIF orientation says.
-        background_color: RGB color under transparent pixels; None drops the alpha channel.
+        do_exif_transpose, background_color: as in `ImageSettings`.
 
-    16-bit and floating-point grays are scaled to 8 bits. Of a picture with several frames the current one is read. A
-    file may have `PIL.Image.MAX_IMAGE_PIXELS` pixels.
-
-    Raises:
-        ImageInputError: wrong type, shape, dtype or range, empty, missing, broken, truncated or oversized picture.
+    16-bit and floating-point grays are scaled to 8 bits. Of a picture with several frames the current one is read.
+    Raises ImageInputError, also for a file of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
     if isinstance(image, Mapping) and image.keys() & {"bytes", "path"}:
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
@@ -132,10 +128,8 @@ def _open(source: Any) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageInputError(f"{name}: {error}; {_TOO_LARGE}") from error
     except UnidentifiedImageError as error:
-        formats = f"not a picture in a format that is read here ({', '.join(IMAGE_FORMATS)})"
-        raise ImageInputError(
-            f"{name}: {formats}, perhaps a page that says what is wrong; give {_ACCEPTED}"
-        ) from error
+        what = f"not a picture in a format that is read here ({', '.join(IMAGE_FORMATS)}), perhaps a page of text"
+        raise ImageInputError(f"{name}: {what}; give {_ACCEPTED}") from error
     except DECODE_ERRORS as error:
         raise ImageInputError(f"{name}: cannot be read as a picture ({error}); {_DAMAGED}") from error
 
@@ -184,9 +178,12 @@ def _decode_data_url(url: str) -> bytes:
 
 def _array_to_pil(array: np.ndarray, input_data_format: str | None, channels_last: bool) -> Image.Image:
     shape = array.shape
+    name = getattr(input_data_format, "value", input_data_format)  # of transformers' ChannelDimension
+    if name not in (None, "channels_last", "last", "channels_first", "first"):
+        raise ImageInputError(f"input_data_format={name!r} is unknown; give 'channels_first' or 'channels_last'")
     if array.ndim == 3:
-        if input_data_format is not None:
-            channels_last = _is_channels_last(input_data_format)
+        if name is not None:
+            channels_last = name.endswith("last")
         elif not 1 <= shape[-1 if channels_last else 0] <= 4:
             channels_last = not channels_last
         if not channels_last:
@@ -202,13 +199,6 @@ def _array_to_pil(array: np.ndarray, input_data_format: str | None, channels_las
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _is_channels_last(input_data_format: str) -> bool:
-    name = getattr(input_data_format, "value", input_data_format)  # of transformers' ChannelDimension
-    if name not in ("channels_last", "last", "channels_first", "first"):
-        raise ImageInputError(f"input_data_format={name!r} is unknown; give 'channels_first' or 'channels_last'")
-    return name.endswith("last")
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:

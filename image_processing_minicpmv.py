@@ -5,8 +5,6 @@ What is special here:
   to `max_slice_nums` equal slices of an enlarged view. A small picture is one enlarged view.
 - A slice is not padded: it is any multiple of the patch size, stored as a strip `[3, patch, patch * patches]`.
 - Frames of a video may share one visual unit (`pack_frames`): the 3D resampler turns up to six frames into 64 tokens.
-
-Reading order: geometry (pure functions) -> packing -> the image processor.
 """
 
 from __future__ import annotations
@@ -31,20 +29,18 @@ from .configuration_minicpmv import MiniCPMVError
 from .image_loading_minicpmv import FramePackingError, ImageInputError, load_image, shorten
 
 
-# ---- Geometry. Sizes are (width, height) in pixels; grids are (columns, rows).
+# ---- Geometry, as in LLaVA-UHD (arXiv 2403.11703) with the constants of the MiniCPM-V 4.5 model card.
+# Sizes are (width, height) in pixels; grids are (columns, rows).
 
 
 @dataclass(frozen=True)
 class SliceLayout:
-    """How one picture is cut: every size is (width, height) in pixels, `grid` is (columns, rows).
+    """How one picture is cut."""
 
-    `grid`, `refined` and `slice` are None when the picture is not sliced. `refined` is `grid` times `slice`.
-    """
-
-    grid: tuple[int, int] | None
-    source: tuple[int, int]
-    refined: tuple[int, int] | None
-    slice: tuple[int, int] | None
+    source: tuple[int, int]  # size of the view of the whole
+    grid: tuple[int, int] | None = None  # with the sizes below, None when the picture is not sliced
+    refined: tuple[int, int] | None = None  # the enlarged view that is cut: `grid` times `slice`
+    slice: tuple[int, int] | None = None
 
     @property
     def num_slices(self) -> int:
@@ -69,8 +65,6 @@ def best_resize(
     """Size nearest to an area of `scale_resolution ** 2` that keeps the proportions and is whole in patches (at least one).
 
     A smaller `size` keeps itself up to rounding, unless `upscale` enlarges it. Cells of a grid may be fractions.
-
-    Source: LLaVA-UHD (arXiv 2403.11703).
     """
     width, height = size
     if upscale or width * height > scale_resolution * scale_resolution:
@@ -85,8 +79,6 @@ def slice_grid(size: tuple[int, int], max_slice_nums: int = 9, scale_resolution:
 
     The ideal number of slices is the picture's area in squares of `scale_resolution`, at most `max_slice_nums`; grids of
     one slice more or fewer compete too, by the logarithms of their aspect ratios, and the first of equal ones wins.
-
-    Source: LLaVA-UHD (arXiv 2403.11703).
     """
     width, height = size
     ideal = min(math.ceil(width * height / (scale_resolution * scale_resolution)), max_slice_nums)
@@ -104,28 +96,18 @@ def slice_grid(size: tuple[int, int], max_slice_nums: int = 9, scale_resolution:
 def slice_layout(
     size: tuple[int, int], max_slice_nums: int = 9, scale_resolution: int = 448, patch_size: int = 14
 ) -> SliceLayout:
-    """Sizes of the source view, the refined view and its slices for a picture of `size` (width, height).
-
-    `max_slice_nums` 1 means no slicing. Raises ImageInputError for an empty size.
-
-    Source: LLaVA-UHD (arXiv 2403.11703); constants of the MiniCPM-V 4.5 model card.
-    """
+    """How a picture of `size` is cut; `max_slice_nums` 1 means not at all. Raises ImageInputError for an empty size."""
     width, height = size
     if width < 1 or height < 1:
         raise ImageInputError(f"picture of {width} x {height} pixels is empty; both sides must be at least 1")
     grid = slice_grid(size, max_slice_nums, scale_resolution)
     if grid is None:
-        source = best_resize(size, scale_resolution, patch_size, upscale=True)
-        return SliceLayout(grid=None, source=source, refined=None, slice=None)
+        return SliceLayout(best_resize(size, scale_resolution, patch_size, upscale=True))
     columns, rows = grid
     cell = (_nearest_multiple(width, columns) / columns, _nearest_multiple(height, rows) / rows)
     slice_width, slice_height = best_resize(cell, scale_resolution, patch_size, upscale=True)
-    return SliceLayout(
-        grid=grid,
-        source=best_resize(size, scale_resolution, patch_size, upscale=False),
-        refined=(slice_width * columns, slice_height * rows),
-        slice=(slice_width, slice_height),
-    )
+    refined = (slice_width * columns, slice_height * rows)
+    return SliceLayout(best_resize(size, scale_resolution, patch_size), grid, refined, (slice_width, slice_height))
 
 
 def resize_bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -144,37 +126,24 @@ def resize_bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 @dataclass(frozen=True)
 class SlicedImage:
-    """One picture ready for the vision tower.
+    """One picture ready for the vision tower."""
 
-    Attributes:
-        image_size: (width, height) of the upright picture, before resizing.
-        grid: (columns, rows), or None when the picture is not sliced.
-        pixel_values: float32 tensors `(3, P, P * patches)`: the source view, then the slices row by row.
-        tgt_sizes: (rows, columns) of patches, one for each tensor.
-    """
-
-    image_size: tuple[int, int]
-    grid: tuple[int, int] | None
-    pixel_values: list[torch.Tensor]
-    tgt_sizes: list[tuple[int, int]]
+    image_size: tuple[int, int]  # of the upright picture, before resizing
+    grid: tuple[int, int] | None  # None when the picture is not sliced
+    pixel_values: list[torch.Tensor]  # float32 [3, P, P * patches]: the source view, then the slices row by row
+    tgt_sizes: list[tuple[int, int]]  # (rows, columns) of patches, one for each tensor
 
 
 def pack_frames(
     frames: Sequence[SlicedImage], groups: Sequence[list[int]]
 ) -> tuple[list[torch.Tensor], list[tuple[int, int]], list[list[int]]]:
-    """Order the slices of `frames` by visual unit.
+    """Order the slices of one sample's pictures and frames by visual unit.
 
-    Args:
-        frames: pictures and frames of one sample, in order.
-        groups: those that share a unit, by ids (tenths of a second); `[-1]` is a still. From [`read_groups`].
+    `groups` (of [`read_groups`]) tells by their ids the frames that share a unit. A group with grid (columns, rows)
+    yields `1 + columns * rows` units: the source views of all its frames, then each slice position across the frames.
 
-    Returns:
-        `(pixel_values, tgt_sizes, unit_temporal_ids)`. A group of frames with grid (columns, rows) yields
-        `1 + columns * rows` units: the source views of all its frames, then each slice position across the frames.
-        `unit_temporal_ids` has one list of ids a unit; the first two lists have one entry a frame of a unit.
-
-    Raises:
-        FramePackingError: a group mixes sizes or grids.
+    Returns `(pixel_values, tgt_sizes, unit_temporal_ids)`: one entry a frame of a unit in the first two, one list of
+    ids a unit in the last. Raises FramePackingError for a group that mixes sizes or grids.
 
     Source: MiniCPM-V 4.5 (arXiv 2509.18154), 3D resampler.
     """
@@ -201,10 +170,8 @@ def read_groups(temporal_ids: Any, counts: Sequence[int]) -> list[list[list[int]
     """The groups of frames of each sample, checked against its number of pictures (`counts`).
 
     `temporal_ids` has for each sample a list of groups such as `[[0, 1, 2], [3, 4, 5], [-1]]`, or None where all are
-    stills; for one sample its groups may stand alone. Tensors and arrays may stand for lists.
-
-    Raises:
-        FramePackingError: the ids do not cover the pictures, or are not allowed.
+    stills; for one sample its groups may stand alone. Tensors and arrays may stand for lists. Raises FramePackingError
+    where the ids do not cover the pictures, or are not allowed.
     """
     samples = _as_lists(temporal_ids)
     if samples is None:
@@ -241,13 +208,9 @@ def _are_groups(sample: Any) -> bool:
 def pad_visual_inputs(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """The visual inputs of single samples as tensors with one entry a sample, for trainers that insist on them.
 
-    Args:
-        rows: for each sample `pixel_values` (slices [3, P, P * patches]), `tgt_sizes` [slices, 2] and, unless all are
-            stills, `temporal_ids` (a list of ids for each unit).
-
-    Returns:
-        `pixel_values` [B, slices, 3, P, W] and `tgt_sizes` [B, slices, 2], padded with zeros; where frames are packed also
-        `temporal_ids` [B, units, frames], padded with -2. Nothing when no sample has a slice.
+    `rows` are samples as the image processor returns them; all stills may lack `temporal_ids`. Returns `pixel_values`
+    [B, slices, 3, P, W] and `tgt_sizes` [B, slices, 2], padded with zeros; where frames are packed also `temporal_ids`
+    [B, units, frames], padded with -2. Nothing when no sample has a slice.
     """
     slices = [pixels for row in rows for pixels in row["pixel_values"]]
     if not slices:
@@ -327,13 +290,7 @@ class ImageSettings:
 
 
 class MiniCPMVImageProcessor(BaseImageProcessor):
-    """Slices pictures and turns them into patch strips for MiniCPM-V.
-
-    Args:
-        settings: those of `ImageSettings`.
-
-    Source: LLaVA-UHD (arXiv 2403.11703); MiniCPM-V 4.5 model card.
-    """
+    """Slices pictures and turns them into patch strips for MiniCPM-V. Its settings are those of `ImageSettings`."""
 
     model_input_names = ["pixel_values", "image_sizes", "tgt_sizes", "temporal_ids"]
     setting_names = {field.name for field in fields(ImageSettings)} | _SETTING_ALIASES.keys()
@@ -354,13 +311,13 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         return super().from_dict(image_processor_dict | overrides, **kwargs)
 
     def get_slice_layout(self, image_size: Sequence[int], max_slice_nums: int | None = None) -> SliceLayout:
-        """Layout of a picture of `image_size` (width, height; numbers or a tensor) under this processor's settings."""
+        """`slice_layout` of a picture of `image_size` (numbers or a tensor) under this processor's settings."""
         width, height = (int(side) for side in image_size)
         limit = self.max_slice_nums if max_slice_nums is None else _positive_int("max_slice_nums", max_slice_nums)
         return slice_layout((width, height), limit if self.slice_mode else 1, self.scale_resolution, self.patch_size)
 
     def get_sliced_grid(self, image_size: Sequence[int], max_slice_nums: int | None = None) -> tuple[int, int] | None:
-        """(columns, rows) of the slices of a picture of `image_size` (width, height); None when it is not sliced."""
+        """Grid of the slices of a picture of `image_size`; None when it is not sliced."""
         return self.get_slice_layout(image_size, max_slice_nums).grid
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
@@ -369,18 +326,12 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
 
     def get_slice_image_placeholder(
         self,
-        image_size: Sequence[int],
-        image_idx: int = 0,
-        max_slice_nums: int | None = None,
+        image_size: Sequence[int],  # (width, height), also as a tensor
+        image_idx: int = 0,  # number of the picture in its sample
+        max_slice_nums: int | None = None,  # None: this processor's setting, as for the next
         use_image_id: bool | None = None,
     ) -> str:
-        """Prompt text that stands for a picture: the source unit, then rows of slice units with "\\n" between rows.
-
-        Args:
-            image_size: (width, height) of the picture in pixels.
-            image_idx: number K in `<image_id>K</image_id>`, which counts the pictures of a sample from 0.
-            max_slice_nums, use_image_id: this processor's settings when None.
-        """
+        """Prompt text that stands for a picture: the source unit, then rows of slice units with "\\n" between rows."""
         grid = self.get_sliced_grid(image_size, max_slice_nums)
         tokens = self.unk * self.image_feature_size
         text = self.im_start + tokens + self.im_end
@@ -395,16 +346,12 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         """`load_image` under this processor's settings."""
         return load_image(image, input_data_format, self.do_exif_transpose, self.background_color)
 
-    def slice_to_patches(
-        self, image: Any, max_slice_nums: int | None = None, input_data_format: str | None = None
-    ) -> SlicedImage:
-        """Load, resize, cut and normalize one picture (anything `load_image` takes, which also says what it raises)."""
-        return self.slice_all_to_patches([image], max_slice_nums, input_data_format)[0]
-
     def slice_all_to_patches(
         self, images: Iterable[Any], max_slice_nums: int | None = None, input_data_format: str | None = None
     ) -> list[SlicedImage]:
-        """`slice_to_patches` of several pictures, taken 16 at a time, on at most `torch.get_num_threads()` threads.
+        """Load, resize, cut and normalize pictures (anything `load_image` takes, which also says what it raises).
+
+        They are taken 16 at a time, on at most `torch.get_num_threads()` threads.
 
         The tensors of a call share memory, by up to 16 pictures: clone one to store it alone.
         """
@@ -464,17 +411,15 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         Args:
             images: anything `load_image` takes, or lists of it; `[]` is one sample without pictures.
             do_pad, kwargs: accepted from vLLM, LLaMA-Factory and others; slices are never padded.
-            max_slice_nums: for this call; the processor's own when None.
+            max_slice_nums, input_data_format: see `ImageOptions`.
             temporal_ids: see [`read_groups`].
             return_tensors: None or "pt" give torch tensors, "np" numpy arrays, in nested lists: slices differ in size.
-            input_data_format: "channels_first" or "channels_last" for arrays and tensors.
 
         Returns:
             One entry a sample of `pixel_values` (slices [3, P, P * patches], float32), `image_sizes` (width, height),
             `tgt_sizes` [slices, 2] (rows, columns in patches) and `temporal_ids` (a list a unit, `[-1]` for a still).
 
-        Raises:
-            ImageInputError, FramePackingError: pictures or ids that cannot be used.
+        Raises ImageInputError and FramePackingError for pictures and ids that cannot be used.
         """
         samples = _as_samples(images)
         groups = read_groups(temporal_ids, [len(pictures) for pictures in samples])

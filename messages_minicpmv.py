@@ -36,16 +36,10 @@ VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpe
 
 
 def read_message(message: Any, media: dict[str, list], guard: re.Pattern | None = None) -> dict[str, Any]:
-    """A message as the template reads it; its pictures and videos are appended to `media`.
+    """A message, of the kinds that `MiniCPMVProcessor.apply_chat_template` describes, as the template reads it.
 
-    Args:
-        message: `{"role", "content", ...}`; content as `MiniCPMVProcessor.apply_chat_template` describes it.
-        media: `{"image": list, "video": list}`.
-        guard: pattern of the control tokens to mark as typed ([`control_tokens`]); None leaves them.
-
-    Raises:
-        MiniCPMVError: it is no message.
-        ImageInputError: a part of its content is none.
+    Its pictures and videos are appended to `media` (`{"image": list, "video": list}`). What `guard` finds
+    ([`typed_guard`]) is marked as typed; None leaves it. Raises MiniCPMVError where it is no message.
     """
     message = _as_mapping(message)
     if not isinstance(message, Mapping) or "role" not in message:
@@ -167,9 +161,7 @@ def mark_typed(value: Any, guard: re.Pattern | None, allowed: frozenset[str] = f
 def encode_prompt(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids of a prompt, and the (start, end) in `text` of each. Control tokens count, but not those marked as typed."""
     if TYPED not in text:
-        encoded = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-        )
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return encoded["input_ids"], encoded["offset_mapping"]
     backend = tokenizer.backend_tokenizer
     plain = Tokenizer(backend.model)  # the same vocabulary, in which control tokens are not looked for

@@ -179,17 +179,15 @@ class MiniCPMVProcessor(ProcessorBase):
     ) -> BatchFeature:
         """Turn rendered prompts with pictures and videos into the inputs of the model.
 
-        Control tokens in `text` count; what users typed comes by way of `apply_chat_template`.
-
         Args:
             text: a prompt, or a list of them. `(<image>./</image>)` marks the place of a picture, `(<video>./</video>)`
-                that of a video.
+                that of a video. Control tokens count; what users typed comes by way of `apply_chat_template`.
             images: one list of pictures a prompt (TRL), or one flat list that the places share out in order (SGLang).
                 Whatever the image processor loads: PIL, path, bytes, array, tensor, data or http URL.
             videos: likewise; whatever the video processor loads.
             temporal_ids: makes pictures the frames of clips: for each prompt a list of groups with one id a frame
                 (tenths of a second), such as `[[-1], [0, 3, 6]]`; [-1] is a still picture.
-            kwargs: options, those of `ImageOptions`, `VideoOptions` and `TextOptions`. The dicts `images_kwargs`,
+            kwargs: options of `ImageOptions`, `VideoOptions` and `TextOptions`; those in the dicts `images_kwargs`,
                 `videos_kwargs` and `text_kwargs` reach one part alone. And:
             return_metadata: also give `video_metadata`, one report a video.
             pad_pixel_values: give the tensors of `pad_visual_inputs` instead of nested lists.
@@ -203,8 +201,7 @@ class MiniCPMVProcessor(ProcessorBase):
             of `pixel_values` (slices [3, P, P * patches]), `tgt_sizes` [slices, 2], `image_sizes` (width, height) and
             `image_bound` [units, 2]. When frames are packed, `temporal_ids`.
 
-        Raises:
-            MiniCPMVError: places and pictures differ in number. Its kinds are attributes of the processor.
+        Raises MiniCPMVError, whose kinds are attributes of the processor.
         """
         if _is_text(images) and not _is_text(text):  # transformers' own order is (images, text)
             text, images = images, text
@@ -282,8 +279,7 @@ class MiniCPMVProcessor(ProcessorBase):
             hint = did_you_mean(name, set().union(*parts.values()))
             logger.warning_once(f"{type(self).__name__} does not know the keyword {name!r} and ignores it.{hint}")
         images, text = (
-            {name: value for name, value in options[part].items() if name in parts[part]}
-            for part in ("images", "text")
+            {name: options[part][name] for name in options[part].keys() & parts[part]} for part in ("images", "text")
         )
         return _Options(ImageOptions(**images), options["videos"], TextOptions(**text), media_cache)
 
@@ -310,10 +306,8 @@ class MiniCPMVProcessor(ProcessorBase):
                 following = place + len(group)
                 between = "".join(texts[place + 1 : following])
                 if VIDEO_PLACEHOLDER in kinds[place:following] or between.strip():
-                    raise FramePackingError(
-                        f"The frames of group {group} do not stand together in the prompt: {between.strip()[:40]!r} or a "
-                        "video is between them. Put the frames of a group next to each other."
-                    )
+                    found = f"do not stand together in the prompt: {between.strip()[:40]!r} or a video is between them"
+                    raise FramePackingError(f"The frames of group {group} {found}. Put them next to each other.")
                 members = [next(frames) for _ in group]
                 sample.add(*pack_frames(members, [group]), [frame.image_size for frame in members])
                 units = self.image_processor.get_slice_image_placeholder(
@@ -347,7 +341,7 @@ class MiniCPMVProcessor(ProcessorBase):
         made = {id(image): sliced for image, sliced in zip(missing, make(missing), strict=True)}
 
         def of(image: Any) -> SlicedImage:  # those not among the missing, the cache has let go of since
-            return made[id(image)] if id(image) in made else make([image])[0]
+            return made.get(id(image)) or make([image])[0]
 
         return [cache.get("image", image, partial(of, image)) for image in images]
 
@@ -484,21 +478,17 @@ class MiniCPMVProcessor(ProcessorBase):
 
     # ---- for other software ----
 
-    def _get_num_multimodal_tokens(
-        self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
-    ) -> MultiModalData:
+    def _get_num_multimodal_tokens(self, image_sizes: Sequence | None = None, **kwargs: Any) -> MultiModalData:
         """Slots and slices that pictures of `image_sizes` (height, width) take.
 
         Serving engines split the places where `mm_token_type_ids` is 1 by these numbers; tokens around slots are not.
         """
         if image_sizes is None:
             return MultiModalData()
-        number_of, query_num = (
-            self.image_processor.get_number_of_image_patches,
-            self.image_processor.image_feature_size,
-        )
-        slices = [number_of(height, width, kwargs) for height, width in image_sizes]
-        return MultiModalData(num_image_tokens=[query_num * count for count in slices], num_image_patches=slices)
+        images = self.image_processor
+        slices = [images.get_number_of_image_patches(height, width, kwargs) for height, width in image_sizes]
+        tokens = [images.image_feature_size * count for count in slices]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=slices)
 
     @classmethod
     def _get_arguments_from_pretrained(

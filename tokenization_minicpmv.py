@@ -46,10 +46,8 @@ class MiniCPMVTokenizerFast(TokenizerBase):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.backend_tokenizer.get_vocab_size(with_added_tokens=False) < 256:  # not even a token for each byte
-            raise ValueError(
-                "This tokenizer has no vocabulary: tokenizer.json is missing in its folder. Make it with "
-                "`minicpmv build-tokenizer FOLDER` (in a clone: `make demo`)."
-            )
+            remedy = "Make it with `minicpmv build-tokenizer FOLDER` (in a clone: `make demo`)."
+            raise ValueError(f"This tokenizer has no vocabulary: tokenizer.json is missing in its folder. {remedy}")
 
     bos_id = property(attrgetter("bos_token_id"), doc="Id of `<|im_start|>`.")
     eos_id = property(attrgetter("eos_token_id"), doc="Id of `<|im_end|>`.")

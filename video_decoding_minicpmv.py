@@ -41,19 +41,12 @@ class FrameSamplingError(MiniCPMVError):  # here for the reason of FramePackingE
 
 
 class FrameSource:
-    """An open video.
+    """An open video."""
 
-    Attributes:
-        decoder: what reads it.
-        num_frames: frames it has.
-        native_fps: frames per second; None for frames without a clock (lists, arrays, folders).
-        times: seconds at which each frame is shown, or None where only the rate is known.
-    """
-
-    decoder = "frames"
+    decoder = "frames"  # what reads it
     num_frames: int
-    native_fps: float | None = None
-    times: np.ndarray | None = None
+    native_fps: float | None = None  # None for frames without a clock (lists, arrays, folders)
+    times: np.ndarray | None = None  # seconds at which each frame is shown, or None where only the rate is known
 
     def frames(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         """The frames at `indices` (rising) as RGB pictures, one at a time. Raises VideoInputError for damaged ones."""
@@ -250,9 +243,8 @@ def _open_file(source: Any, name: str, load: Callable[[Any], Image.Image]) -> Fr
     except ImportError as error:
         raise VideoInputError(f"PyAV is needed to read {name}: pip install av") from error
     except DECODE_ERRORS as error:
-        raise VideoInputError(
-            f"{name} cannot be read as a video ({_first_line(error)}). Check that it is a whole file with a picture track"
-        ) from error
+        what = f"{name} cannot be read as a video ({_first_line(error)})"
+        raise VideoInputError(f"{what}. Check that it is a whole file with a picture track") from error
 
 
 def _refuse_address(name: Any) -> None:
@@ -263,12 +255,8 @@ def _refuse_address(name: Any) -> None:
 def open_video(video: Any, load: Callable[[Any], Image.Image]) -> FrameSource:
     """Open a path, bytes, open file, folder of frames, list of frames or 4-D array.
 
-    Args:
-        load: turns what the caller gave as a frame (and a frame of an animation) into an RGB picture.
-
-    Raises:
-        VideoInputError: missing, broken, too large, empty, an address, without a picture track, or not a video; or PyAV is
-            not installed.
+    `load` turns what the caller gave as a frame (and a frame of an animation) into an RGB picture. Raises
+    VideoInputError, also where PyAV is not installed.
     """
     if isinstance(video, (str, os.PathLike)):
         name = os.fspath(video)

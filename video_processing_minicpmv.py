@@ -6,8 +6,6 @@ What is special:
 - The sampling recipe is the published one, number for number, float truncation included. It differs in what the
   recipe leaves open: at least one frame, and never the same frame twice.
 - Only the frames that were chosen are decoded into pictures, and each is sliced before the next ones come.
-
-Reading order: options -> which frames (pure functions) -> the processor.
 """
 
 import math
@@ -22,8 +20,8 @@ from PIL import Image
 from transformers.video_processing_utils import BaseVideoProcessor  # at the top level a dummy without torchvision
 
 from .compat_minicpmv import NestedBatchFeature
-from .configuration_minicpmv import MiniCPMVError
-from .image_loading_minicpmv import ImageInputError  # noqa: F401  # transformers 4 copies only the files named here
+from .configuration_minicpmv import MiniCPMVError  # noqa: F401  # transformers 4 copies only the files named here
+from .image_loading_minicpmv import ImageInputError  # noqa: F401  # likewise
 from .image_processing_minicpmv import MiniCPMVImageProcessor, did_you_mean, visual_features
 from .video_decoding_minicpmv import FrameSamplingError, VideoInputError, flatten_videos, open_video
 
@@ -40,9 +38,7 @@ class VideoOptions:
     fps: float = 3  # frames per second to look at
     max_num_frames: int = 180  # groups (of 64 tokens) before frames are packed more tightly
     max_num_packing: int = 3  # most frames in a group, 1 to 6; with 6 a frame of 448 x 448 costs a 96th of its patches
-    force_packing: int | None = (
-        None  # frames in a group (at most max_num_packing) for clips that the recipe would not pack
-    )
+    force_packing: int | None = None  # frames in a group, at most max_num_packing, whatever the recipe says
     num_frames: int | None = None  # a number of frames instead of a rate; a shorter clip gives all it has
     time_scale: float = 0.1  # seconds that one step of a temporal id means; the model was trained with 0.1
     # "uniform" takes the centers of equal time bins; "keyframes" as many frames with the same packing, but those that
@@ -146,21 +142,10 @@ def _check_clip(total_num_frames: int, native_fps: Any) -> float:
     return float(native_fps)
 
 
-def temporal_ids_of(
-    indices: Sequence[int], native_fps: float, time_scale: float = 0.1, total_num_frames: int | None = None
-) -> list[int]:
-    """Temporal ids of frames of a clip with a constant rate: the time of each in units of `time_scale` seconds.
-
-    `total_num_frames` bounds the ids to the clip, as the published recipe does: without it the last frame of a clip
-    may get the id of its end. The ids never decrease where `indices` do not.
-    """
-    duration = None if total_num_frames is None else total_num_frames / native_fps
-    return temporal_ids_at(np.asarray(indices, dtype=np.float64) / native_fps, time_scale, duration)
-
-
 def temporal_ids_at(seconds: np.ndarray, time_scale: float = 0.1, duration: float | None = None) -> list[int]:
     """Temporal ids of frames shown at `seconds`: the nearest multiple of `time_scale`, divided by it and truncated.
 
+    `duration` bounds them, as the published recipe does: without it a clip's last frame may get the id of its end.
     The division is done in floating point and loses one in 6 % of the cases (43 * 0.1 / 0.1 is 42.99...). The model
     was trained and published with these numbers, so they stay. Half-way times go to the earlier multiple.
     """
@@ -172,11 +157,6 @@ def temporal_ids_at(seconds: np.ndarray, time_scale: float = 0.1, duration: floa
     nearer_above = np.abs(above * time_scale - seconds) < np.abs(seconds - below * time_scale)
     nearest = np.where(nearer_above, above, below) * time_scale
     return (nearest / time_scale).astype(np.int32).tolist()
-
-
-def group_temporal_ids(temporal_ids: Sequence[int], packing: int) -> list[list[int]]:
-    """Cut the ids of all frames into groups of `packing`; the last group may be short."""
-    return [list(temporal_ids[i : i + packing]) for i in range(0, len(temporal_ids), packing)]
 
 
 def keyframe_indices(thumbnails: Iterator[np.ndarray], plan: FramePlan) -> tuple[int, ...]:
@@ -242,9 +222,8 @@ class SampledVideo:
 class MiniCPMVVideoProcessor(BaseVideoProcessor):
     """Samples, decodes and slices videos for MiniCPM-V 4.5.
 
-    Args:
-        settings: those of `VideoOptions`, each of which can also be given to a single call, and those of
-            `MiniCPMVImageProcessor`, which slices the frames (`image_processor`).
+    Its settings are those of `VideoOptions`, each of which can also be given to a single call, and those of
+    `MiniCPMVImageProcessor`, which slices the frames (`image_processor`).
 
     Frame lists, folders and arrays have no clock: give `video_metadata={"fps": ...}`; without it they count as frames
     sampled at `fps`, and all are kept up to `max_num_frames * max_num_packing`. Where a clip's rate varies, frames are
@@ -267,9 +246,7 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
     def options(self, **changes: Any) -> VideoOptions:
         """This processor's options with those of one call over them; None means the processor's own.
 
-        Raises:
-            TypeError: an unknown option.
-            FrameSamplingError: an option outside its range.
+        Raises TypeError for an unknown option, FrameSamplingError for one outside its range.
         """
         for name in changes.keys() - self.option_names:
             hint = did_you_mean(name, self.option_names)
@@ -284,11 +261,9 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
             video: a path, bytes or open file of a video, GIF, APNG or animated WebP; a folder of frames (natural
                 order); a list of frames; an array or tensor (frames, height, width, 3) or (frames, 3, height, width).
             video_metadata: `{"fps": ...}`, the clock of a list of frames.
-            options: see `VideoOptions`; None means the processor's own setting.
+            options: see `options`, which also says what they raise.
 
-        Raises:
-            VideoInputError, ImageInputError: the video, or a frame of a list or folder, cannot be used.
-            FrameSamplingError: an option outside its range. TypeError: an unknown one.
+        Raises VideoInputError and ImageInputError for a video, or a frame of a list or folder, that cannot be used.
         """
         settings = self.options(**options)
         decoded, groups, report = self._sample(video, video_metadata, settings)
@@ -312,10 +287,7 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
             return_metadata: adds `video_metadata`, one `VideoReport` per video.
             return_tensors: None or "pt" give torch tensors, "np" numpy arrays, in nested lists either way.
 
-        Returns:
-            As `MiniCPMVImageProcessor.preprocess`, one entry a video.
-
-        Raises: as `sample_video`.
+        Returns what `MiniCPMVImageProcessor.preprocess` does, one entry a video; raises as `sample_video`.
         """
         settings = self.options(**options)
         videos = flatten_videos(videos)
@@ -372,7 +344,8 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
         if variable:
             ids = temporal_ids_at(clock[indices] - clock[first], options.time_scale)
         else:
-            ids = temporal_ids_of(plan.indices, native_fps, options.time_scale, stop - first)
+            seconds = np.array(plan.indices) / native_fps
+            ids = temporal_ids_at(seconds, options.time_scale, (stop - first) / native_fps)
 
         def decode() -> Iterator[Image.Image]:
             try:
@@ -391,7 +364,8 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
             num_groups=plan.num_groups,
             variable_frame_rate=variable,
         )
-        return decode(), group_temporal_ids(ids, plan.packing), report
+        groups = [ids[i : i + plan.packing] for i in range(0, len(ids), plan.packing)]  # the last may be short
+        return decode(), groups, report
 
     def _completed(self, report: VideoReport, size: tuple[int, int], units: int) -> VideoReport:
         tokens = units * self.image_processor.image_feature_size

@@ -107,11 +107,11 @@ class Bench:
     def parts(self, image: Image.Image) -> None:
         images = self.processor.image_processor
         resizes = self.seconds(lambda: resize_only(images, [image], MAX_SLICE_NUMS))
-        everything = self.seconds(lambda: images.slice_to_patches(image, MAX_SLICE_NUMS))
+        everything = self.seconds(lambda: images.slice_all_to_patches([image], MAX_SLICE_NUMS)[0])
         self.add(
             f"preprocessing {image.width}x{image.height}", everything * 1e3, "ms", resizes * 1e3, "Pillow resizes"
         )
-        sliced = images.slice_to_patches(image, MAX_SLICE_NUMS)
+        sliced = images.slice_all_to_patches([image], MAX_SLICE_NUMS)[0]
         slices = [pixels.to(self.device, self.dtype) for pixels in sliced.pixel_values]
         sizes, patches = sliced.tgt_sizes, [rows * columns for rows, columns in sliced.tgt_sizes]
         model, vision = self.model, self.model.config.vision_config

@@ -126,7 +126,7 @@ def test_empty_size_is_refused(size):
 @given(st.tuples(st.integers(1, 150), st.integers(1, 150)), st.integers(1, 9), st.booleans())
 def test_placeholder_counts_equal_pixel_slices(size, limit, use_image_id):
     processor = MiniCPMVImageProcessor(scale_resolution=32, patch_size=4, image_feature_size=5)
-    sliced = processor.slice_to_patches(Image.new("RGB", size), limit)
+    sliced = processor.slice_all_to_patches([Image.new("RGB", size)], limit)[0]
     text = processor.get_slice_image_placeholder(size, 3, limit, use_image_id)
     assert len(sliced.pixel_values) == text.count("<image>") + text.count("<slice>")
     assert len(sliced.pixel_values) == processor.get_number_of_image_patches(
@@ -179,7 +179,7 @@ def test_pixels_match_the_reference(processor, case):
 
 def test_strips_are_the_patches_of_equal_cuts_row_by_row(tiny):
     image = wave(90, 50)
-    sliced = tiny.slice_to_patches(image)
+    sliced = tiny.slice_all_to_patches([image])[0]
     (columns, rows), side = sliced.grid, tiny.patch_size
     tall, wide = sliced.tgt_sizes[1]
     refined = image.resize((columns * wide * side, rows * tall * side), Image.Resampling.BICUBIC)
@@ -212,7 +212,7 @@ def test_tall_pictures_have_the_pixels_of_pillow_9_to_12_whose_first_pass_is_hor
 def test_mean_and_std_of_each_channel_are_used():
     mean, std = [0.1, 0.2, 0.3], [0.5, 0.25, 0.2]
     processor = MiniCPMVImageProcessor(norm_mean=mean, norm_std=std)
-    strip = processor.slice_to_patches(Image.new("RGB", (448, 448), (255, 0, 51))).pixel_values[0]
+    strip = processor.slice_all_to_patches([Image.new("RGB", (448, 448), (255, 0, 51))])[0].pixel_values[0]
     expected = [(value / 255 - m) / s for value, m, s in zip((255, 0, 51), mean, std, strict=True)]
     assert strip.amax((1, 2)).tolist() == pytest.approx(expected, abs=1e-6)
 
@@ -226,7 +226,7 @@ def test_threads_and_order_do_not_change_the_result(tiny):
     finally:
         torch.set_num_threads(threads)
     for image, sliced in zip(images, together, strict=True):
-        alone = tiny.slice_to_patches(image)
+        alone = tiny.slice_all_to_patches([image])[0]
         assert (sliced.image_size, sliced.grid, sliced.tgt_sizes) == (alone.image_size, alone.grid, alone.tgt_sizes)
         assert all(map(torch.equal, sliced.pixel_values, alone.pixel_values))
 
@@ -235,7 +235,7 @@ def test_threads_and_order_do_not_change_the_result(tiny):
     "size", [(1, 1), (2, 2), (3, 5000), (5000, 3), (1, 5000), (449, 448), (448, 4032), (365, 211), (1084, 820)]
 )
 def test_odd_sizes(processor, size):
-    sliced = processor.slice_to_patches(Image.new("RGB", size))
+    sliced = processor.slice_all_to_patches([Image.new("RGB", size)])[0]
     assert sliced.image_size == size
     assert len(sliced.pixel_values) == processor.get_slice_image_placeholder(size).count("</") - 1
     for strip, (rows, columns) in zip(sliced.pixel_values, sliced.tgt_sizes, strict=True):
@@ -244,7 +244,7 @@ def test_odd_sizes(processor, size):
 
 
 def test_large_picture(processor):
-    sliced = processor.slice_to_patches(Image.new("RGB", (8000, 8000), "white"))
+    sliced = processor.slice_all_to_patches([Image.new("RGB", (8000, 8000), "white")])[0]
     assert sliced.grid == (3, 3) and len(sliced.pixel_values) == 10
     assert (sliced.pixel_values[9] == 1).all()
 
@@ -329,7 +329,7 @@ def test_exif_orientation_is_applied(orientation, format):
     once = load_image(data)
     assert load_image(once).tobytes() == once.tobytes() and load_image(once).size == once.size
     assert load_image(data, do_exif_transpose=False).size == stored.size
-    assert MiniCPMVImageProcessor(do_exif_transpose=False).slice_to_patches(data).image_size == stored.size
+    assert MiniCPMVImageProcessor(do_exif_transpose=False).slice_all_to_patches([data])[0].image_size == stored.size
 
 
 def test_unreadable_exif_leaves_the_picture_as_stored():
@@ -385,7 +385,7 @@ def address():
 
 def test_a_picture_at_an_address_is_as_if_it_were_a_file(address):
     assert pixels(f"{address}/picture.png").tolist() == [[[9, 8, 7], [255] * 3]]
-    with pytest.raises(ImageInputError, match=f"{address}/page: not a picture.*perhaps a page"):
+    with pytest.raises(ImageInputError, match=f"{address}/page: not a picture.*perhaps a page of text"):
         load_image(f"{address}/page")
 
 
@@ -548,7 +548,7 @@ def test_damaged_files_give_a_picture_or_the_typed_error(format, data):
 
 
 def test_packed_slices_are_ordered_by_position_across_the_frames(processor):
-    frames = [processor.slice_to_patches(wave(900, 500, k), 2) for k in range(4)]
+    frames = [processor.slice_all_to_patches([wave(900, 500, k)], 2)[0] for k in range(4)]
     pixel_values, tgt_sizes, unit_ids = pack_frames(frames, [[0, 5], [10, 15]])
     assert unit_ids == [[0, 5]] * 3 + [[10, 15]] * 3
     assert tgt_sizes == ([(24, 43)] * 2 + [(34, 30)] * 4) * 2
@@ -558,7 +558,9 @@ def test_packed_slices_are_ordered_by_position_across_the_frames(processor):
 
 
 def test_stills_and_groups_mix(tiny):
-    frames = [tiny.slice_to_patches(wave(90, 50))] + [tiny.slice_to_patches(wave(20, 20, k), 1) for k in range(3)]
+    frames = [tiny.slice_all_to_patches([wave(90, 50)])[0]] + [
+        tiny.slice_all_to_patches([wave(20, 20, k)], 1)[0] for k in range(3)
+    ]
     pixel_values, tgt_sizes, unit_ids = pack_frames(frames, [[-1], [0, 1], [2]])
     assert unit_ids == [[-1]] * 4 + [[0, 1], [2]]
     assert len(pixel_values) == len(tgt_sizes) == 7
@@ -566,7 +568,7 @@ def test_stills_and_groups_mix(tiny):
 
 
 def test_groups_of_different_shapes_do_not_pack(tiny):
-    frames = [tiny.slice_to_patches(Image.new("RGB", size)) for size in ((20, 20), (20, 20), (90, 50))]
+    frames = [tiny.slice_all_to_patches([Image.new("RGB", size)])[0] for size in ((20, 20), (20, 20), (90, 50))]
     with pytest.raises(FramePackingError, match="different shapes"):
         pack_frames(frames, [[0, 1, 2]])
 

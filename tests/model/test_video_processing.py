@@ -29,11 +29,16 @@ video_decoding = ground_floor("video_decoding_minicpmv")
 FrameSamplingError = video_processing.FrameSamplingError
 VideoInputError = video_processing.VideoInputError
 VideoOptions = video_processing.VideoOptions
-temporal_ids_of = video_processing.temporal_ids_of
 
 
 def plan_frames(total, native_fps, **options):
     return video_processing.plan_frames(total, native_fps, VideoOptions(**options))
+
+
+def temporal_ids_of(indices, native_fps, time_scale=0.1, total_num_frames=None):
+    """Those of a clip with a constant rate."""
+    duration = None if total_num_frames is None else total_num_frames / native_fps
+    return video_processing.temporal_ids_at(np.asarray(indices) / native_fps, time_scale, duration)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +141,7 @@ def test_published_sampling_table(total, native, fps, frames, packing, groups, t
         tokens,
     )
     ids = temporal_ids_of(plan.indices, native, total_num_frames=total)
-    grouped = video_processing.group_temporal_ids(ids, plan.packing)
+    grouped = [ids[i : i + plan.packing] for i in range(0, len(ids), plan.packing)]
     assert len(grouped) == groups
     assert functools.reduce(operator.iadd, grouped, []) == ids
 
