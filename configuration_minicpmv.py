@@ -10,6 +10,33 @@ from transformers import PretrainedConfig, Qwen3Config
 
 
 RESAMPLER_HEAD_DIM = 128  # width of a resampler head; their number follows from `hidden_size`
+VISION_DEFAULTS = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "image_size": 980,
+    "patch_size": 14,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+}
+LANGUAGE_DEFAULTS = {
+    "vocab_size": 151748,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "tie_word_embeddings": False,
+}
 
 
 class MiniCPMVError(ValueError):
@@ -32,32 +59,9 @@ class MiniCPMVVisionConfig(PretrainedConfig):
     model_type = "siglip"
     base_config_key = "vision_config"
 
-    def __init__(
-        self,
-        hidden_size: int = 1152,
-        intermediate_size: int = 4304,
-        num_hidden_layers: int = 27,
-        num_attention_heads: int = 16,
-        num_channels: int = 3,
-        image_size: int = 980,
-        patch_size: int = 14,
-        hidden_act: str = "gelu_pytorch_tanh",
-        layer_norm_eps: float = 1e-6,
-        attention_dropout: float = 0.0,
-        initializer_range: float = 0.02,
-        **kwargs,
-    ):
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_channels = num_channels
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.hidden_act = hidden_act
-        self.layer_norm_eps = layer_norm_eps
-        self.attention_dropout = attention_dropout
-        self.initializer_range = initializer_range
+    def __init__(self, **kwargs):
+        for name, published in VISION_DEFAULTS.items():
+            setattr(self, name, kwargs.pop(name, published))
         super().__init__(**kwargs)
 
 
@@ -112,17 +116,6 @@ class MiniCPMVConfig(Qwen3Config):
         slice_mode: bool = True,
         batch_vision_input: bool = True,
         batch_3d_resampler: bool = True,
-        vocab_size: int = 151748,
-        hidden_size: int = 4096,
-        intermediate_size: int = 12288,
-        num_hidden_layers: int = 36,
-        num_attention_heads: int = 32,
-        num_key_value_heads: int = 8,
-        head_dim: int = 128,
-        max_position_embeddings: int = 40960,
-        max_window_layers: int = 36,
-        bos_token_id: int = 151643,
-        eos_token_id: int = 151645,
         **kwargs,
     ):
         # Sub-configs stand before `super().__init__`, which hands them the attention implementation.
@@ -141,21 +134,7 @@ class MiniCPMVConfig(Qwen3Config):
         self.batch_3d_resampler = batch_3d_resampler
         if not kwargs.get("rope_parameters"):
             kwargs.setdefault("rope_theta", 1000000.0)
-        kwargs.setdefault("tie_word_embeddings", False)
-        super().__init__(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            num_key_value_heads=num_key_value_heads,
-            head_dim=head_dim,
-            max_position_embeddings=max_position_embeddings,
-            max_window_layers=max_window_layers,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            **kwargs,
-        )
+        super().__init__(**(LANGUAGE_DEFAULTS | kwargs))
         self._check()
 
     def get_text_config(self, *args, **kwargs) -> "MiniCPMVConfig":
@@ -165,21 +144,16 @@ class MiniCPMVConfig(Qwen3Config):
     def to_dict(self) -> dict:
         """The published flat layout, with `rope_theta` even where this version of transformers keeps it elsewhere."""
         output = super().to_dict()
-        rope_parameters = output.get("rope_parameters")
-        if rope_parameters:
+        if rope_parameters := output.get("rope_parameters"):
             output["rope_theta"] = rope_parameters["rope_theta"]
         return output
 
     def _check(self) -> None:
         """Raise a MiniCPMVError that names both fields when two of them contradict each other."""
         vision, patch_size = self.vision_config, self.patch_size
-        equal = (
-            ("vision_config.patch_size", vision.patch_size),
-            ("slice_config.patch_size", self.slice_config.patch_size),
-        )
-        for name, value in equal:
-            if value != patch_size:
-                raise MiniCPMVError(f"patch_size ({patch_size}) and {name} ({value}) have to be equal.")
+        for name in ("vision_config", "slice_config"):
+            if (value := getattr(self, name).patch_size) != patch_size:
+                raise MiniCPMVError(f"patch_size ({patch_size}) and {name}.patch_size ({value}) have to be equal.")
         multiples = (
             ("hidden_size", self.hidden_size, "the resampler's head width", RESAMPLER_HEAD_DIM),
             ("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads),

@@ -35,11 +35,9 @@ DEFAULT_THRESHOLD = 0.5  # not calibrated: what pays differs between checkpoints
 def need_to_think(certainty: float, question_tokens: int, pictures: int) -> float:
     """Need from 0 to 1: four parts uncertainty, one part complexity.
 
-    Args:
-        certainty: the lowest of the probabilities that the model gave the likeliest token at each place of its draft: an
-            answer is as certain as its weakest token.
-        question_tokens, pictures: of the question; a picture or a clip counts as 32 tokens. 480 are a complexity of 1, 96
-            a half, 32 a quarter: their logarithm counts.
+    `certainty` is the lowest of the probabilities that the model gave the likeliest token at each place of its draft: an
+    answer is as certain as its weakest token. A picture or a clip counts as 32 tokens of the question. 480 are a
+    complexity of 1, 96 a half, 32 a quarter: their logarithm counts.
     """
     complexity = min(1.0, math.log2(1 + (question_tokens + 32 * pictures) / 32) / 4)
     return (1 - COMPLEXITY_SHARE) * (1 - certainty) + COMPLEXITY_SHARE * complexity
@@ -56,11 +54,8 @@ def least_certainty(logits: Iterable[torch.Tensor]) -> float:
 class ThoughtBudget(LogitsProcessor):
     """Closes a thought that is still open after `budget` tokens, in each row of a batch by itself.
 
-    Args:
-        budget: most tokens of a thought.
-        prompt_length: tokens (with padding) before the thought.
-        think_end: id of `</think>`.
-        closing: ids that close a thought; `think_end` among them.
+    `prompt_length` counts the tokens (with padding) before the thought; `closing` are the ids that close it, with
+    `think_end`, the id of `</think>`, among them.
     """
 
     def __init__(self, budget: int, prompt_length: int, think_end: int, closing: Sequence[int]):
@@ -82,11 +77,8 @@ class SeededChoice(LogitsProcessor):
     """Chooses each token by numbers of its own and leaves it alone, so that whatever draws has nothing to decide.
 
     The token is the one where the cumulated probability passes the number. `MiniCPMV` puts this processor behind the
-    ones of temperature, top_p and the like.
-
-    Args:
-        seeds: one a row of the batch. A row depends on its seed and its scores, not on the rows beside it.
-        prompt_length: tokens (with padding) before the first step.
+    ones of temperature, top_p and the like. There is one seed a row of the batch: a row depends on its seed and its
+    scores, not on the rows beside it. `prompt_length` counts the tokens (with padding) before the first step.
     """
 
     def __init__(self, seeds: Sequence[int | str], prompt_length: int):

@@ -11,11 +11,11 @@ What is special:
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, Qwen3ForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -34,6 +34,7 @@ from .resampler import STILL_IMAGE_ID, Resampler
 from .vision_minicpmv import MiniCPMVVisionTransformer
 
 
+Nested: TypeAlias = Sequence | Tensor  # visual inputs as nested lists of tensors or as one padded tensor
 VISUAL_INPUTS = ("pixel_values", "tgt_sizes", "temporal_ids")
 # Processors and other software pass these along; the model finds all it needs in `input_ids` and VISUAL_INPUTS.
 UNUSED_INPUTS = ("image_bound", "image_sizes", "mm_token_type_ids", "video_metadata")
@@ -41,10 +42,8 @@ TEMPORAL_PADDING_ID = -2  # fills up `temporal_ids` in tensor form
 
 
 def flatten_visual_inputs(
-    pixel_values: Sequence | torch.Tensor,
-    tgt_sizes: Sequence | torch.Tensor,
-    temporal_ids: Sequence | torch.Tensor | None = None,
-) -> tuple[list[torch.Tensor], list[tuple[int, int]], list[list[int]]]:
+    pixel_values: Nested, tgt_sizes: Nested, temporal_ids: Nested | None = None
+) -> tuple[list[Tensor], list[tuple[int, int]], list[list[int]]]:
     """Bring every accepted layout of the visual inputs to flat lists.
 
     Args:
@@ -55,44 +54,35 @@ def flatten_visual_inputs(
         temporal_ids: None when all are still pictures; else one list a sample of units, each a list with one id a
             frame; or a tensor [B, units, frames] filled up with -2.
 
-    Returns:
-        slices (list of tensors [3, P, P * patches]), sizes (list of (rows, columns)), units (list of lists of ids).
-
-    Raises:
-        ValueError: when the numbers of slices, sizes and temporal ids differ.
+    Returns the slices, their sizes, and the ids of each unit; a ValueError tells when their numbers differ.
     """
-    if isinstance(pixel_values, torch.Tensor):
+    slices = []
+    if isinstance(pixel_values, Tensor):
         slices = list(pixel_values.flatten(0, -4))
     else:
-        slices = []
         for sample in pixel_values:
-            is_slice = isinstance(sample, torch.Tensor) and sample.dim() == 3
+            is_slice = isinstance(sample, Tensor) and sample.dim() == 3
             slices.extend([sample] if is_slice else [pixels for pixels in sample if pixels.dim() == 3])
-    parts = [tgt_sizes] if isinstance(tgt_sizes, torch.Tensor) else [torch.as_tensor(part) for part in tgt_sizes]
+    parts = [tgt_sizes] if isinstance(tgt_sizes, Tensor) else [torch.as_tensor(part) for part in tgt_sizes]
     parts = [part.reshape(-1, 2).long() for part in parts if part.numel()]
     # One transfer for all, should they lie on an accelerator.
     sizes = [tuple(size) for size in torch.cat(parts).tolist()] if parts else []
     if len(slices) != len(sizes):
         raise ValueError(f"pixel_values hold {len(slices)} slices, but tgt_sizes {len(sizes)} sizes.")
-    present = [index for index, size in enumerate(sizes) if size != (0, 0)]
-    slices, sizes = [slices[index] for index in present], [sizes[index] for index in present]
-    if isinstance(pixel_values, torch.Tensor):
-        patch_size = pixel_values.shape[-2]
-        slices = [
-            pixels[..., : rows * columns * patch_size] for pixels, (rows, columns) in zip(slices, sizes, strict=True)
-        ]
+    slices = [pixels for pixels, size in zip(slices, sizes, strict=True) if size != (0, 0)]
+    sizes = [size for size in sizes if size != (0, 0)]
+    if isinstance(pixel_values, Tensor):
+        widths = [rows * columns * pixels.shape[-2] for pixels, (rows, columns) in zip(slices, sizes, strict=True)]
+        slices = [pixels[..., :width] for pixels, width in zip(slices, widths, strict=True)]
 
     if temporal_ids is None:
         return slices, sizes, [[STILL_IMAGE_ID]] * len(slices)
-    if isinstance(temporal_ids, torch.Tensor):
+    if isinstance(temporal_ids, Tensor):
         temporal_ids = temporal_ids.tolist()
     units = []
     for unit in chain.from_iterable(temporal_ids):
-        unit = unit.tolist() if isinstance(unit, torch.Tensor) else unit
-        frames = [
-            frame for frame in (unit if isinstance(unit, (list, tuple)) else [unit]) if frame != TEMPORAL_PADDING_ID
-        ]
-        if frames:
+        frames = torch.as_tensor(unit).flatten().tolist()
+        if frames := [frame for frame in frames if frame != TEMPORAL_PADDING_ID]:
             units.append(frames)
     if sum(map(len, units)) != len(slices):
         raise ValueError(
@@ -140,16 +130,14 @@ class MiniCPMVModel:
         self._model = model
 
     def __call__(
-        self, input_ids: torch.LongTensor | None = None, inputs_embeds: torch.Tensor | None = None, **kwargs
+        self, input_ids: torch.LongTensor | None = None, inputs_embeds: Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPast:
         """As `MiniCPMV.forward`, up to the last hidden states [B, L, D]."""
-        visual = {name: kwargs.pop(name, None) for name in (*VISUAL_INPUTS, "mm_encoder_outputs")}
+        inputs_embeds = self._model._embed(input_ids, inputs_embeds, self._model._take_features(kwargs))
         for name in UNUSED_INPUTS:
             kwargs.pop(name, None)
         kwargs[CACHE_NAME] = take_cache(kwargs)
-        return self._model.get_decoder()(
-            inputs_embeds=self._model._embed(input_ids, inputs_embeds, **visual), **kwargs
-        )
+        return self._model.get_decoder()(inputs_embeds=inputs_embeds, **kwargs)
 
     def __getattr__(self, name: str):
         if name == "_model":  # not yet there while an object is copied
@@ -215,9 +203,9 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: list | torch.Tensor,
-        tgt_sizes: list | torch.Tensor,
-        temporal_ids: list | torch.Tensor | None = None,
+        pixel_values: Nested,
+        tgt_sizes: Nested,
+        temporal_ids: Nested | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
@@ -237,9 +225,8 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
             outputs.append(vision)
             start = stop
         if not outputs:
-            embedding = self.get_input_embeddings().weight
-            empty = embedding.new_zeros(0, self.config.query_num, self.config.hidden_size)
-            return BaseModelOutputWithPooling(pooler_output=empty)
+            shape = (0, self.config.query_num, self.config.hidden_size)
+            return BaseModelOutputWithPooling(pooler_output=self.get_input_embeddings().weight.new_zeros(shape))
 
         hidden_states = attentions = None
         if outputs[0].hidden_states is not None:
@@ -273,10 +260,7 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
             yield chunk
 
     def get_placeholder_mask(
-        self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: Any,
-        image_features: torch.Tensor | None = None,
+        self, input_ids: torch.LongTensor | None, inputs_embeds: Any, image_features: Tensor | None = None
     ) -> torch.BoolTensor:
         """Where the image slots lie: bool [B, L]. Without `input_ids`, where the embeddings are those of the slot token.
 
@@ -295,29 +279,30 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
             )
         return mask
 
-    def _embed(
-        self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.Tensor | None = None,
-        pixel_values: list | torch.Tensor | None = None,
-        tgt_sizes: list | torch.Tensor | None = None,
-        temporal_ids: list | torch.Tensor | None = None,
-        mm_encoder_outputs: dict | None = None,
-    ) -> torch.Tensor:
-        """Embeddings of a prompt [B, L, D] with image features in their slots; arguments as of `forward`."""
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        features = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
+    def _take_features(self, arguments: dict) -> Tensor | None:
+        """Take the visual inputs out of the arguments of a call: rows [slots, D], or None where there are none."""
+        visual = {name: arguments.pop(name, None) for name in VISUAL_INPUTS}
+        features = (arguments.pop("mm_encoder_outputs", None) or {}).get("image")
+        if visual["pixel_values"] is not None:
             if features is not None:
                 raise ValueError("Pass pixel_values or mm_encoder_outputs['image'], not both.")
-            features = self.get_image_features(pixel_values, tgt_sizes, temporal_ids)
-        if features is not None:
-            rows = _feature_rows(features)  # [slots, D]
+            features = self.get_image_features(**visual)
+        return None if features is None else _feature_rows(features)
+
+    def _embed(self, input_ids: torch.LongTensor | None, inputs_embeds: Tensor | None, rows: Tensor | None) -> Tensor:
+        """Embeddings of a prompt [B, L, D] with the image features `rows` [slots, D] in their slots."""
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if rows is not None:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, rows)
             if len(rows):
                 return inputs_embeds.masked_scatter(mask[..., None].to(inputs_embeds.device), rows.to(inputs_embeds))
-        return inputs_embeds + self._vision_zero().to(inputs_embeds) if self._needs_vision() else inputs_embeds
+        if not self._needs_vision():
+            return inputs_embeds
+        # Zero, computed through tower and resampler.
+        blank = torch.zeros(self.config.vision_config.num_channels, self.config.patch_size, self.config.patch_size)
+        zero = (self.get_image_features([[blank]], [[(1, 1)]]).pooler_output * 0).sum()
+        return inputs_embeds + zero.to(inputs_embeds)
 
     def _needs_vision(self) -> bool:
         """Whether a batch without pictures has to run tower and resampler all the same. In distributed training every
@@ -327,12 +312,6 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
         if not (self.training and torch.is_grad_enabled()):
             return False
         return any(p.requires_grad for p in chain(self.vpm.parameters(), self.resampler.parameters()))
-
-    def _vision_zero(self) -> torch.Tensor:
-        """Zero, computed through tower and resampler."""
-        patch_size = self.config.patch_size
-        blank = torch.zeros(self.config.vision_config.num_channels, patch_size, patch_size)
-        return (self.get_image_features([[blank]], [[(1, 1)]]).pooler_output * 0).sum()
 
     # ---- forward ----
 
@@ -348,21 +327,21 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        pixel_values: list | torch.Tensor | None = None,
-        tgt_sizes: list | torch.Tensor | None = None,
-        temporal_ids: list | torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        pixel_values: Nested | None = None,
+        tgt_sizes: Nested | None = None,
+        temporal_ids: Nested | None = None,
+        attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict | None = None,
         image_bound: list | None = None,
         image_sizes: list | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """One pass over a batch.
@@ -382,11 +361,10 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
         Raises:
             ValueError: when slots and features differ in number, or the visual inputs contradict each other.
         """
-        inputs_embeds = self._embed(
-            input_ids, inputs_embeds, pixel_values, tgt_sizes, temporal_ids, mm_encoder_outputs
-        )
+        visual = {"pixel_values": pixel_values, "tgt_sizes": tgt_sizes, "temporal_ids": temporal_ids}
+        rows = self._take_features(visual | {"mm_encoder_outputs": mm_encoder_outputs})
         return self.llm(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=self._embed(input_ids, inputs_embeds, rows),
             attention_mask=attention_mask,
             position_ids=position_ids.long() if position_ids is not None else None,
             labels=labels,
@@ -396,27 +374,20 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
             **kwargs,
         )
 
-    def get_vllm_embedding(self, data: Mapping) -> tuple[torch.Tensor, list]:
+    def get_vllm_embedding(self, data: Mapping) -> tuple[Tensor, list]:
         """The older way to embed a batch, used by training frameworks; gradients flow.
 
-        Args:
-            data: dict with `input_ids` and, beside other things, the visual inputs, or `vision_hidden_states` (one
-                tensor [units, query_num, D] a sample) in their place.
-
-        Returns:
-            The embeddings [B, L, D], and the features as one tensor [units, query_num, D] a sample.
+        `data` holds `input_ids` and, beside other things, the visual inputs, or `vision_hidden_states` in their place.
+        Returns the embeddings [B, L, D], and the features as one tensor [units, query_num, D] a sample.
         """
         input_ids, features = data["input_ids"], data.get("vision_hidden_states")
-        if features is None and data.get("pixel_values") is not None:
-            visual = {name: data.get(name) for name in VISUAL_INPUTS}
-            features = self.get_image_features(**visual).pooler_output
-        outputs = {"image": features} if features is not None else None
-        inputs_embeds = self._embed(input_ids, None, mm_encoder_outputs=outputs)
-        if features is None or not len(features):
+        rows = self._take_features(dict(data)) if features is None else _feature_rows(features)
+        inputs_embeds = self._embed(input_ids, None, rows)
+        if rows is None or not len(rows):
             return inputs_embeds, [[] for _ in input_ids]
-        return inputs_embeds, self._split_by_sample(_feature_rows(features), input_ids)
+        return inputs_embeds, self._split_by_sample(rows, input_ids)
 
-    def _split_by_sample(self, rows: torch.Tensor, input_ids: torch.LongTensor) -> list[torch.Tensor]:
+    def _split_by_sample(self, rows: Tensor, input_ids: torch.LongTensor) -> list[Tensor]:
         """Features [slots, D] to one tensor [units, query_num, D] for each row of `input_ids`."""
         slots = (input_ids == self.config.image_token_id).sum(-1).tolist()
         return [part.view(-1, self.config.query_num, rows.shape[-1]) for part in rows.split(slots)]
@@ -437,10 +408,9 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
             inputs = None
         if inputs is not None and kwargs.get("input_ids") is not None:
             kwargs.pop("input_ids")  # some callers pass the same ids under both names
-        features = kwargs.pop("vision_hidden_states", None)
-        if features is not None:
+        if (features := kwargs.pop("vision_hidden_states", None)) is not None:
             kwargs["mm_encoder_outputs"] = {"image": features}
-        absent = [name for name in VISUAL_INPUTS if name in kwargs and kwargs[name] is None]
+        absent = [name for name in VISUAL_INPUTS if kwargs.get(name) is None]
         for name in (*UNUSED_INPUTS, *absent):
             kwargs.pop(name, None)
         if (cache := take_cache(kwargs)) is not None:
@@ -460,17 +430,20 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
         only_new = mask is not None and input_ids is not None and mask.shape[1] > input_ids.shape[1]
         if input_ids is None or only_new or not (cached or guesses):
             return
-        outputs = dict(kwargs.pop("mm_encoder_outputs", None) or {})
-        visual = {name: kwargs.pop(name) for name in VISUAL_INPUTS if name in kwargs}
-        if visual.get("pixel_values") is not None:
-            outputs["image"] = self.get_image_features(**visual)
-            if hasattr(assistant, "get_image_features"):
-                outputs["assistant"] = assistant.get_image_features(**visual)
-        rows = self.uncached_rows(outputs.pop("image", None), input_ids, cached)
-        if rows is not None and len(rows) and guesses:
+        visual = {name: kwargs[name] for name in VISUAL_INPUTS if name in kwargs}
+        rows = self._take_features(kwargs)
+        if rows is None:
+            return
+        outputs = {}
+        if "pixel_values" in visual and hasattr(assistant, "get_image_features"):
+            outputs["assistant"] = assistant.get_image_features(**visual)
+        slots = self.get_placeholder_mask(input_ids, None, rows)
+        is_new = torch.arange(slots.shape[1], device=slots.device).expand_as(slots) >= cached
+        rows = rows[is_new[slots].to(rows.device)]
+        if len(rows) and guesses:
             kwargs[CACHE_NAME] = cache = DynamicCache(config=self.config) if cache is None else cache
             self._fill_cache(self, input_ids[:, cached:-1], rows, cache)
-        elif rows is not None and len(rows):
+        elif len(rows):
             outputs["image"] = rows
         if outputs:
             kwargs["mm_encoder_outputs"] = outputs
@@ -480,16 +453,6 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
         # The whole model, though nobody reads its logits: hooks that unpack or fetch weights stand there.
         outputs = {"image": features}
         model(input_ids, mm_encoder_outputs=outputs, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
-
-    def uncached_rows(self, features, input_ids: torch.LongTensor, cached: int) -> torch.Tensor | None:
-        """Rows [slots, D] of the `features` of a whole prompt for the slots behind its first `cached` tokens."""
-        if features is None:
-            return None
-        rows = _feature_rows(features)
-        slots = self.get_placeholder_mask(input_ids, None, rows)
-        uncached = slots.clone()
-        uncached[:, :cached] = False
-        return rows[uncached[slots].to(rows.device)]
 
     def _get_candidate_generator(self, *, input_ids, assistant_model=None, model_kwargs=None, **kwargs):
         # The assistant cannot use this model's features, and the library would not pass it others.
@@ -506,20 +469,15 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # Beams and several return sequences: the pictures of a sample are encoded once and repeated as a block. The
         # generic code would repeat slice by slice (AABB for ABAB), and before transformers 5.23 not know features.
-        features = None
-        if expand_size > 1:
-            visual = {name: model_kwargs.pop(name) for name in VISUAL_INPUTS if name in model_kwargs}
-            features = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
-            if visual.get("pixel_values") is not None:
-                features = self.get_image_features(**visual)
-        if features is not None:
-            samples = self._split_by_sample(_feature_rows(features), input_ids)
-            features = torch.cat([sample for sample in samples for _ in range(expand_size)])
+        rows = self._take_features(model_kwargs) if expand_size > 1 else None
+        if rows is not None:
+            samples = self._split_by_sample(rows, input_ids)
+            rows = torch.cat([sample for sample in samples for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if features is not None:
-            model_kwargs["mm_encoder_outputs"] = {"image": features}
+        if rows is not None:
+            model_kwargs["mm_encoder_outputs"] = {"image": rows}
         return input_ids, model_kwargs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
@@ -530,9 +488,9 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
         return model_kwargs
 
 
-def _feature_rows(features) -> torch.Tensor:
+def _feature_rows(features) -> Tensor:
     """Features in any accepted form (output object, tensor [..., D], list of tensors) as rows [slots, D]."""
     features = getattr(features, "pooler_output", features)
-    if not isinstance(features, torch.Tensor):
+    if not isinstance(features, Tensor):
         features = torch.cat([part.flatten(0, -2) for part in features])
     return features.flatten(0, -2)

@@ -15,7 +15,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 STILL_IMAGE_ID = -1  # the temporal id of a picture that is not part of a clip: no time is added
@@ -46,14 +46,8 @@ class ResamplerAttention(nn.MultiheadAttention):
     """
 
     def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *args,
-        lengths: list[int] | None = None,
-        **kwargs,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        self, query: Tensor, key: Tensor, value: Tensor, *args, lengths: list[int] | None = None, **kwargs
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         """query [Q, D], key and value [patches, D], `lengths` patches of each unit -> [units, Q, D]."""
         if lengths is None:
             return super().forward(query, key, value, *args, **kwargs)
@@ -77,13 +71,9 @@ class ResamplerAttention(nn.MultiheadAttention):
 
 
 class Resampler(nn.Module):
-    """`query_num` learned queries that read the patches of a unit.
+    """Learned queries, one a token that a unit becomes, which read the patches of the unit.
 
-    Args:
-        num_queries: tokens a unit becomes.
-        embed_dim: width D of the language model.
-        num_heads: attention heads.
-        kv_dim: width of the tower.
+    `embed_dim` is the width D of the language model, `kv_dim` that of the tower.
     """
 
     def __init__(self, num_queries: int, embed_dim: int, num_heads: int, kv_dim: int):
@@ -99,8 +89,8 @@ class Resampler(nn.Module):
         self.proj = nn.Parameter(torch.zeros(embed_dim, embed_dim))
 
     def forward(
-        self, hidden_states: torch.Tensor, tgt_sizes: Sequence[tuple[int, int]], temporal_ids: Sequence[Sequence[int]]
-    ) -> torch.Tensor:
+        self, hidden_states: Tensor, tgt_sizes: Sequence[tuple[int, int]], temporal_ids: Sequence[Sequence[int]]
+    ) -> Tensor:
         """Compress the packed output of the tower.
 
         Args:
@@ -123,7 +113,7 @@ class Resampler(nn.Module):
 
     def positions(
         self, tgt_sizes: Sequence[tuple[int, int]], temporal_ids: Sequence[int], device: torch.device | str
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Position of every patch, float32 [patches, D]: column, row and, for a frame of a clip, its time."""
         half = self.embed_dim // 2
         distinct = dict.fromkeys(tgt_sizes)

@@ -14,12 +14,13 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.siglip.modeling_siglip import eager_attention_forward
 
 from .configuration_minicpmv import MiniCPMVVisionConfig
 
@@ -31,9 +32,7 @@ def position_buckets(num_patches: int, table_side: int) -> np.ndarray:
     The float32 steps and the tiny margin are those the checkpoint was trained with; `arange(n) / n` gives other
     buckets at sides 25, 49, 50, 55 and 58.
     """
-    step = torch.tensor(1.0, dtype=torch.float32, device="cpu") / torch.tensor(
-        num_patches, dtype=torch.int32, device="cpu"
-    )
+    step = float(np.float32(1) / np.float32(num_patches))
     coordinates = torch.arange(0, 1 - 1e-6, step, dtype=torch.float32, device="cpu")
     boundaries = torch.arange(1 / table_side, 1.0, 1 / table_side, dtype=torch.float32, device="cpu")
     return torch.bucketize(coordinates, boundaries, right=True).numpy()
@@ -53,7 +52,7 @@ class PackedSlices:
     """Where the slices of one packed sequence lie."""
 
     runs: list[tuple[int, int, int]]  # (first patch, slices, patches a slice) for each run of equally long slices
-    cu_seqlens: torch.Tensor  # int32 [slices + 1], the first patch of every slice, then the end
+    cu_seqlens: Tensor  # int32 [slices + 1], the first patch of every slice, then the end
     max_length: int  # patches of the longest slice
 
     @classmethod
@@ -67,26 +66,7 @@ class PackedSlices:
         return cls(runs, cu_seqlens, max(lengths))
 
 
-def eager_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention over [B, H, L, d]; returns the output [B, L, H, d] and the weights [B, H, L, L]."""
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2), weights
-
-
-def cpu_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+def cpu_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Attention over [B, H, L, d] without gradients, a few heads at a time; returns [B, L, H, d].
 
     In 16-bit floats on a CPU this takes half the time of the fused kernel: the scores of a few heads stay in the cache,
@@ -113,7 +93,7 @@ class MiniCPMVVisionEmbeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
         self.position_embedding = nn.Embedding(self.num_patches_per_side**2, config.hidden_size)
 
-    def forward(self, pixel_values: torch.Tensor, tgt_sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor, tgt_sizes: Sequence[tuple[int, int]]) -> Tensor:
         """pixel_values: one strip [3, P, P * patches] -> [1, patches, D]."""
         patches = self.patch_embedding(pixel_values[None])  # [1, D, 1, patches]
         ids = torch.from_numpy(position_ids(tgt_sizes, self.num_patches_per_side)).to(pixel_values.device)
@@ -141,11 +121,11 @@ class MiniCPMVVisionAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
         output_attentions: bool = False,
         packed: PackedSlices | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
+    ) -> tuple[Tensor, Tensor | list[Tensor] | None]:
         """Returns the output [B, L, D] and the weights: of a padded batch [B, H, L, L], of packed slices a list of
         [H, patches, patches], None unless the attention is eager."""
         batch, length, _ = hidden_states.shape
@@ -176,7 +156,7 @@ class MiniCPMVVisionAttention(nn.Module):
         is_plain = implementation == "sdpa" and attention_mask is None and not torch.is_grad_enabled()
         if is_plain and runs_faster_in_parts:
             return cpu_attention(query, key, value, self.scaling).reshape(-1, self.embed_dim), None
-        attention = eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        attention = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         dropout = self.dropout if self.training else 0.0
         output, weights = attention(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, is_causal=False, **kwargs
@@ -193,7 +173,7 @@ class MiniCPMVVisionMLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         if hidden_states.device.type != "cpu" or torch.is_grad_enabled():
             return self.fc2(self.activation(self.fc1(hidden_states)))
         chunks = hidden_states.split(self.chunk_size, dim=1)
@@ -210,16 +190,9 @@ class MiniCPMVVisionEncoderLayer(GradientCheckpointingLayer):
         self.mlp = MiniCPMVVisionMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        **packing,
-    ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
-        attended, weights = self.self_attn(
-            self.layer_norm1(hidden_states), attention_mask, output_attentions, **packing
-        )
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | list[Tensor] | None]:
+        """Arguments and weights as of the attention."""
+        attended, weights = self.self_attn(self.layer_norm1(hidden_states), *args, **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.layer_norm2(hidden_states)), weights
 
@@ -234,8 +207,8 @@ class MiniCPMVVisionEncoder(nn.Module):
 
     def forward(
         self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         return_dict: bool = True,
@@ -289,7 +262,7 @@ class MiniCPMVVisionTransformer(PreTrainedModel):
 
     def forward(
         self,
-        pixel_values: Sequence[torch.Tensor],
+        pixel_values: Sequence[Tensor],
         tgt_sizes: Sequence[tuple[int, int]],
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -310,10 +283,10 @@ class MiniCPMVVisionTransformer(PreTrainedModel):
             ValueError: when a slice does not hold rows * columns patches, or attentions are asked of a kernel that
                 does not have them.
         """
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if output_attentions and self.config._attn_implementation != "eager":
             raise ValueError(
                 f"output_attentions=True needs attn_implementation='eager'; the tower runs "
