@@ -10,6 +10,8 @@ from transformers import PretrainedConfig, Qwen3Config
 
 
 RESAMPLER_HEAD_DIM = 128  # width of a resampler head; their number follows from `hidden_size`
+
+# What the published checkpoint has: in its tower, in fields of its own, and in its language model.
 VISION_DEFAULTS = {
     "hidden_size": 1152,
     "intermediate_size": 4304,
@@ -22,6 +24,19 @@ VISION_DEFAULTS = {
     "layer_norm_eps": 1e-6,
     "attention_dropout": 0.0,
     "initializer_range": 0.02,
+}
+OWN_DEFAULTS = {
+    "query_num": 64,  # tokens that one picture slice, or one group of packed frames, takes in the language model
+    "image_size": 448,  # nominal side of a slice in pixels
+    "patch_size": 14,  # side of a patch in pixels; the same in `vision_config` and `slice_config`
+    "image_token_id": 128244,  # the slot token (`<unk>`) whose embeddings the image features replace
+    "vision_batch_size": 16,  # slices that go through the tower at a time; bounds its memory
+    "version": 4.5,  # `str(version)` is what serving engines dispatch on
+    "drop_vision_last_layer": False,  # whether the tower leaves out its last layer
+    "use_image_id": True,  # this and the rest: kept because other tools read them
+    "slice_mode": True,
+    "batch_vision_input": True,
+    "batch_3d_resampler": True,
 }
 LANGUAGE_DEFAULTS = {
     "vocab_size": 151748,
@@ -81,17 +96,7 @@ class MiniCPMVSliceConfig(PretrainedConfig):
 class MiniCPMVConfig(Qwen3Config):
     """Configuration of [`MiniCPMV`]; the defaults are those of the published MiniCPM-V 4.5 checkpoint.
 
-    Args beside those of [`Qwen3Config`]:
-        vision_config (`dict` or [`MiniCPMVVisionConfig`]): the tower.
-        slice_config (`dict` or [`MiniCPMVSliceConfig`]): the slicing.
-        query_num (`int`): tokens that one picture slice, or one group of packed frames, takes in the language model.
-        image_size (`int`): nominal side of a slice in pixels.
-        patch_size (`int`): side of a patch in pixels; the same in `vision_config` and `slice_config`.
-        image_token_id (`int`): the slot token (`<unk>`) whose embeddings the image features replace.
-        vision_batch_size (`int`): slices that go through the tower at a time; bounds its memory.
-        version (`float`): model version; `str(version)` is what serving engines dispatch on.
-        drop_vision_last_layer (`bool`): whether the tower leaves out its last layer.
-        use_image_id, slice_mode, batch_vision_input, batch_3d_resampler (`bool`): kept because other tools read them.
+    Beside the fields of [`Qwen3Config`] it has those of `OWN_DEFAULTS`, the tower and the slicing.
 
     Raises:
         MiniCPMVError: for fields that contradict each other; the message names both.
@@ -105,33 +110,13 @@ class MiniCPMVConfig(Qwen3Config):
         self,
         vision_config: dict | MiniCPMVVisionConfig | None = None,
         slice_config: dict | MiniCPMVSliceConfig | None = None,
-        query_num: int = 64,
-        image_size: int = 448,
-        patch_size: int = 14,
-        image_token_id: int = 128244,
-        vision_batch_size: int = 16,
-        version: float = 4.5,
-        drop_vision_last_layer: bool = False,
-        use_image_id: bool = True,
-        slice_mode: bool = True,
-        batch_vision_input: bool = True,
-        batch_3d_resampler: bool = True,
         **kwargs,
     ):
         # Sub-configs stand before `super().__init__`, which hands them the attention implementation.
         self.vision_config = _sub_config(MiniCPMVVisionConfig, vision_config)
         self.slice_config = _sub_config(MiniCPMVSliceConfig, slice_config)
-        self.query_num = query_num
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.image_token_id = image_token_id
-        self.vision_batch_size = vision_batch_size
-        self.version = version
-        self.drop_vision_last_layer = drop_vision_last_layer
-        self.use_image_id = use_image_id
-        self.slice_mode = slice_mode
-        self.batch_vision_input = batch_vision_input
-        self.batch_3d_resampler = batch_3d_resampler
+        for name, published in OWN_DEFAULTS.items():
+            setattr(self, name, kwargs.pop(name, published))
         if not kwargs.get("rope_parameters"):
             kwargs.setdefault("rope_theta", 1000000.0)
         super().__init__(**(LANGUAGE_DEFAULTS | kwargs))

@@ -9,7 +9,7 @@ What is special:
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
@@ -242,22 +242,18 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
             attentions=attentions,
         )
 
-    def _chunks(self, units: list[list[int]]) -> Iterator[list[list[int]]]:
+    def _chunks(self, units: list[list[int]]) -> list[list[list[int]]]:
         """Split units into chunks of about `vision_batch_size` slices, which bounds the memory of the tower.
 
         With ZeRO-3 there is one chunk: every process has to run the tower equally often.
         """
         limit = math.inf if is_deepspeed_zero3_enabled() else self.config.vision_batch_size
-        chunk: list[list[int]] = []
-        slices = 0
+        chunks: list[list[list[int]]] = []
         for unit in units:
-            if chunk and slices + len(unit) > limit:
-                yield chunk
-                chunk, slices = [], 0
-            chunk.append(unit)
-            slices += len(unit)
-        if chunk:
-            yield chunk
+            if not chunks or sum(map(len, chunks[-1])) + len(unit) > limit:
+                chunks.append([])
+            chunks[-1].append(unit)
+        return chunks
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: Any, image_features: Tensor | None = None
@@ -355,9 +351,6 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of pixels.
             image_bound, image_sizes, mm_token_type_ids: taken because processors give them; not read.
 
-        Returns:
-            [`CausalLMOutputWithPast`] of the language model.
-
         Raises:
             ValueError: when slots and features differ in number, or the visual inputs contradict each other.
         """
@@ -454,31 +447,28 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
         outputs = {"image": features}
         model(input_ids, mm_encoder_outputs=outputs, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
 
-    def _get_candidate_generator(self, *, input_ids, assistant_model=None, model_kwargs=None, **kwargs):
+    def _get_candidate_generator(self, **kwargs):
         # The assistant cannot use this model's features, and the library would not pass it others.
-        features = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("assistant")
-        generator = super()._get_candidate_generator(
-            input_ids=input_ids, assistant_model=assistant_model, model_kwargs=model_kwargs, **kwargs
-        )
+        features = (kwargs["model_kwargs"].pop("mm_encoder_outputs", None) or {}).get("assistant")
+        generator = super()._get_candidate_generator(**kwargs)
         if features is not None:
-            cache = DynamicCache(config=assistant_model.config)
-            self._fill_cache(assistant_model, input_ids[:, :-1], features, cache)
+            assistant = kwargs["assistant_model"]
+            cache = DynamicCache(config=assistant.config)
+            self._fill_cache(assistant, kwargs["input_ids"][:, :-1], features, cache)
             generator.assistant_kwargs[CACHE_NAME] = cache
         return generator
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    def _expand_inputs_for_generation(self, expand_size=1, *, input_ids=None, **kwargs):
         # Beams and several return sequences: the pictures of a sample are encoded once and repeated as a block. The
         # generic code would repeat slice by slice (AABB for ABAB), and before transformers 5.23 not know features.
-        rows = self._take_features(model_kwargs) if expand_size > 1 else None
+        rows = self._take_features(kwargs) if expand_size > 1 else None
         if rows is not None:
             samples = self._split_by_sample(rows, input_ids)
             rows = torch.cat([sample for sample in samples for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, input_ids=input_ids, **kwargs)
         if rows is not None:
-            model_kwargs["mm_encoder_outputs"] = {"image": rows}
-        return input_ids, model_kwargs
+            kwargs["mm_encoder_outputs"] = {"image": rows}
+        return input_ids, kwargs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)

@@ -91,15 +91,11 @@ class Resampler(nn.Module):
     def forward(
         self, hidden_states: Tensor, tgt_sizes: Sequence[tuple[int, int]], temporal_ids: Sequence[Sequence[int]]
     ) -> Tensor:
-        """Compress the packed output of the tower.
+        """Compress the packed output of the tower [patches, kv_dim] to [units, num_queries, D].
 
         Args:
-            hidden_states: [patches, kv_dim], slices one after the other; the frames of a unit stand together.
-            tgt_sizes: list of (rows, columns) in patches, one a slice.
+            tgt_sizes: (rows, columns) in patches of every slice; the frames of a unit stand together.
             temporal_ids: list of units, each a list with one id a frame, in tenths of a second; [-1] for a picture.
-
-        Returns:
-            Tensor [units, num_queries, D].
         """
         frames = [frame for unit in temporal_ids for frame in unit]
         if len(frames) != len(tgt_sizes):

@@ -270,18 +270,16 @@ class MiniCPMVVisionTransformer(PreTrainedModel):
         """Encode slices.
 
         Args:
-            pixel_values: list of tensors [3, P, P * patches], one a slice.
-            tgt_sizes: list of (rows, columns) in patches, one a slice.
-            output_attentions: also return the weights of every layer (eager attention only). None: as the config says.
-            output_hidden_states: also return the input of the first layer and the output of every layer. None: likewise.
+            pixel_values: one tensor [3, P, P * patches] a slice.
+            tgt_sizes: (rows, columns) in patches of every slice.
+            output_attentions, output_hidden_states: None: as the config says. Attentions need the eager kernel.
 
         Returns:
-            [`BaseModelOutput`] whose `last_hidden_state` and `hidden_states` are packed, [all patches, D]; each entry
-            of `attentions` is a list with one tensor [H, patches, patches] a slice.
+            `last_hidden_state` and `hidden_states` are packed, [all patches, D]; each entry of `attentions` is a list
+            with one tensor [H, patches, patches] a slice.
 
         Raises:
-            ValueError: when a slice does not hold rows * columns patches, or attentions are asked of a kernel that
-                does not have them.
+            ValueError: when a slice does not hold rows * columns patches, or another kernel is asked for attentions.
         """
         if output_attentions is None:
             output_attentions = self.config.output_attentions
@@ -309,9 +307,7 @@ class MiniCPMVVisionTransformer(PreTrainedModel):
             output_hidden_states=output_hidden_states,
             packed=packed,
         )
-        hidden_states = outputs.hidden_states
-        return BaseModelOutput(
-            last_hidden_state=self.post_layernorm(outputs.last_hidden_state)[0],
-            hidden_states=tuple(state[0] for state in hidden_states) if hidden_states is not None else None,
-            attentions=outputs.attentions,
-        )
+        if output_hidden_states:
+            outputs.hidden_states = tuple(state[0] for state in outputs.hidden_states)
+        outputs.last_hidden_state = self.post_layernorm(outputs.last_hidden_state)[0]
+        return outputs
