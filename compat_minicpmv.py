@@ -68,11 +68,11 @@ class NestedBatchFeature(BatchFeature):
         def move(value: Any) -> Any:
             if isinstance(value, (list, tuple)):
                 return type(value)(move(item) for item in value)
-            if not isinstance(value, torch.Tensor) or (device is None and not value.is_floating_point()):
+            if not isinstance(value, torch.Tensor):
                 return value
             if value.is_floating_point():
                 return value.to(*args, **kwargs)
-            return value.to(device=device, non_blocking=kwargs.get("non_blocking", False))
+            return value if device is None else value.to(device, non_blocking=kwargs.get("non_blocking", False))
 
         self.data: dict[str, Any] = {name: move(value) for name, value in self.data.items()}
         return self

@@ -156,10 +156,8 @@ class AnswerStreamer(TextIteratorStreamer):
 class AnswerStream:
     """Pieces of text as the model writes them: an iterator. The model never waits for its reader.
 
-    Attributes:
-        is_thought (`bool`): whether the piece that came last belongs to the thought; a piece is thought or answer, never
-            both.
-        output ([`ChatOutput`]): what is known about the answer, once the last piece has been read or the stream closed.
+    `is_thought` tells whether the piece that came last belongs to the thought; a piece is thought or answer, never both.
+    `output` ([`ChatOutput`]) is there once the last piece has been read or the stream closed.
 
     `close()`, the end of a `with` block and the last reference going away stop the model. An error of the model is raised
     where the pieces are read.

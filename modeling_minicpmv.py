@@ -63,8 +63,7 @@ def flatten_visual_inputs(
         for sample in pixel_values:
             is_slice = isinstance(sample, Tensor) and sample.dim() == 3
             slices.extend([sample] if is_slice else [pixels for pixels in sample if pixels.dim() == 3])
-    parts = [tgt_sizes] if isinstance(tgt_sizes, Tensor) else [torch.as_tensor(part) for part in tgt_sizes]
-    parts = [part.reshape(-1, 2).long() for part in parts if part.numel()]
+    parts = [torch.as_tensor(part).reshape(-1, 2).long() for part in tgt_sizes]
     # One transfer for all, should they lie on an accelerator.
     sizes = [tuple(size) for size in torch.cat(parts).tolist()] if parts else []
     if len(slices) != len(sizes):
@@ -303,11 +302,9 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
     def _needs_vision(self) -> bool:
         """Whether a batch without pictures has to run tower and resampler all the same. In distributed training every
         process has to touch every parameter that trains; with ZeRO-3 also those that do not, and in evaluation."""
-        if is_deepspeed_zero3_enabled():
-            return True
-        if not (self.training and torch.is_grad_enabled()):
-            return False
-        return any(p.requires_grad for p in chain(self.vpm.parameters(), self.resampler.parameters()))
+        parameters = chain(self.vpm.parameters(), self.resampler.parameters())
+        trains = self.training and torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        return trains or is_deepspeed_zero3_enabled()
 
     # ---- forward ----
 
