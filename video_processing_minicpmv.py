@@ -94,10 +94,6 @@ class FramePlan:
     indices: tuple[int, ...]
     packing: int
 
-    @property
-    def num_groups(self) -> int:
-        return math.ceil(len(self.indices) / self.packing)
-
 
 def plan_frames(total_num_frames: int, native_fps: float, options: VideoOptions | None = None) -> FramePlan:
     """Choose frames at the centers of equal bins, and the packing that makes them fit: `max_num_frames` groups, exceeded
@@ -346,6 +342,7 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
         else:
             seconds = np.array(plan.indices) / native_fps
             ids = temporal_ids_at(seconds, options.time_scale, (stop - first) / native_fps)
+        groups = [ids[i : i + plan.packing] for i in range(0, len(ids), plan.packing)]  # the last may be short
 
         def decode() -> Iterator[Image.Image]:
             try:
@@ -361,10 +358,9 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
             frames_indices=indices,
             timestamps=clock[indices].tolist(),
             packing=plan.packing,
-            num_groups=plan.num_groups,
+            num_groups=len(groups),
             variable_frame_rate=variable,
         )
-        groups = [ids[i : i + plan.packing] for i in range(0, len(ids), plan.packing)]  # the last may be short
         return decode(), groups, report
 
     def _completed(self, report: VideoReport, size: tuple[int, int], units: int) -> VideoReport:
