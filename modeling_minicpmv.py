@@ -286,18 +286,19 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
 
     def _embed(self, input_ids: torch.LongTensor | None, inputs_embeds: Tensor | None, rows: Tensor | None) -> Tensor:
         """Embeddings of a prompt [B, L, D] with the image features `rows` [slots, D] in their slots."""
+        zero = None
+        if (
+            rows is None or not len(rows)
+        ) and self._needs_vision():  # before the embeddings, as with pictures: ZeRO-3 gathers in this order
+            blank = torch.zeros(self.config.vision_config.num_channels, self.config.patch_size, self.config.patch_size)
+            zero = (self.get_image_features([[blank]], [[(1, 1)]]).pooler_output * 0).sum()
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if rows is not None:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, rows)
             if len(rows):
                 return inputs_embeds.masked_scatter(mask[..., None].to(inputs_embeds.device), rows.to(inputs_embeds))
-        if not self._needs_vision():
-            return inputs_embeds
-        # Zero, computed through tower and resampler.
-        blank = torch.zeros(self.config.vision_config.num_channels, self.config.patch_size, self.config.patch_size)
-        zero = (self.get_image_features([[blank]], [[(1, 1)]]).pooler_output * 0).sum()
-        return inputs_embeds + zero.to(inputs_embeds)
+        return inputs_embeds if zero is None else inputs_embeds + zero.to(inputs_embeds)
 
     def _needs_vision(self) -> bool:
         """Whether a batch without pictures has to run tower and resampler all the same. In distributed training every
