@@ -287,9 +287,8 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
     def _embed(self, input_ids: torch.LongTensor | None, inputs_embeds: Tensor | None, rows: Tensor | None) -> Tensor:
         """Embeddings of a prompt [B, L, D] with the image features `rows` [slots, D] in their slots."""
         zero = None
-        if (
-            rows is None or not len(rows)
-        ) and self._needs_vision():  # before the embeddings, as with pictures: ZeRO-3 gathers in this order
+        # Before the embeddings, as with pictures: with ZeRO-3 all processes gather in one order.
+        if (rows is None or not len(rows)) and self._needs_vision():
             blank = torch.zeros(self.config.vision_config.num_channels, self.config.patch_size, self.config.patch_size)
             zero = (self.get_image_features([[blank]], [[(1, 1)]]).pooler_output * 0).sum()
         if inputs_embeds is None:
