@@ -9,8 +9,7 @@ import textwrap
 import threading
 
 import pytest
-from conftest import GREEDY, REPOSITORY, name_seeded_model, wave_picture
-from transformers import AutoConfig, AutoProcessor
+from conftest import GREEDY, REPOSITORY, wave_picture
 
 from minicpmv.chat import ChatSession, HistoryError
 from minicpmv.chat.history import load_history, save_history
@@ -23,13 +22,13 @@ CLIPS = [[wave_picture(64, 48, k) for k in range(4)], REPOSITORY / "assets" / "s
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return AutoProcessor.from_pretrained(REPOSITORY / "nano", trust_remote_code=True)
+def processor(nano_processor):
+    return nano_processor
 
 
 @pytest.fixture(scope="module")
-def model():
-    return name_seeded_model(AutoConfig.from_pretrained(REPOSITORY / "nano", trust_remote_code=True))
+def model(small_model):
+    return small_model
 
 
 @pytest.fixture
