@@ -9,7 +9,6 @@ What is special:
 """
 
 import copy
-import difflib
 import inspect
 import json
 import math
@@ -33,7 +32,7 @@ from transformers import (
 )
 
 from .compat_minicpmv import CACHE_NAME
-from .configuration_minicpmv import MiniCPMVError
+from .configuration_minicpmv import MiniCPMVError, did_you_mean
 from .decoding_minicpmv import (
     CLOSING,
     DEFAULT_THRESHOLD,
@@ -130,8 +129,7 @@ class ChatSettings:
                 self.template[name] = value
             elif name not in TOLERATED_ARGUMENTS:
                 own = {*inspect.signature(model.chat).parameters, *chain(*processor.option_names.values())}
-                nearest = difflib.get_close_matches(name, own | generation_names(), n=1)
-                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+                hint = did_you_mean(name, own | generation_names())
                 raise TypeError(f"chat() got an unexpected keyword argument {name!r}.{hint}")
         _check_number("max_new_tokens", max_new_tokens, 1)
         _check_number("min_new_tokens", min_new_tokens, 0)
@@ -274,12 +272,14 @@ class CallMemory:
         self._ids: list[int] = []
         self._states: Any = None
 
-    def get(self, kind: str, source: Any, make: Callable[[], Any]) -> Any:
-        """What the processor makes of a picture or video: the `media_cache` of `MiniCPMVProcessor.__call__`."""
-        if not isinstance(source, EncodedImage):
-            return make()
-        self._features |= source.features
-        return source.slices(self._image_processor, self._max_slice_nums)
+    def get(self, kind: str, sources: list, make: Callable[[list], list]) -> list:
+        """What the processor makes of images or videos: the `media_cache` of `MiniCPMVProcessor.__call__`."""
+        encoded = {place: source for place, source in enumerate(sources) if isinstance(source, EncodedImage)}
+        made = make([source for place, source in enumerate(sources) if place not in encoded])
+        for place, image in encoded.items():  # rising, so that each finds its place
+            self._features |= image.features
+            made.insert(place, image.slices(self._image_processor, self._max_slice_nums))
+        return made
 
     def features(self, units: list[VisualUnit], model: Any) -> torch.Tensor:
         """Features [units, Q, D], encoded where they are new."""

@@ -2,9 +2,13 @@
 
 What is special:
 - It is flat: the Qwen3 fields of the language model stand at the top level, and `get_text_config()` is the config itself.
-- `vision_config` describes the SigLIP2 tower; `slice_config` how pictures are cut (read by other tools, not by the model).
+- `vision_config` describes the SigLIP2 tower; `slice_config` how images are cut (read by other tools, not by the model).
 - Saving writes `rope_theta` beside `rope_parameters`, because tools older than transformers 5 read only the former.
 """
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
 
 from transformers import PretrainedConfig, Qwen3Config
 
@@ -26,7 +30,7 @@ VISION_DEFAULTS = {
     "initializer_range": 0.02,
 }
 OWN_DEFAULTS = {
-    "query_num": 64,  # tokens that one picture slice, or one group of packed frames, takes in the language model
+    "query_num": 64,  # tokens that one slice, or one group of packed frames, takes in the language model
     "image_size": 448,  # nominal side of a slice in pixels
     "patch_size": 14,  # side of a patch in pixels; the same in `vision_config` and `slice_config`
     "image_token_id": 128244,  # the slot token (`<unk>`) whose embeddings the image features replace
@@ -64,11 +68,23 @@ class MiniCPMVError(ValueError):
     is_minicpmv = True
 
 
+def shorten(value: Any) -> str:
+    """`repr` for the message of an error."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question with the nearest of the known names, to stand behind a sentence; "" where none is near."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
 class MiniCPMVVisionConfig(PretrainedConfig):
     """Configuration of the vision tower (SigLIP2-400M read as NaViT).
 
     `image_size` is the side in pixels of the learned position table, which has `(image_size / patch_size) ** 2` rows;
-    pictures may have any size and aspect ratio.
+    images may have any size and aspect ratio.
     """
 
     model_type = "siglip"
@@ -81,7 +97,7 @@ class MiniCPMVVisionConfig(PretrainedConfig):
 
 
 class MiniCPMVSliceConfig(PretrainedConfig):
-    """How a picture is cut into slices: at most `max_slice_nums` of about `scale_resolution` ** 2 pixels each."""
+    """How an image is cut into slices: at most `max_slice_nums` of about `scale_resolution` ** 2 pixels each."""
 
     model_type = "minicpmv"
     base_config_key = "slice_config"
@@ -96,7 +112,7 @@ class MiniCPMVSliceConfig(PretrainedConfig):
 class MiniCPMVConfig(Qwen3Config):
     """Configuration of [`MiniCPMV`]; the defaults are those of the published MiniCPM-V 4.5 checkpoint.
 
-    Beside the fields of [`Qwen3Config`] it has those of `OWN_DEFAULTS`, the tower and the slicing.
+    To the fields of [`Qwen3Config`] it adds those of `OWN_DEFAULTS`, the tower and the slicing.
 
     Raises:
         MiniCPMVError: for fields that contradict each other; the message names both.

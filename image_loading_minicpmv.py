@@ -1,7 +1,7 @@
-"""Anything a caller may hold -> an upright 8-bit RGB picture.
+"""Anything a caller may hold -> an upright 8-bit RGB image.
 
 What is special:
-- Pictures are turned upright (EXIF) and transparency is laid over white. The published code does neither;
+- Images are turned upright (EXIF) and transparency is laid over white. The published code does neither;
   `do_exif_transpose=False, background_color=None` gives its behavior.
 - What cannot be used is refused with an error that says what was wrong and what to do. Sizes are looked at before
   anything is decoded, downloads are bounded, and only common formats are opened: Pillow's others include readers that
@@ -11,14 +11,14 @@ What is special:
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 import struct
 import threading
 import time
 import urllib.request
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http.client import HTTPException
 from io import BytesIO
 from typing import Any
@@ -32,13 +32,13 @@ from .configuration_minicpmv import MiniCPMVError
 
 
 class ImageInputError(MiniCPMVError):
-    """A picture that cannot be used: the message names what was given, what is accepted and what to do."""
+    """An image that cannot be used: the message names what was given, what is accepted and what to do."""
 
 
 # Not beside its use: transformers 4 runs a module once more when an Auto class loads it, and then the error that is
 # raised is no longer the one that the processor names. No Auto class loads this module.
 class FramePackingError(MiniCPMVError):
-    """`temporal_ids` that do not describe the pictures they came with."""
+    """`temporal_ids` that do not describe the images they came with."""
 
 
 # HEIF where pillow-heif is installed and registered, AVIF where Pillow was built with it.
@@ -53,7 +53,7 @@ _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 # What Pillow's decoders raise on damaged data.
 _PROGRAM_ERRORS = (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError)
 DECODE_ERRORS = (OSError, EOFError, struct.error, zlib.error, Image.DecompressionBombError, *_PROGRAM_ERRORS)
-# A lazy Pillow picture may stand in a batch twice, and its decoder is not safe under threads.
+# A lazy Pillow image may stand in a batch twice, and its decoder is not safe under threads.
 _DECODE_LOCK = threading.Lock()
 _ACCEPTED = "a Pillow image, a path, a data: or http(s) URL, bytes, a numpy array or a torch tensor"
 _DAMAGED = "give a complete file that is not damaged"
@@ -70,14 +70,14 @@ def load_image(
 
     Args:
         image: Pillow image of any mode; path; `data:` URL; `http(s)` URL; the bytes of a file; `{"bytes", "path"}` (a
-            picture that the library datasets has not decoded); numpy array `(H, W)`, `(H, W, C)` or, where it cannot be
+            image that the library datasets has not decoded); numpy array `(H, W)`, `(H, W, C)` or, where it cannot be
             mistaken, `(C, H, W)`; torch tensor `(H, W)`, `(C, H, W)` or, where it cannot be mistaken, `(H, W, C)`. C is
             1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGBA). Values are uint8, uint16 (0..65535), bool, or floating
             point in [0, 1].
         input_data_format: "channels_first" or "channels_last" for arrays and tensors whose shape leaves a doubt.
         do_exif_transpose, background_color: as in `ImageSettings`.
 
-    16-bit and floating-point grays are scaled to 8 bits. Of a picture with several frames the current one is read.
+    16-bit and floating-point grays are scaled to 8 bits. Of an image with several frames the current one is read.
     Raises ImageInputError, also for a file of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
     if isinstance(image, Mapping) and image.keys() & {"bytes", "path"}:
@@ -90,17 +90,13 @@ def load_image(
         image = _array_to_pil(image.numpy(), input_data_format, channels_last=False)
     elif not isinstance(image, Image.Image):
         image = _open(image)
+    name = f"image of {image.width} x {image.height} pixels"
     if image.width < 1 or image.height < 1:
-        raise ImageInputError(f"picture of {image.width} x {image.height} pixels is empty; give one of at least 1 x 1")
-    try:
+        raise ImageInputError(f"{name}: it is empty; give one of at least 1 x 1")
+    with _explained(name):
         with _DECODE_LOCK:
             image.load()
-        image = _turn_upright(image) if do_exif_transpose else image
-        return _to_rgb(image, background_color)
-    except ImageInputError:
-        raise
-    except DECODE_ERRORS as error:
-        raise ImageInputError(f"a picture of {image.size} pixels cannot be decoded ({error}); {_DAMAGED}") from error
+        return _to_rgb(_turn_upright(image) if do_exif_transpose else image, background_color)
 
 
 def _open(source: Any) -> Image.Image:
@@ -117,21 +113,27 @@ def _open(source: Any) -> Image.Image:
             what = "not a file" if os.path.exists(source) else "no such file"
             raise ImageInputError(f"{name}: {what}; give {_ACCEPTED}")
     else:
-        raise ImageInputError(f"a picture cannot be of type {type(source).__name__}; give {_ACCEPTED}")
+        raise ImageInputError(f"an image cannot be of type {type(source).__name__}; give {_ACCEPTED}")
+    with _explained(name), open_formats(file) as image:
+        check_pixels(name, image)
+        image.load()
+        return image
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what Pillow raises on the image called `name` into an ImageInputError that says what to do."""
     try:
-        with open_formats(file) as image:
-            check_pixels(name, image)
-            image.load()
-            return image
+        yield
     except ImageInputError:
         raise
     except Image.DecompressionBombError as error:
         raise ImageInputError(f"{name}: {error}; {_TOO_LARGE}") from error
     except UnidentifiedImageError as error:
-        what = f"not a picture in a format that is read here ({', '.join(IMAGE_FORMATS)}), perhaps a page of text"
+        what = f"not an image in a format that is read here ({', '.join(IMAGE_FORMATS)}), perhaps a page of text"
         raise ImageInputError(f"{name}: {what}; give {_ACCEPTED}") from error
     except DECODE_ERRORS as error:
-        raise ImageInputError(f"{name}: cannot be read as a picture ({error}); {_DAMAGED}") from error
+        raise ImageInputError(f"{name}: cannot be decoded ({error}); {_DAMAGED}") from error
 
 
 def open_formats(file: Any) -> Image.Image:
@@ -141,7 +143,7 @@ def open_formats(file: Any) -> Image.Image:
 
 
 def check_pixels(name: str, image: Image.Image) -> None:
-    """Raises ImageInputError for an opened picture with more than PIL.Image.MAX_IMAGE_PIXELS, from where Pillow warns."""
+    """Raises ImageInputError for an opened image with more than PIL.Image.MAX_IMAGE_PIXELS, from where Pillow warns."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise ImageInputError(f"{name}: {image.width} x {image.height} pixels, more than {limit}; {_TOO_LARGE}")
@@ -172,29 +174,27 @@ def _decode_data_url(url: str) -> bytes:
         return unquote_to_bytes(payload)
     try:
         return base64.b64decode("".join(payload.split()), validate=True)
-    except (binascii.Error, ValueError) as error:  # ValueError: a character that is not ASCII
+    except ValueError as error:
         raise ImageInputError(f"data URL {url[:40]!r}... is not valid base64: {error}; encode it again") from error
 
 
 def _array_to_pil(array: np.ndarray, input_data_format: str | None, channels_last: bool) -> Image.Image:
-    shape = array.shape
-    name = getattr(input_data_format, "value", input_data_format)  # of transformers' ChannelDimension
-    if name not in (None, "channels_last", "last", "channels_first", "first"):
-        raise ImageInputError(f"input_data_format={name!r} is unknown; give 'channels_first' or 'channels_last'")
+    shape = tuple(array.shape)
+    if input_data_format not in (None, "channels_first", "channels_last"):
+        remedy = "give 'channels_first' or 'channels_last'"
+        raise ImageInputError(f"input_data_format={input_data_format!r} is unknown; {remedy}")
     if array.ndim == 3:
-        if name is not None:
-            channels_last = name.endswith("last")
+        if input_data_format is not None:
+            channels_last = input_data_format == "channels_last"
         elif not 1 <= shape[-1 if channels_last else 0] <= 4:
             channels_last = not channels_last
         if not channels_last:
             array = np.moveaxis(array, 0, -1)
-    if array.ndim not in (2, 3) or (array.ndim == 3 and not 1 <= array.shape[-1] <= 4):
+    if 0 in shape or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] > 4):
         raise ImageInputError(
-            f"array of shape {tuple(shape)} is not one picture; give (height, width) or, with 1 to 4 channels, (height, "
-            "width, channels) or (channels, height, width); several pictures as a list"
+            f"array of shape {shape} is not one image; give (height, width) or, with 1 to 4 channels, (height, width, "
+            "channels) or (channels, height, width), none of them empty; several images as a list"
         )
-    if 0 in array.shape:
-        raise ImageInputError(f"array of shape {tuple(shape)} is empty; give one of at least 1 x 1 pixels")
     array = _to_uint8(array)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
@@ -211,7 +211,7 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if array.dtype.kind == "f":
         low, high = float(array.min()), float(array.max())
-        if not (low >= -1e-4 and high <= 1 + 1e-4):  # also true for NaN; the margin is for resampled pictures
+        if not (low >= -1e-4 and high <= 1 + 1e-4):  # also true for NaN; the margin is for resampled images
             raise ImageInputError(f"floating-point values from {low:g} to {high:g} must lie in [0, 1]; divide them")
         return np.rint(np.clip(array.astype(np.float32), 0, 1) * 255).astype(np.uint8)
     raise ImageInputError(f"dtype {array.dtype} is not supported; convert to uint8, or floating point in [0, 1]")
@@ -234,7 +234,7 @@ def _to_rgb(image: Image.Image, background_color: tuple[int, int, int] | None) -
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             found = f"values from {values.min()} to {values.max()}"
-            raise ImageInputError(f"32-bit picture has {found}; mode I is read as 0..65535: scale it")
+            raise ImageInputError(f"32-bit image has {found}; mode I is read as 0..65535: scale it")
         return Image.fromarray(_to_uint8(values.astype(np.uint16))).convert("RGB")
     if image.mode == "F":
         return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
@@ -244,9 +244,3 @@ def _to_rgb(image: Image.Image, background_color: tuple[int, int, int] | None) -
     image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     canvas = Image.new("RGBA", image.size, (*background_color, 255))
     return Image.alpha_composite(canvas, image).convert("RGB")
-
-
-def shorten(value: Any) -> str:
-    """`repr` for the message of an error."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

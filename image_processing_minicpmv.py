@@ -1,15 +1,14 @@
-"""Pictures to pixel slices for MiniCPM-V 4.5.
+"""Images to pixel slices for MiniCPM-V 4.5.
 
 What is special here:
-- Slicing keeps a picture's own proportions (LLaVA-UHD, arXiv 2403.11703): one small source view of the whole, and up
-  to `max_slice_nums` equal slices of an enlarged view. A small picture is one enlarged view.
+- Slicing keeps an image's own proportions (LLaVA-UHD, arXiv 2403.11703): one small source view of the whole, and up
+  to `max_slice_nums` equal slices of an enlarged view. A small image is one enlarged view.
 - A slice is not padded: it is any multiple of the patch size, stored as a strip `[3, patch, patch * patches]`.
 - Frames of a video may share one visual unit (`pack_frames`): the 3D resampler turns up to six frames into 64 tokens.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,8 +24,8 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .compat_minicpmv import NestedBatchFeature
-from .configuration_minicpmv import MiniCPMVError
-from .image_loading_minicpmv import FramePackingError, ImageInputError, load_image, shorten
+from .configuration_minicpmv import MiniCPMVError, shorten
+from .image_loading_minicpmv import FramePackingError, ImageInputError, load_image
 
 
 # ---- Geometry, as in LLaVA-UHD (arXiv 2403.11703) with the constants of the MiniCPM-V 4.5 model card.
@@ -35,10 +34,10 @@ from .image_loading_minicpmv import FramePackingError, ImageInputError, load_ima
 
 @dataclass(frozen=True)
 class SliceLayout:
-    """How one picture is cut."""
+    """How one image is cut."""
 
     source: tuple[int, int]  # size of the view of the whole
-    grid: tuple[int, int] | None = None  # with the sizes below, None when the picture is not sliced
+    grid: tuple[int, int] | None = None  # with the sizes below, None when the image is not sliced
     refined: tuple[int, int] | None = None  # the enlarged view that is cut: `grid` times `slice`
     slice: tuple[int, int] | None = None
 
@@ -75,9 +74,9 @@ def best_resize(
 
 
 def slice_grid(size: tuple[int, int], max_slice_nums: int = 9, scale_resolution: int = 448) -> tuple[int, int] | None:
-    """(columns, rows) whose proportions are nearest to the picture's, or None when it is not sliced.
+    """(columns, rows) whose proportions are nearest to the image's, or None when it is not sliced.
 
-    The ideal number of slices is the picture's area in squares of `scale_resolution`, at most `max_slice_nums`; grids of
+    The ideal number of slices is the image's area in squares of `scale_resolution`, at most `max_slice_nums`; grids of
     one slice more or fewer compete too, by the logarithms of their aspect ratios, and the first of equal ones wins.
     """
     width, height = size
@@ -96,10 +95,10 @@ def slice_grid(size: tuple[int, int], max_slice_nums: int = 9, scale_resolution:
 def slice_layout(
     size: tuple[int, int], max_slice_nums: int = 9, scale_resolution: int = 448, patch_size: int = 14
 ) -> SliceLayout:
-    """How a picture of `size` is cut; `max_slice_nums` 1 means not at all. Raises ImageInputError for an empty size."""
+    """How an image of `size` is cut; `max_slice_nums` 1 means not at all. Raises ImageInputError for an empty size."""
     width, height = size
     if width < 1 or height < 1:
-        raise ImageInputError(f"picture of {width} x {height} pixels is empty; both sides must be at least 1")
+        raise ImageInputError(f"image of {width} x {height} pixels is empty; both sides must be at least 1")
     grid = slice_grid(size, max_slice_nums, scale_resolution)
     if grid is None:
         return SliceLayout(best_resize(size, scale_resolution, patch_size, upscale=True))
@@ -126,10 +125,10 @@ def resize_bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 @dataclass(frozen=True)
 class SlicedImage:
-    """One picture ready for the vision tower."""
+    """One image ready for the vision tower."""
 
-    image_size: tuple[int, int]  # of the upright picture, before resizing
-    grid: tuple[int, int] | None  # None when the picture is not sliced
+    image_size: tuple[int, int]  # of the upright image, before resizing
+    grid: tuple[int, int] | None  # None when the image is not sliced
     pixel_values: list[torch.Tensor]  # float32 [3, P, P * patches]: the source view, then the slices row by row
     tgt_sizes: list[tuple[int, int]]  # (rows, columns) of patches, one for each tensor
 
@@ -137,7 +136,7 @@ class SlicedImage:
 def pack_frames(
     frames: Sequence[SlicedImage], groups: Sequence[list[int]]
 ) -> tuple[list[torch.Tensor], list[tuple[int, int]], list[list[int]]]:
-    """Order the slices of one sample's pictures and frames by visual unit.
+    """Order the slices of one sample's images and frames by visual unit.
 
     `groups` (of [`read_groups`]) tells by their ids the frames that share a unit. A group with grid (columns, rows)
     yields `1 + columns * rows` units: the source views of all its frames, then each slice position across the frames.
@@ -167,11 +166,11 @@ def pack_frames(
 
 
 def read_groups(temporal_ids: Any, counts: Sequence[int]) -> list[list[list[int]]]:
-    """The groups of frames of each sample, checked against its number of pictures (`counts`).
+    """The groups of frames of each sample, checked against its number of images (`counts`).
 
     `temporal_ids` has for each sample a list of groups such as `[[0, 1, 2], [3, 4, 5], [-1]]`, or None where all are
     stills; for one sample its groups may stand alone. Tensors and arrays may stand for lists. Raises FramePackingError
-    where the ids do not cover the pictures, or are not allowed.
+    where the ids do not cover the images, or are not allowed.
     """
     samples = _as_lists(temporal_ids)
     if samples is None:
@@ -189,9 +188,9 @@ def read_groups(temporal_ids: Any, counts: Sequence[int]) -> list[list[list[int]
             if not all(isinstance(number, int) for number in group):
                 raise FramePackingError(f"temporal_ids of group {group} must be whole numbers (tenths of a second)")
             if not group or (min(group) < 0 and group != [-1]):
-                raise FramePackingError(f"temporal_ids of group {group} must be 0 or more; a still picture is [-1]")
+                raise FramePackingError(f"temporal_ids of group {group} must be 0 or more; a still image is [-1]")
         if (number := sum(map(len, groups))) != count:
-            counted = f"{number} ids, but there are {count} pictures"
+            counted = f"{number} ids, but there are {count} images"
             raise FramePackingError(f"temporal_ids hold {counted}; give one for each frame, and [-1] for each still")
     return samples
 
@@ -238,15 +237,15 @@ def pad_visual_inputs(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tens
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """Options of a call that concern pictures; None means the processor's own setting."""
+    """Options of a call that concern images; None means the processor's own setting."""
 
     max_slice_nums: int | None = None  # most slices beside the source view; 1 never slices
-    use_image_id: bool | None = None  # number the pictures of a prompt
+    use_image_id: bool | None = None  # number the images of a prompt
     input_data_format: str | None = None  # "channels_first" or "channels_last", for arrays and tensors
 
 
-# Pictures that are decoded at a time and share one block of memory.
-_PICTURES_PER_BLOCK = 16
+# Images that are decoded at a time and share one block of memory.
+_IMAGES_PER_BLOCK = 16
 
 # Names under which vLLM and the configurations of other processors know a setting -> its name here.
 _SETTING_ALIASES = {"image_mean": "norm_mean", "mean": "norm_mean", "image_std": "norm_std", "std": "norm_std"} | {
@@ -262,7 +261,7 @@ class ImageSettings:
     scale_resolution: int = 448  # side in pixels of the square whose area one slice has
     patch_size: int = 14  # side of a vision patch in pixels
     image_feature_size: int = 64  # tokens of one visual unit (`query_num` of the model)
-    use_image_id: bool = True  # number the pictures of a prompt with `<image_id>K</image_id>`
+    use_image_id: bool = True  # number the images of a prompt with `<image_id>K</image_id>`
     slice_mode: bool = True  # False never slices
     im_start: str = "<image>"  # control tokens of the placeholders
     im_end: str = "</image>"
@@ -274,7 +273,7 @@ class ImageSettings:
     norm_mean: Sequence[float] = (0.5, 0.5, 0.5)  # of R, G, B, on the scale 0..1
     norm_std: Sequence[float] = (0.5, 0.5, 0.5)
     version: float = 4.5  # of the model
-    do_exif_transpose: bool = True  # turn pictures upright as their EXIF orientation says
+    do_exif_transpose: bool = True  # turn images upright as their EXIF orientation says
     background_color: Sequence[int] | None = (255, 255, 255)  # under transparent pixels; None drops the alpha channel
 
     def __post_init__(self) -> None:
@@ -290,7 +289,7 @@ class ImageSettings:
 
 
 class MiniCPMVImageProcessor(BaseImageProcessor):
-    """Slices pictures and turns them into patch strips for MiniCPM-V. Its settings are those of `ImageSettings`."""
+    """Slices images and turns them into patch strips for MiniCPM-V. Its settings are those of `ImageSettings`."""
 
     model_input_names = ["pixel_values", "image_sizes", "tgt_sizes", "temporal_ids"]
     setting_names = {field.name for field in fields(ImageSettings)} | _SETTING_ALIASES.keys()
@@ -311,27 +310,27 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         return super().from_dict(image_processor_dict | overrides, **kwargs)
 
     def get_slice_layout(self, image_size: Sequence[int], max_slice_nums: int | None = None) -> SliceLayout:
-        """`slice_layout` of a picture of `image_size` (numbers or a tensor) under this processor's settings."""
+        """`slice_layout` of an image of `image_size` (numbers or a tensor) under this processor's settings."""
         width, height = (int(side) for side in image_size)
         limit = self.max_slice_nums if max_slice_nums is None else _positive_int("max_slice_nums", max_slice_nums)
         return slice_layout((width, height), limit if self.slice_mode else 1, self.scale_resolution, self.patch_size)
 
     def get_sliced_grid(self, image_size: Sequence[int], max_slice_nums: int | None = None) -> tuple[int, int] | None:
-        """Grid of the slices of a picture of `image_size`; None when it is not sliced."""
+        """Grid of the slices of an image of `image_size`; None when it is not sliced."""
         return self.get_slice_layout(image_size, max_slice_nums).grid
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Number of visual units of a picture (transformers' name and argument order: height first)."""
+        """Number of visual units of an image (transformers' name and argument order: height first)."""
         return self.get_slice_layout((width, height), (images_kwargs or {}).get("max_slice_nums")).num_slices
 
     def get_slice_image_placeholder(
         self,
         image_size: Sequence[int],  # (width, height), also as a tensor
-        image_idx: int = 0,  # number of the picture in its sample
+        image_idx: int = 0,  # number of the image in its sample
         max_slice_nums: int | None = None,  # None: this processor's setting, as for the next
         use_image_id: bool | None = None,
     ) -> str:
-        """Prompt text that stands for a picture: the source unit, then rows of slice units with "\\n" between rows."""
+        """Prompt text that stands for an image: the source unit, then rows of slice units with "\\n" between rows."""
         grid = self.get_sliced_grid(image_size, max_slice_nums)
         tokens = self.unk * self.image_feature_size
         text = self.im_start + tokens + self.im_end
@@ -349,15 +348,15 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
     def slice_all_to_patches(
         self, images: Iterable[Any], max_slice_nums: int | None = None, input_data_format: str | None = None
     ) -> list[SlicedImage]:
-        """Load, resize, cut and normalize pictures (anything `load_image` takes, which also says what it raises).
+        """Load, resize, cut and normalize images (anything `load_image` takes, which also says what it raises).
 
         They are taken 16 at a time, on at most `torch.get_num_threads()` threads.
 
-        The tensors of a call share memory, by up to 16 pictures: clone one to store it alone.
+        The tensors of a call share memory, by up to 16 images: clone one to store it alone.
         """
         images, sliced = iter(images), []
-        # Nothing here holds a block of pictures while the next one is decoded.
-        while block := self._slice_block(list(islice(images, _PICTURES_PER_BLOCK)), max_slice_nums, input_data_format):
+        # Nothing here holds a block of images while the next one is decoded.
+        while block := self._slice_block(list(islice(images, _IMAGES_PER_BLOCK)), max_slice_nums, input_data_format):
             sliced += block
         return sliced
 
@@ -406,10 +405,10 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         input_data_format: str | None = None,
         **kwargs,
     ) -> NestedBatchFeature:
-        """Preprocess a picture, the pictures of one sample (list), or those of a batch (list of lists).
+        """Preprocess an image, the images of one sample (list), or those of a batch (list of lists).
 
         Args:
-            images: anything `load_image` takes, or lists of it; `[]` is one sample without pictures.
+            images: anything `load_image` takes, or lists of it; `[]` is one sample without images.
             do_pad, kwargs: accepted from vLLM, LLaMA-Factory and others; slices are never padded.
             max_slice_nums, input_data_format: see `ImageOptions`.
             temporal_ids: see [`read_groups`].
@@ -419,12 +418,12 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
             One entry a sample of `pixel_values` (slices [3, P, P * patches], float32), `image_sizes` (width, height),
             `tgt_sizes` [slices, 2] (rows, columns in patches) and `temporal_ids` (a list a unit, `[-1]` for a still).
 
-        Raises ImageInputError and FramePackingError for pictures and ids that cannot be used.
+        Raises ImageInputError and FramePackingError for images and ids that cannot be used.
         """
         samples = _as_samples(images)
-        groups = read_groups(temporal_ids, [len(pictures) for pictures in samples])
+        groups = read_groups(temporal_ids, [len(sample) for sample in samples])
         sliced = iter(self.slice_all_to_patches(chain(*samples), max_slice_nums, input_data_format))
-        packed = [(list(islice(sliced, len(pictures))), ids) for pictures, ids in zip(samples, groups, strict=True)]
+        packed = [(list(islice(sliced, len(sample))), ids) for sample, ids in zip(samples, groups, strict=True)]
         return visual_features(packed, return_tensors)
 
 
@@ -435,7 +434,7 @@ for _alias, _name in _SETTING_ALIASES.items():
 def visual_features(
     samples: Iterable[tuple[list[SlicedImage], list[list[int]]]], return_tensors: str | None
 ) -> NestedBatchFeature:
-    """What both processors return, of the pictures or frames of each sample and their groups."""
+    """What both processors return, of the images or frames of each sample and their groups."""
     if return_tensors not in (None, "pt", "np"):
         raise MiniCPMVError(f"return_tensors={return_tensors!r} is not supported; give None, 'pt' or 'np'")
     convert = (lambda tensor: tensor.numpy()) if return_tensors == "np" else (lambda tensor: tensor)
@@ -458,14 +457,8 @@ def _map_threaded(function: Callable, items: Sequence) -> list:
         return list(pool.map(function, items))
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question with the nearest of the known names, to stand behind a sentence; "" where none is near."""
-    nearest = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
-
-
 def unstack(images: Any) -> Any:
-    """Lists in which an array of several pictures ([N, H, W, C]: so vLLM gives clips) is its pictures."""
+    """Lists in which an array of several images ([N, H, W, C]: so vLLM gives videos) is its images."""
     if getattr(images, "ndim", None) == 4:
         return list(images)
     if not isinstance(images, (list, tuple)):
@@ -482,7 +475,7 @@ def _as_samples(images: Any) -> list[list]:
     if images and all(nested):
         return [list(sample) for sample in images]
     if any(nested):
-        raise ImageInputError("images mix pictures and lists of pictures; give one list, or one list a sample")
+        raise ImageInputError("images= mixes images with lists of images; give one list, or one list a sample")
     return [list(images)]
 
 

@@ -1,7 +1,7 @@
 """Messages of a conversation, and what users may write in them.
 
 What is special:
-- A content part is a string, a picture or a dict; a string is always text, never a path.
+- A content part is a string, an image or a dict; a string is always text, never a path.
 - Where messages become ids, text that a user typed never turns into control tokens (`<image>`, `<|im_end|>`, ...): each
   of them is marked before the template sees it, and the marks are taken out when the prompt is encoded. All other text
   keeps exactly the ids of the whole prompt tokenized at once, as merges cross the borders of its parts.
@@ -19,8 +19,8 @@ from typing import Any
 from PIL import Image
 from tokenizers import Tokenizer
 
-from .configuration_minicpmv import MiniCPMVError
-from .image_loading_minicpmv import IMAGE_FORMATS, ImageInputError, shorten
+from .configuration_minicpmv import MiniCPMVError, shorten
+from .image_loading_minicpmv import IMAGE_FORMATS, ImageInputError
 
 
 # Stands after the first character of a control token that a user typed, from the message to the tokenizer. Unicode keeps
@@ -38,7 +38,7 @@ VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpe
 def read_message(message: Any, media: dict[str, list], guard: re.Pattern | None = None) -> dict[str, Any]:
     """A message, of the kinds that `MiniCPMVProcessor.apply_chat_template` describes, as the template reads it.
 
-    Its pictures and videos are appended to `media` (`{"image": list, "video": list}`). What `guard` finds
+    Its images and videos are appended to `media` (`{"images": list, "videos": list}`). What `guard` finds
     ([`typed_guard`]) is marked as typed; None leaves it. Raises MiniCPMVError where it is no message.
     """
     message = _as_mapping(message)
@@ -69,7 +69,7 @@ def read_message(message: Any, media: dict[str, list], guard: re.Pattern | None 
             source = {"url": mark_typed(value, guard, allowed)} if isinstance(value, str) else {}
             parts.append({"type": kind} | source)
             if value is not None:
-                media[kind].append(value)
+                media[f"{kind}s"].append(value)
     return rendered | {"content": parts}
 
 
@@ -97,7 +97,7 @@ def read_part(part: Any) -> tuple[str, Any]:
                 return kind, f"data:;base64,{value}" if name == "base64" else value
         return kind, None
     kinds = "text, image, image_url, video or video_url with its data"
-    raise ImageInputError(f"A content part is a string, a picture, or a dict of type {kinds}, not {shorten(part)}.")
+    raise ImageInputError(f"A content part is a string, an image, or a dict of type {kinds}, not {shorten(part)}.")
 
 
 def _as_mapping(value: Any) -> Any:

@@ -1,9 +1,9 @@
-"""Processor of MiniCPM-V 4.5: text, pictures and videos to the inputs of the model.
+"""Processor of MiniCPM-V 4.5: text, images and videos to the inputs of the model.
 
 What is special:
 - One road for every prompt: messages -> rendered prompt -> placeholders replaced by slots -> ids. `chat()`, training
   and serving all come through here.
-- Pictures and clips go into the same lists, in the order of their places in the text; a clip's frames share slots.
+- Images and videos go into the same lists, in the order of their places in the text; a video's frames share slots.
 - Text that a user typed never turns into control tokens: see `messages_minicpmv`.
 - Batches are padded on the left with the pad token, and the mask comes from lengths: id 0 is "!", an ordinary token.
 """
@@ -12,9 +12,8 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
 from itertools import accumulate
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from PIL import Image
@@ -27,13 +26,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoInput
 
 from .compat_minicpmv import NestedBatchFeature, ProcessorBase
-from .configuration_minicpmv import MiniCPMVError
+from .configuration_minicpmv import MiniCPMVError, did_you_mean
 from .image_loading_minicpmv import FramePackingError, ImageInputError
 from .image_processing_minicpmv import (
     ImageOptions,
     MiniCPMVImageProcessor,
-    SlicedImage,
-    did_you_mean,
     pack_frames,
     pad_visual_inputs,
     read_groups,
@@ -57,7 +54,8 @@ from .video_processing_minicpmv import MiniCPMVVideoProcessor
 
 logger = logging.get_logger(__name__)
 
-PLACEHOLDERS = re.compile("|".join(re.escape(text) for text in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)))
+PLACES = {"images": IMAGE_PLACEHOLDER, "videos": VIDEO_PLACEHOLDER}  # in a rendered prompt
+PLACEHOLDERS = re.compile("|".join(map(re.escape, PLACES.values())))
 # Keywords of a call that are no options of images, videos or text.
 CALL_OPTIONS = {"images", "videos", "temporal_ids", "return_metadata", "pad_pixel_values", "media_cache"} | {
     f"{part}_kwargs" for part in ("images", "videos", "text", "common")
@@ -74,13 +72,13 @@ class TextOptions:
     padding_side: str = "left"
     pad_to_multiple_of: int | None = None
     max_length: int | None = None  # most tokens of a prompt; a longer one is an error
-    truncation: bool | str | None = None  # True: a longer one is cut, unless that would cut a picture
+    truncation: bool | str | None = None  # True: a longer one is cut, unless that would cut an image
     return_tensors: str | None = "pt"  # "pt", "np" or None (lists)
     return_mm_token_type_ids: bool = False  # also give 1 for slots and 0 for text
 
 
 class PromptTooLongError(MiniCPMVError):
-    """A prompt has more tokens than allowed: the message says how many, how many of them are pictures, and the limit."""
+    """A prompt has more tokens than allowed: the message says how many, how many of them are images, and the limit."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class _Options:
     images: ImageOptions
     videos: dict[str, Any]  # of `MiniCPMVVideoProcessor.preprocess`
     text: TextOptions
-    media_cache: Any
+    read: Callable[[str, list, Callable[[list], list]], list]  # `get` of the media cache, or what asks none
 
 
 @dataclass
@@ -98,8 +96,8 @@ class ExpandedPrompt:
     text: str
     pixel_values: list = field(default_factory=list)  # slices [3, P, P * patches]
     tgt_sizes: list = field(default_factory=list)  # (rows, columns) of each slice
-    temporal_ids: list = field(default_factory=list)  # one list of ids a unit; [-1] for a still picture
-    image_sizes: list = field(default_factory=list)  # (width, height) of each picture and frame
+    temporal_ids: list = field(default_factory=list)  # one list of ids a unit; [-1] for a still image
+    image_sizes: list = field(default_factory=list)  # (width, height) of each image and frame
     video_metadata: list = field(default_factory=list)  # one report a video
     spans: list = field(default_factory=list)  # (start, end) in `text` of what an assistant wrote
 
@@ -125,7 +123,7 @@ class MiniCPMVProcessor(ProcessorBase):
     PromptTooLongError = PromptTooLongError
 
     image_token = "<unk>"
-    # Lists of one entry a prompt: pictures have slices of unequal size and number.
+    # Lists of one entry a prompt: images have slices of unequal size and number.
     skip_tensor_conversion = [*MiniCPMVImageProcessor.model_input_names, "image_bound", "video_metadata"]
 
     def __init__(
@@ -154,7 +152,7 @@ class MiniCPMVProcessor(ProcessorBase):
 
     # ---- facts that callers need ----
 
-    visual_input_names = ("pixel_values", "tgt_sizes", "temporal_ids")  # inputs of the model that hold pictures
+    visual_input_names = ("pixel_values", "tgt_sizes", "temporal_ids")  # inputs of the model that hold images
 
     split_thought = staticmethod(split_thought)
     write_thought = staticmethod(write_thought)
@@ -163,7 +161,7 @@ class MiniCPMVProcessor(ProcessorBase):
     pad_visual_inputs = staticmethod(pad_visual_inputs)
 
     def load_image(self, source: Any) -> Image.Image:
-        """An image, of any kind that messages may hold, as an upright RGB picture. Raises ImageInputError."""
+        """An image, of any kind that messages may hold, as an upright RGB image. Raises ImageInputError."""
         return self.image_processor.load_image(source)
 
     # ---- rendered prompts -> inputs ----
@@ -177,27 +175,27 @@ class MiniCPMVProcessor(ProcessorBase):
         temporal_ids: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Turn rendered prompts with pictures and videos into the inputs of the model.
+        """Turn rendered prompts with images and videos into the inputs of the model.
 
         Args:
-            text: a prompt, or a list of them. `(<image>./</image>)` marks the place of a picture, `(<video>./</video>)`
+            text: a prompt, or a list of them. `(<image>./</image>)` marks the place of an image, `(<video>./</video>)`
                 that of a video. Control tokens count; what users typed comes by way of `apply_chat_template`.
-            images: one list of pictures a prompt (TRL), or one flat list that the places share out in order (SGLang).
+            images: one list of images a prompt (TRL), or one flat list that the places share out in order (SGLang).
                 Whatever the image processor loads: PIL, path, bytes, array, tensor, data or http URL.
             videos: likewise; whatever the video processor loads.
-            temporal_ids: makes pictures the frames of clips: for each prompt a list of groups with one id a frame
-                (tenths of a second), such as `[[-1], [0, 3, 6]]`; [-1] is a still picture.
+            temporal_ids: makes images the frames of videos: for each prompt a list of groups with one id a frame
+                (tenths of a second), such as `[[-1], [0, 3, 6]]`; [-1] is a still image.
             kwargs: options of `ImageOptions`, `VideoOptions` and `TextOptions`; those in the dicts `images_kwargs`,
                 `videos_kwargs` and `text_kwargs` reach one part alone. And:
             return_metadata: also give `video_metadata`, one report a video.
             pad_pixel_values: give the tensors of `pad_visual_inputs` instead of nested lists.
-            media_cache: an object with `get(kind, source, make)`, asked for each image and video before it is read:
-                kind is "image" or "video", source what the caller gave, and `make()` gives what this processor makes
-                of it (a `SlicedImage`; the features of a clip). It returns that, or what it kept of an earlier call.
-                What `make()` raises has to pass through it.
+            media_cache: an object with `get(kind, sources, make)`, asked for the images, then for the videos of a
+                prompt before they are read: kind is "image" or "video", sources are what the caller gave, and
+                `make(new)` gives what this processor makes of some of them (for each a `SlicedImage`; the features of
+                a video). It returns that of all, made now or kept of an earlier call.
 
         Returns:
-            [`BatchFeature`] with `input_ids` and `attention_mask` [B, L]. With pictures or videos, one entry a prompt
+            [`BatchFeature`] with `input_ids` and `attention_mask` [B, L]. With images or videos, one entry a prompt
             of `pixel_values` (slices [3, P, P * patches]), `tgt_sizes` [slices, 2], `image_sizes` (width, height) and
             `image_bound` [units, 2]. When frames are packed, `temporal_ids`.
 
@@ -206,15 +204,14 @@ class MiniCPMVProcessor(ProcessorBase):
         if _is_text(images) and not _is_text(text):  # transformers' own order is (images, text)
             text, images = images, text
         if audio:
-            raise MiniCPMVError("audio was given, but this model reads text, pictures and videos only.")
-        prompts, images = [text] if isinstance(text, str) else text, unstack(images)
+            raise MiniCPMVError("audio was given, but this model reads text, images and videos only.")
+        prompts = [text] if isinstance(text, str) else text
         if prompts is None and images is None:
             raise MiniCPMVError("Pass text, images, or both; videos need a text that names their places.")
-        if prompts is None:  # pictures alone, as one sample after the other
-            pictures = images if _is_nested(images) else [images]
-            prompts = [IMAGE_PLACEHOLDER * len(_as_list(sample)) for sample in pictures]
-        images = _share_out(prompts, images, IMAGE_PLACEHOLDER, "images", _as_list)
-        videos = _share_out(prompts, videos, VIDEO_PLACEHOLDER, "videos", flatten_videos)
+        if prompts is None:  # images alone, as one sample after the other
+            samples: Any = images if _is_nested(images) else [images]
+            prompts = [IMAGE_PLACEHOLDER * len(_list_images(sample)) for sample in samples]
+        images, videos = _share_out(prompts, images, "images"), _share_out(prompts, videos, "videos")
         data = self._process(prompts, images, videos, temporal_ids, **kwargs)
         if text is None:
             for name in ("input_ids", "attention_mask", "image_bound"):
@@ -224,12 +221,12 @@ class MiniCPMVProcessor(ProcessorBase):
     def _process(
         self, prompts: list[str], images: Any, videos: Any, temporal_ids: Any = None, spans: Any = None, **kwargs: Any
     ) -> NestedBatchFeature:
-        """`__call__` on one list of pictures and one of videos a prompt (None: no such modality in the batch)."""
+        """`__call__` on one list of images and one of videos a prompt (None: no such modality in the batch)."""
         return_metadata, is_padded = kwargs.pop("return_metadata", False), kwargs.pop("pad_pixel_values", False)
         options = self._sort_options(kwargs)
         return_metadata |= bool(options.videos.pop("return_metadata", False))
         nothing: list[list] = [[]] * len(prompts)
-        groups = read_groups(temporal_ids, [len(pictures) for pictures in images or nothing])
+        groups = read_groups(temporal_ids, [len(sample) for sample in images or nothing])
         samples = [
             self._expand(*inputs, options)
             for inputs in zip(prompts, images or nothing, videos or nothing, groups, spans or nothing, strict=True)
@@ -252,7 +249,7 @@ class MiniCPMVProcessor(ProcessorBase):
     @property
     def option_names(self) -> dict[str, set[str]]:
         """Keyword arguments of `__call__` by the part they concern: {"images": ..., "videos": ..., "text": ...}."""
-        # `use_image_id` is not a video's unless asked of it alone: a number for each picture is the default of images.
+        # `use_image_id` is not a video's unless asked of it alone: a number for each image is the default of images.
         videos = {*self.video_processor.option_names, "video_metadata"} - {"use_image_id"}
         images, text = ({each.name for each in fields(options)} for options in (ImageOptions, TextOptions))
         return {"images": images, "videos": videos, "text": text}
@@ -263,7 +260,7 @@ class MiniCPMVProcessor(ProcessorBase):
 
     def _sort_options(self, kwargs: dict[str, Any]) -> _Options:
         """The keywords of a call by the part they concern, like `option_names`."""
-        parts, media_cache = self.option_names, kwargs.pop("media_cache", None)
+        parts, cache = self.option_names, kwargs.pop("media_cache", None)
         options = {part: dict(kwargs.pop(f"{part}_kwargs", None) or {}) for part in (*parts, "common")}
         unknown = {name for part in ("images", "text") for name in options[part].keys() - parts[part]}
         for name, value in {**options.pop("common"), **kwargs}.items():
@@ -281,25 +278,36 @@ class MiniCPMVProcessor(ProcessorBase):
         images, text = (
             {name: options[part][name] for name in options[part].keys() & parts[part]} for part in ("images", "text")
         )
-        return _Options(ImageOptions(**images), options["videos"], TextOptions(**text), media_cache)
+        read = _read_anew if cache is None else cache.get
+        return _Options(ImageOptions(**images), options["videos"], TextOptions(**text), read)
 
     def _expand(
         self, prompt: str, images: list, videos: list, groups: list[list[int]], spans: list, options: _Options
     ) -> ExpandedPrompt:
-        """Put slots in the places of pictures and videos, and make the slices that fill them."""
+        """Put slots in the places of images and videos, and make the slices that fill them."""
         kinds, texts = PLACEHOLDERS.findall(prompt), PLACEHOLDERS.split(prompt)
-        for name, placeholder, given in (("images", IMAGE_PLACEHOLDER, images), ("videos", VIDEO_PLACEHOLDER, videos)):
-            _check_places("prompt has", placeholder, name, kinds.count(placeholder), given)
-        frames = iter(self._slice(images, options))
-        videos_left, groups_left = iter(videos), iter(groups)
+        for name, given in (("images", images), ("videos", videos)):
+            _check_places("prompt has", name, kinds.count(PLACES[name]), given)
+        limit, data_format = options.images.max_slice_nums, options.images.input_data_format
+
+        def slice_images(new: list) -> list:
+            return self.image_processor.slice_all_to_patches(new, limit, data_format)
+
+        def sample_videos(new: list) -> list:
+            process = self.video_processor.preprocess
+            return [process(video, return_metadata=True, **options.videos) for video in new]
+
+        frames = iter(options.read("image", images, slice_images))
+        features = iter(options.read("video", videos, sample_videos))
+        groups_left = iter(groups)
         sample = ExpandedPrompt("")
         lengths = [len(text) + len(kind) for text, kind in zip(texts, [*kinds, ""], strict=True)]
         old_starts = [0, *accumulate(lengths)]
-        parts, place, pictures = [texts[0]], 0, 0
+        parts, place, number = [texts[0]], 0, 0
         moved = [(0, 0)]  # (start in the prompt, start in the result) of the pieces of text
         while place < len(kinds):
             if kinds[place] == VIDEO_PLACEHOLDER:
-                units = self._add_video(sample, next(videos_left), options)
+                units = self._add_video(sample, next(features), options)
                 following = place + 1
             else:
                 group = next(groups_left)
@@ -311,9 +319,9 @@ class MiniCPMVProcessor(ProcessorBase):
                 members = [next(frames) for _ in group]
                 sample.add(*pack_frames(members, [group]), [frame.image_size for frame in members])
                 units = self.image_processor.get_slice_image_placeholder(
-                    members[0].image_size, pictures, options.images.max_slice_nums, options.images.use_image_id
+                    members[0].image_size, number, limit, options.images.use_image_id
                 )
-                pictures += len(group)
+                number += len(group)
                 if group != [-1] and following < len(kinds) and not texts[following].strip():
                     texts[following] = "\n"
             moved.append((old_starts[following], moved[-1][1] + len(parts[-1]) + len(units)))
@@ -325,33 +333,11 @@ class MiniCPMVProcessor(ProcessorBase):
             sample.spans.append(tuple(end - old + new for end, (old, new) in pieces))
         return sample
 
-    def _slice(self, images: list, options: _Options) -> list[SlicedImage]:
-        slice_all, cache = self.image_processor.slice_all_to_patches, options.media_cache
-        limit, data_format = options.images.max_slice_nums, options.images.input_data_format
-        make = partial(slice_all, max_slice_nums=limit, input_data_format=data_format)
-        if cache is None:
-            return make(images)
-        # The cache is asked twice, so that all images that it lacks are sliced in one go, on all threads.
-        missing = []
-        for image in images:
-            try:
-                cache.get("image", image, _not_made)
-            except _NotMadeError:
-                missing.append(image)
-        made = {id(image): sliced for image, sliced in zip(missing, make(missing), strict=True)}
-
-        def of(image: Any) -> SlicedImage:  # those not among the missing, the cache has let go of since
-            return made.get(id(image)) or make([image])[0]
-
-        return [cache.get("image", image, partial(of, image)) for image in images]
-
-    def _add_video(self, sample: ExpandedPrompt, video: Any, options: _Options) -> str:
+    def _add_video(self, sample: ExpandedPrompt, features: Any, options: _Options) -> str:
         """Add the sampled frames of one video; returns the text with its slots, a line for each group."""
-        make = partial(self.video_processor.preprocess, video, return_metadata=True, **options.videos)
-        clip = make() if options.media_cache is None else options.media_cache.get("video", video, make)
-        (report,) = clip["video_metadata"]
-        sizes = clip["tgt_sizes"][0].tolist()
-        sample.add(clip["pixel_values"][0], sizes, clip["temporal_ids"][0], clip["image_sizes"][0])
+        (report,) = features["video_metadata"]
+        sizes = features["tgt_sizes"][0].tolist()
+        sample.add(features["pixel_values"][0], sizes, features["temporal_ids"][0], features["image_sizes"][0])
         sample.video_metadata.append(report)
         limits = {name: options.videos.get(name) for name in ("max_slice_nums", "use_image_id")}
         return self.video_processor.get_video_placeholder(sample.image_sizes[-1], report.num_groups, **limits)
@@ -364,14 +350,14 @@ class MiniCPMVProcessor(ProcessorBase):
         for index, (sample, (ids, offsets)) in enumerate(zip(samples, encoded, strict=True)):
             slots = [place for place, token in enumerate(ids) if token == slot]
             if len(slots) != query_num * len(sample.temporal_ids):
-                taken = f"{len(slots)} {self.image_token} tokens, but its pictures take {query_num * len(sample.temporal_ids)}"
-                raise MiniCPMVError(f"Prompt {index} has {taken}. Mark pictures by {IMAGE_PLACEHOLDER} only.")
+                taken = f"{len(slots)} {self.image_token} tokens, but its images take {query_num * len(sample.temporal_ids)}"
+                raise MiniCPMVError(f"Prompt {index} has {taken}. Mark images by {IMAGE_PLACEHOLDER} only.")
             limit = options.max_length
             if limit is not None and len(ids) > limit:
                 if options.truncation in (None, False, "do_not_truncate") or (slots and slots[-1] >= limit):
                     raise PromptTooLongError(
-                        f"Prompt {index} has {len(ids)} tokens, {len(slots)} of them for pictures; the limit is "
-                        f"{limit}. Shorten the text, give fewer or smaller pictures (max_slice_nums) or fewer "
+                        f"Prompt {index} has {len(ids)} tokens, {len(slots)} of them for images; the limit is "
+                        f"{limit}. Shorten the text, give fewer or smaller images (max_slice_nums) or fewer "
                         "frames (fps, max_num_packing), or raise the limit (max_length; in chat() max_inp_length)."
                     )
                 ids, offsets = ids[:limit], offsets[:limit]
@@ -423,7 +409,7 @@ class MiniCPMVProcessor(ProcessorBase):
 
         Args:
             conversation: a list of messages `{"role", "content"}`, or a list of such lists. Content is a string, a
-                picture, or a list of parts: strings, pictures (PIL, pathlib.Path, bytes, array, tensor), videos
+                image, or a list of parts: strings, images (PIL, pathlib.Path, bytes, array, tensor), videos
                 (pathlib.Path with a video's suffix) and dicts: `{"type": "text", "text": ...}`, `{"type": "image"}` with
                 "image", "url", "path" or "base64", OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`, and
                 `{"type": "video"}` with "video", "url" or "path". A string is text, never a path. A part of type
@@ -449,8 +435,7 @@ class MiniCPMVProcessor(ProcessorBase):
             (options if self.is_option(name) else template_variables)[name] = value
         is_batched = _is_nested(conversation)
         conversations = conversation if is_batched else [conversation]
-        pending = {"images": unstack(options.pop("images", None)), "videos": options.pop("videos", None)}
-        media: list[dict[str, list]] = [{"image": [], "video": []} for _ in conversations]
+        media: list[dict[str, list]] = [{"images": [], "videos": []} for _ in conversations]
         guard = typed_guard(self.tokenizer) if tokenize and sanitize_control_tokens else None
         pairs = zip(conversations, media, strict=True)
         prompts, spans = render_jinja_template(
@@ -466,12 +451,11 @@ class MiniCPMVProcessor(ProcessorBase):
         if not tokenize:
             return prompts if is_batched else prompts[0]
         inputs = {}
-        readers = {"image": (IMAGE_PLACEHOLDER, _as_list), "video": (VIDEO_PLACEHOLDER, flatten_videos)}
-        for kind, (placeholder, as_list) in readers.items():
-            given, found = pending[f"{kind}s"], [each[kind] for each in media]
+        for name in PLACES:
+            given, found = options.pop(name, None), [each[name] for each in media]
             if given is not None and any(found):
-                raise MiniCPMVError(f"{kind}s stand in the messages and in {kind}s=. Give them in one way only.")
-            inputs[f"{kind}s"] = found if any(found) else _share_out(prompts, given, placeholder, f"{kind}s", as_list)
+                raise MiniCPMVError(f"{name} stand in the messages and in {name}=. Give them in one way only.")
+            inputs[name] = found if any(found) else _share_out(prompts, given, name)
         spans = spans if return_assistant_tokens_mask else None
         output = self._process(prompts, **inputs, spans=spans, return_tensors=return_tensors, **options)
         return output if return_dict else output["input_ids"]
@@ -479,7 +463,7 @@ class MiniCPMVProcessor(ProcessorBase):
     # ---- for other software ----
 
     def _get_num_multimodal_tokens(self, image_sizes: Sequence | None = None, **kwargs: Any) -> MultiModalData:
-        """Slots and slices that pictures of `image_sizes` (height, width) take.
+        """Slots and slices that images of `image_sizes` (height, width) take.
 
         Serving engines split the places where `mm_token_type_ids` is 1 by these numbers; tokens around slots are not.
         """
@@ -511,12 +495,8 @@ class MiniCPMVProcessor(ProcessorBase):
         return files
 
 
-class _NotMadeError(Exception):
-    """A cache of media does not know an image."""
-
-
-def _not_made() -> NoReturn:
-    raise _NotMadeError
+def _read_anew(kind: str, sources: list, make: Callable[[list], list]) -> list:
+    return make(sources)
 
 
 def _is_text(value: Any) -> bool:
@@ -532,10 +512,9 @@ def _is_list_of(value: Any, kinds: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, kinds) for item in value)
 
 
-def _as_list(value: Any) -> list:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def _list_images(images: Any) -> list:
+    images = [] if images is None else unstack(images)
+    return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
 def _is_single_video(video: Any) -> bool:
@@ -543,23 +522,22 @@ def _is_single_video(video: Any) -> bool:
     return not isinstance(video, (list, tuple)) or any(item is video for item in flatten_videos(video))
 
 
-def _share_out(
-    prompts: Sequence[str], media: Any, placeholder: str, name: str, as_list: Callable[[Any], list]
-) -> list[list] | None:
-    """One list of pictures (or videos) a prompt; a flat list is shared out by the places in the prompts."""
+def _share_out(prompts: Sequence[str], media: Any, name: str) -> list[list] | None:
+    """One list of "images" or "videos" (`name`) a prompt; a flat list is shared out by the places in the prompts."""
     if media is None:
         return None
+    as_list = _list_images if name == "images" else flatten_videos
     if _is_nested(media) and not (name == "videos" and all(_is_single_video(item) for item in media)):
         if len(media) != len(prompts):
             raise MiniCPMVError(f"{name} are lists for {len(media)} prompts, but there are {len(prompts)} prompts.")
         return [as_list(item) if item is not None else [] for item in media]
-    flat, counts = as_list(media), [prompt.count(placeholder) for prompt in prompts]
-    _check_places("prompts have", placeholder, name, sum(counts), flat)
+    flat, counts = as_list(media), [prompt.count(PLACES[name]) for prompt in prompts]
+    _check_places("prompts have", name, sum(counts), flat)
     items = iter(flat)
     return [[next(items) for _ in range(count)] for count in counts]
 
 
-def _check_places(subject: str, placeholder: str, name: str, places: int, given: list) -> None:
+def _check_places(subject: str, name: str, places: int, given: list) -> None:
     if places != len(given):
-        found = f"{places} places {placeholder} for {name}, but {len(given)} {name} were given"
+        found = f"{places} places {PLACES[name]} for {name}, but {len(given)} {name} were given"
         raise MiniCPMVError(f"The {subject} {found}. Give one for each place, in order.")

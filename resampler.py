@@ -1,9 +1,9 @@
-"""The 3D resampler of MiniCPM-V 4.5: all patches of one slice, or of up to six frames of a clip, to `query_num` tokens.
+"""The 3D resampler of MiniCPM-V 4.5: all patches of one slice, or of up to six frames of a video, to `query_num` tokens.
 
 What is special:
-- Learned queries attend once to the patches. Keys carry a 2D sin-cos position and, in a clip, the time of their frame;
+- Learned queries attend once to the patches. Keys carry a 2D sin-cos position and, in a video, the time of their frame;
   values carry neither.
-- A unit is one set of queries: a picture slice, or the same slice position of a group of frames. Units of unequal
+- A unit is one set of queries: a slice, or the same slice position of a group of frames. Units of unequal
   size run packed, as in the tower.
 - Positions are computed for the rows in use. The whole tables would take 80 MB and 1.18 GB and end at 70 patches and
   72,000 tenths of a second; here neither has an end.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 
-STILL_IMAGE_ID = -1  # the temporal id of a picture that is not part of a clip: no time is added
+STILL_IMAGE_ID = -1  # the temporal id of an image that is not part of a video: no time is added
 
 
 def sincos_positions(positions: Sequence[int] | np.ndarray, dim: int) -> np.ndarray:
@@ -95,7 +95,7 @@ class Resampler(nn.Module):
 
         Args:
             tgt_sizes: (rows, columns) in patches of every slice; the frames of a unit stand together.
-            temporal_ids: list of units, each a list with one id a frame, in tenths of a second; [-1] for a picture.
+            temporal_ids: list of units, each a list with one id a frame, in tenths of a second; [-1] for an image.
         """
         frames = [frame for unit in temporal_ids for frame in unit]
         if len(frames) != len(tgt_sizes):
@@ -110,7 +110,7 @@ class Resampler(nn.Module):
     def positions(
         self, tgt_sizes: Sequence[tuple[int, int]], temporal_ids: Sequence[int], device: torch.device | str
     ) -> Tensor:
-        """Position of every patch, float32 [patches, D]: column, row and, for a frame of a clip, its time."""
+        """Position of every patch, float32 [patches, D]: column, row and, for a frame of a video, its time."""
         half = self.embed_dim // 2
         distinct = dict.fromkeys(tgt_sizes)
         for rows, columns in distinct:

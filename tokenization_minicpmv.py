@@ -1,4 +1,4 @@
-"""The MiniCPM-V tokenizer: Qwen's byte-level BPE plus the control tokens of pictures, frames and boxes."""
+"""The MiniCPM-V tokenizer: Qwen's byte-level BPE plus the control tokens of images, frames and boxes."""
 
 from operator import attrgetter
 from typing import Any
@@ -11,7 +11,7 @@ def _id_of(token: str) -> property:
 
     def get(self: Any) -> int:
         token_id = self.backend_tokenizer.token_to_id(token)
-        if token_id is None:  # convert_tokens_to_ids would answer with <unk>, which is the picture slot
+        if token_id is None:  # convert_tokens_to_ids would answer with <unk>, which is the image slot
             raise ValueError(f"the vocabulary has no token {token!r}; add it to `added_tokens` in tokenizer.json")
         return token_id
 
@@ -51,7 +51,7 @@ class MiniCPMVTokenizerFast(TokenizerBase):
 
     bos_id = property(attrgetter("bos_token_id"), doc="Id of `<|im_start|>`.")
     eos_id = property(attrgetter("eos_token_id"), doc="Id of `<|im_end|>`.")
-    unk_id = property(attrgetter("unk_token_id"), doc="Id of the picture slot.")
+    unk_id = property(attrgetter("unk_token_id"), doc="Id of the image slot.")
 
 
 __all__ = ["MiniCPMVTokenizerFast"]

@@ -3,7 +3,7 @@
 What is special:
 - Frames are found by their time stamps in MP4, MOV, Matroska and WebM files, by a jump to the key frame before them;
   elsewhere (AVI, MPEG, raw streams) they are counted from the start.
-- Only the frames asked for become pictures, a few at a time. Thumbnails are scaled by the decoder.
+- Only the frames asked for become images, a few at a time. Thumbnails are scaled by the decoder.
 - Sizes are looked at before anything is decoded. Nothing is fetched: an address is refused.
 """
 
@@ -33,7 +33,7 @@ ANIMATION_PIXELS = 2**29  # of all frames of an animation, which all have to be 
 
 
 class VideoInputError(MiniCPMVError):
-    """The video cannot be used: missing, broken, too large, empty, without a picture track, or not a video."""
+    """The video cannot be used: missing, broken, too large, empty, without a video track, or not a video."""
 
 
 class FrameSamplingError(MiniCPMVError):  # here for the reason of FramePackingError
@@ -49,7 +49,7 @@ class FrameSource:
     times: np.ndarray | None = None  # seconds at which each frame is shown, or None where only the rate is known
 
     def frames(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        """The frames at `indices` (rising) as RGB pictures, one at a time. Raises VideoInputError for damaged ones."""
+        """The frames at `indices` (rising) as RGB images, one at a time. Raises VideoInputError for damaged ones."""
         raise NotImplementedError
 
     def thumbnails(self, first: int, stop: int) -> Iterator[np.ndarray]:
@@ -61,7 +61,7 @@ class FrameSource:
 
 
 class _FrameList(FrameSource):
-    """Frames that are pictures already: a list of whatever `load_image` takes, or a 4-D array."""
+    """Frames that are images already: a list of whatever `load_image` takes, or a 4-D array."""
 
     def __init__(self, items: Sequence[Any], load: Callable[[Any], Image.Image]):
         self.items, self.num_frames, self.load = items, len(items), load
@@ -83,7 +83,7 @@ class _Pillow(FrameSource):
         width, height = self.image.size
         self.num_frames = getattr(self.image, "n_frames", 1)
         if self.num_frames == 1 and self.image.format != "GIF":
-            raise VideoInputError(f"a still {self.image.format} picture; give it as an image, or in a list of frames")
+            raise VideoInputError(f"one still {self.image.format} image; give it as an image, or in a list of frames")
         check_pixels("the animation", self.image)
         if width * height * self.num_frames > ANIMATION_PIXELS:
             raise VideoInputError(
@@ -212,7 +212,7 @@ class _PyAV(FrameSource):
 
 
 def agree(times: np.ndarray, fps: float) -> bool:
-    """Whether time stamps are those of a clip of about `fps` frames a second."""
+    """Whether time stamps are those of a video of about `fps` frames a second."""
     average = (times[-1] - times[0]) * fps / max(len(times) - 1, 1)  # 1 if they agree
     return bool(np.isfinite(times).all() and (np.diff(times) >= 0).all() and 0.5 < average < 2)
 
@@ -228,7 +228,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _open_file(source: Any, name: str, load: Callable[[Any], Image.Image]) -> FrameSource:
-    """Open a file, in Pillow where its first bytes are those of a picture format, else in PyAV."""
+    """Open a file, in Pillow where its first bytes are those of an image format, else in PyAV."""
     try:
         if hasattr(source, "read"):
             header = _rewound(source).read(16)
@@ -244,7 +244,7 @@ def _open_file(source: Any, name: str, load: Callable[[Any], Image.Image]) -> Fr
         raise VideoInputError(f"PyAV is needed to read {name}: pip install av") from error
     except DECODE_ERRORS as error:
         what = f"{name} cannot be read as a video ({_first_line(error)})"
-        raise VideoInputError(f"{what}. Check that it is a whole file with a picture track") from error
+        raise VideoInputError(f"{what}. Check that it is a whole file with a video track") from error
 
 
 def _refuse_address(name: Any) -> None:
@@ -255,7 +255,7 @@ def _refuse_address(name: Any) -> None:
 def open_video(video: Any, load: Callable[[Any], Image.Image]) -> FrameSource:
     """Open a path, bytes, open file, folder of frames, list of frames or 4-D array.
 
-    `load` turns what the caller gave as a frame (and a frame of an animation) into an RGB picture. Raises
+    `load` turns what the caller gave as a frame (and a frame of an animation) into an RGB image. Raises
     VideoInputError, also where PyAV is not installed.
     """
     if isinstance(video, (str, os.PathLike)):
@@ -265,7 +265,7 @@ def open_video(video: Any, load: Callable[[Any], Image.Image]) -> FrameSource:
         if path.is_dir():
             frames = sorted((p for p in path.iterdir() if p.suffix.lower() in STILL_SUFFIXES), key=_natural_order)
             if not frames:
-                raise VideoInputError(f"the folder {name!r} holds no pictures ({', '.join(sorted(STILL_SUFFIXES))})")
+                raise VideoInputError(f"the folder {name!r} holds no images ({', '.join(sorted(STILL_SUFFIXES))})")
             return _FrameList([str(p) for p in frames], load)
         if not path.is_file():
             raise VideoInputError(f"there is no file {name!r}; give the path of a video, or a folder of frames")
@@ -295,7 +295,7 @@ def _is_frame(item: Any) -> bool:
 def flatten_videos(videos: Any) -> list:
     """All videos of one call in order: a single video, a list of them, or one list per conversation.
 
-    A list that begins with a picture (also an array of one frame, or the path of a file named as a still picture) is
+    A list that begins with an image (also an array of one frame, or the path of a file named as a still image) is
     one video. Animated WebP and PNG files are therefore given one by one, not in a list.
     """
     if not isinstance(videos, (list, tuple)) or (len(videos) and _is_frame(videos[0])):

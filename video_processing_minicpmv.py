@@ -1,11 +1,11 @@
 """Video for MiniCPM-V 4.5: which frames are looked at, when they were shown, and how they share visual tokens.
 
 What is special:
-- Frames are packed. Up to six neighboring frames form a *group*, and a group costs 64 tokens, as a picture does. Each
+- Frames are packed. Up to six neighboring frames form a *group*, and a group costs 64 tokens, as an image does. Each
   frame carries a temporal id: the time at which it is shown, in tenths of a second.
 - The sampling recipe is the published one, number for number, float truncation included. It differs in what the
   recipe leaves open: at least one frame, and never the same frame twice.
-- Only the frames that were chosen are decoded into pictures, and each is sliced before the next ones come.
+- Only the frames that were chosen are decoded into images, and each is sliced before the next ones come.
 """
 
 import math
@@ -20,9 +20,9 @@ from PIL import Image
 from transformers.video_processing_utils import BaseVideoProcessor  # at the top level a dummy without torchvision
 
 from .compat_minicpmv import NestedBatchFeature
-from .configuration_minicpmv import MiniCPMVError  # noqa: F401  # transformers 4 copies only the files named here
-from .image_loading_minicpmv import ImageInputError  # noqa: F401  # likewise
-from .image_processing_minicpmv import MiniCPMVImageProcessor, did_you_mean, visual_features
+from .configuration_minicpmv import did_you_mean
+from .image_loading_minicpmv import ImageInputError  # noqa: F401  # transformers 4 copies only the files named here
+from .image_processing_minicpmv import MiniCPMVImageProcessor, visual_features
 from .video_decoding_minicpmv import FrameSamplingError, VideoInputError, flatten_videos, open_video
 
 
@@ -39,7 +39,7 @@ class VideoOptions:
     max_num_frames: int = 180  # groups (of 64 tokens) before frames are packed more tightly
     max_num_packing: int = 3  # most frames in a group, 1 to 6; with 6 a frame of 448 x 448 costs a 96th of its patches
     force_packing: int | None = None  # frames in a group, at most max_num_packing, whatever the recipe says
-    num_frames: int | None = None  # a number of frames instead of a rate; a shorter clip gives all it has
+    num_frames: int | None = None  # a number of frames instead of a rate; a shorter video gives all it has
     time_scale: float = 0.1  # seconds that one step of a temporal id means; the model was trained with 0.1
     # "uniform" takes the centers of equal time bins; "keyframes" as many frames with the same packing, but those that
     # differ most from the frame before them (cuts first). It decodes the whole video once, at a small size.
@@ -100,12 +100,12 @@ def plan_frames(total_num_frames: int, native_fps: float, options: VideoOptions 
     by the fraction of a second that the recipe does not count.
 
     Of the options, `fps`, `num_frames`, `max_num_frames`, `max_num_packing` and `force_packing` count. Raises
-    FrameSamplingError for a clip without frames or rate.
+    FrameSamplingError for a video without frames or rate.
 
-    Source: the video recipe of the MiniCPM-V 4.5 model card. Where it would give no frame, or a frame twice (the clip
-    is slower than `fps`), every frame of the clip is taken once.
+    Source: the video recipe of the MiniCPM-V 4.5 model card. Where it would give no frame, or a frame twice (the video
+    is slower than `fps`), every frame of the video is taken once.
     """
-    _check_clip(total_num_frames, native_fps)
+    _check_video(total_num_frames, native_fps)
     options = options or VideoOptions()
     fps, max_num_frames, num_frames = options.fps, options.max_num_frames, options.num_frames
     duration = total_num_frames / native_fps
@@ -113,7 +113,7 @@ def plan_frames(total_num_frames: int, native_fps: float, options: VideoOptions 
         count, packing = num_frames, math.ceil(min(num_frames, total_num_frames) / max_num_frames)
     elif fps * int(duration) <= max_num_frames:
         native_rate = round(native_fps) or native_fps  # below half a frame a second the recipe rounds to zero
-        # The recipe bounds seconds by a number of frames here; with fps below 1 this thins out long clips.
+        # The recipe bounds seconds by a number of frames here; with fps below 1 this thins out long videos.
         count, packing = round(min(fps, native_rate) * min(max_num_frames, duration)), 1
     else:
         count, packing = round(duration * fps), math.ceil(duration * fps / max_num_frames)
@@ -129,19 +129,19 @@ def plan_frames(total_num_frames: int, native_fps: float, options: VideoOptions 
     return FramePlan(tuple(int(i * gap + gap / 2) for i in range(count)), packing)
 
 
-def _check_clip(total_num_frames: int, native_fps: Any) -> float:
+def _check_video(total_num_frames: int, native_fps: Any) -> float:
     if total_num_frames < 1:
-        raise FrameSamplingError(f"the clip has {total_num_frames} frames; at least 1 is needed")
+        raise FrameSamplingError(f"the video has {total_num_frames} frames; at least 1 is needed")
     if not _is_number(native_fps, 1e-6) or native_fps == math.inf:
         remedy = 'give the true one as video_metadata={"fps": ...}'
-        raise FrameSamplingError(f"the clip's frame rate is {native_fps!r}, not a positive number; {remedy}")
+        raise FrameSamplingError(f"the video's frame rate is {native_fps!r}, not a positive number; {remedy}")
     return float(native_fps)
 
 
 def temporal_ids_at(seconds: np.ndarray, time_scale: float = 0.1, duration: float | None = None) -> list[int]:
     """Temporal ids of frames shown at `seconds`: the nearest multiple of `time_scale`, divided by it and truncated.
 
-    `duration` bounds them, as the published recipe does: without it a clip's last frame may get the id of its end.
+    `duration` bounds them, as the published recipe does: without it a video's last frame may get the id of its end.
     The division is done in floating point and loses one in 6 % of the cases (43 * 0.1 / 0.1 is 42.99...). The model
     was trained and published with these numbers, so they stay. Half-way times go to the earlier multiple.
     """
@@ -158,9 +158,9 @@ def temporal_ids_at(seconds: np.ndarray, time_scale: float = 0.1, duration: floa
 def keyframe_indices(thumbnails: Iterator[np.ndarray], plan: FramePlan) -> tuple[int, ...]:
     """As many frames as `plan` has, those that differ most from the frame before them, in time order.
 
-    `thumbnails` are all frames of the clip as small uint8 pictures, one after the other. The first frame starts the
+    `thumbnails` are all frames of the video as small uint8 images, one after the other. The first frame starts the
     first shot and always counts. Differences are mean levels (of 256) without fraction, so that the noise of a codec
-    does not decide; among equals the frames of `plan` come first, so that a still clip is looked at evenly.
+    does not decide; among equals the frames of `plan` come first, so that a still video is looked at evenly.
     """
     changes, previous = [], None
     for thumbnail in thumbnails:
@@ -172,7 +172,7 @@ def keyframe_indices(thumbnails: Iterator[np.ndarray], plan: FramePlan) -> tuple
     return tuple(sorted(ranking[: len(plan.indices)]))
 
 
-def part_of_clip(clock: np.ndarray, duration: float, start: float | None, end: float | None) -> tuple[int, int]:
+def part_of_video(clock: np.ndarray, duration: float, start: float | None, end: float | None) -> tuple[int, int]:
     """(first, stop) of the frames shown from `start` to `end` seconds; at least the frame on screen at `start`."""
     start, end = start or 0.0, math.inf if end is None else end
     duration = max(duration, float(clock[-1]))
@@ -222,7 +222,7 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
     `MiniCPMVImageProcessor`, which slices the frames (`image_processor`).
 
     Frame lists, folders and arrays have no clock: give `video_metadata={"fps": ...}`; without it they count as frames
-    sampled at `fps`, and all are kept up to `max_num_frames * max_num_packing`. Where a clip's rate varies, frames are
+    sampled at `fps`, and all are kept up to `max_num_frames * max_num_packing`. Where a video's rate varies, frames are
     chosen evenly by number, and their ids come from the real time stamps.
     """
 
@@ -264,8 +264,7 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
         settings = self.options(**options)
         decoded, groups, report = self._sample(video, video_metadata, settings)
         frames = list(decoded)
-        units = self.image_processor.get_slice_layout(frames[0].size, settings.max_slice_nums).num_slices
-        return SampledVideo(frames, groups, self._completed(report, frames[0].size, units * len(groups)))
+        return SampledVideo(frames, groups, self._with_sizes(report, frames[0].size, settings))
 
     def preprocess(  # type: ignore[override]
         self,
@@ -296,8 +295,7 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
             decoded, groups, report = self._sample(video, metadata, settings)
             frames = self.image_processor.slice_all_to_patches(decoded, settings.max_slice_nums)
             samples.append((frames, groups))
-            units = len(frames[0].pixel_values) * len(groups)
-            reports.append(self._completed(report, frames[0].image_size, units))
+            reports.append(self._with_sizes(report, frames[0].image_size, settings))
         features = visual_features(samples, return_tensors)
         if return_metadata:
             features["video_metadata"] = reports
@@ -316,13 +314,12 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
         """The chosen frames (decoded as they are asked for), their groups of ids, and the report but for sizes."""
         source = open_video(video, self.image_processor.load_image)
         count = source.num_frames
-        num_frames = options.num_frames if options.do_sample_frames else count
-        native_fps = (video_metadata or {}).get("fps")
+        num_frames, native_fps = options.num_frames, (video_metadata or {}).get("fps")
         times = source.times if native_fps is None else None
         if native_fps is None and source.native_fps is None:  # frames without a clock: taken as sampled already
             limit = options.max_num_frames * options.max_num_packing
             native_fps, num_frames = options.fps, num_frames or min(count, limit)
-        native_fps = _check_clip(count, source.native_fps if native_fps is None else native_fps)
+        native_fps = _check_video(count, source.native_fps if native_fps is None else native_fps)
 
         clock = np.arange(count) / native_fps  # seconds
         # Within half a frame the rate is constant, and the ids are those of the published recipe.
@@ -330,7 +327,7 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
         variable = bool(np.abs(shown - clock).max() > 0.5 / native_fps)
         if variable:
             clock = shown
-        first, stop = part_of_clip(clock, count / native_fps, options.start, options.end)
+        first, stop = part_of_video(clock, count / native_fps, options.start, options.end)
         if not options.do_sample_frames:
             num_frames = stop - first
         plan = plan_frames(stop - first, native_fps, replace(options, num_frames=num_frames))
@@ -363,7 +360,8 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
         )
         return decode(), groups, report
 
-    def _completed(self, report: VideoReport, size: tuple[int, int], units: int) -> VideoReport:
+    def _with_sizes(self, report: VideoReport, size: tuple[int, int], options: VideoOptions) -> VideoReport:
+        units = report.num_groups * self.image_processor.get_slice_layout(size, options.max_slice_nums).num_slices
         tokens = units * self.image_processor.image_feature_size
         return replace(report, width=size[0], height=size[1], num_tokens=tokens)
 

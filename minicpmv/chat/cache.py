@@ -56,18 +56,22 @@ class ConversationCache:
 
     # ---- pictures ----
 
-    def get(self, kind: str, source: Any, make: Callable[[], Any]) -> Any:
-        """What the processor made of a picture or clip; made now where it is new, or its file was written anew."""
-        if hasattr(source, "sliced"):  # `model.encode_images`
-            self._features |= source.features
-            made = source.slices(self._image_processor, self._max_slice_nums)
-            self._media[kind, id(source)] = KnownMedia(source, made, None)
-            return made
-        key = kind, source if isinstance(source, (str, bytes, os.PathLike)) else id(source)
-        known, file = self._media.get(key), _file_state(source)
-        if known is None or file not in (None, known.file):  # a file that is gone has not changed
-            known = self._media[key] = KnownMedia(source, self._without_pixels(make()), file)
-        return known.made
+    def get(self, kind: str, sources: list, make: Callable[[list], list]) -> list:
+        """What the processor made of images or videos; made now of those that are new, or whose files changed."""
+        keys = [(kind, s if isinstance(s, (str, bytes, os.PathLike)) else id(s)) for s in sources]
+        new = {}
+        for key, source in zip(keys, sources, strict=True):
+            known, file = self._media.get(key), _file_state(source)
+            if hasattr(source, "sliced"):  # `model.encode_images`
+                self._features |= source.features
+                made = source.slices(self._image_processor, self._max_slice_nums)
+                self._media[key] = KnownMedia(source, made, None)
+            elif known is None or file not in (None, known.file):  # a file that is gone has not changed
+                new[key] = source, file
+        made_of_new = make([source for source, _ in new.values()])
+        for (key, (source, file)), made in zip(new.items(), made_of_new, strict=True):
+            self._media[key] = KnownMedia(source, self._without_pixels(made), file)
+        return [self._media[key].made for key in keys]
 
     def _without_pixels(self, made: Any) -> Any:
         slices = made["pixel_values"][0] if isinstance(made, Mapping) else made.pixel_values

@@ -230,7 +230,7 @@ def test_a_misspelt_keyword_names_the_nearest(ask):
 
 
 def test_a_prompt_that_is_too_long_is_an_error_before_anything_runs(ask):
-    with pytest.raises(ValueError, match=r"\d+ of them for pictures; the limit is 50"):
+    with pytest.raises(ValueError, match=r"\d+ of them for images; the limit is 50"):
         ask(PICTURE, "What?", max_inp_length=50)
     with pytest.raises(ValueError, match="limit is 5"):
         ask("A question that is long enough", max_inp_length=5, stream=True)

@@ -385,7 +385,7 @@ def address():
 
 def test_a_picture_at_an_address_is_as_if_it_were_a_file(address):
     assert pixels(f"{address}/picture.png").tolist() == [[[9, 8, 7], [255] * 3]]
-    with pytest.raises(ImageInputError, match=f"{address}/page: not a picture.*perhaps a page of text"):
+    with pytest.raises(ImageInputError, match=f"{address}/page: not an image.*perhaps a page of text"):
         load_image(f"{address}/page")
 
 
@@ -417,7 +417,7 @@ def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
 
 def test_formats_whose_readers_start_programs_are_not_opened():
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
-    with pytest.raises(ImageInputError, match="not a picture in a format"):
+    with pytest.raises(ImageInputError, match="not an image in a format"):
         load_image(script)
 
 
@@ -478,8 +478,8 @@ def jpeg_cut_short():
         ("x" * 5000, "no such file"),
         (REPOSITORY, "not a file"),
         ("data:image/png;base64,é", "base64"),
-        (b"", "not a picture"),
-        (b"plain text", "not a picture"),
+        (b"", "not an image"),
+        (b"plain text", "not an image"),
         ("data:image/png;base64", "no comma"),
         ("data:image/png;base64,@@@", "base64"),
         (encoded(wave(200, 200))[:3000], "truncated"),
@@ -487,9 +487,9 @@ def jpeg_cut_short():
         (Image.new("RGB", (0, 5)), "0 x 5"),
         (np.zeros((0, 5, 3), np.uint8), "empty"),
         (np.zeros((2, 4, 4, 3), np.uint8), "list"),
-        (np.zeros((1, 2, 4, 4, 3), np.uint8), "not one picture"),
+        (np.zeros((1, 2, 4, 4, 3), np.uint8), "not one image"),
         (np.zeros((7, 8, 9), np.uint8), "1 to 4 channels"),
-        (np.zeros(5, np.uint8), "not one picture"),
+        (np.zeros(5, np.uint8), "not one image"),
         (np.zeros((4, 4), np.int64), "int64"),
         (np.zeros((4, 4), complex), "complex128"),
         (torch.zeros(4, 4, dtype=torch.int32), "int32"),
@@ -576,8 +576,8 @@ def test_groups_of_different_shapes_do_not_pack(tiny):
 @pytest.mark.parametrize(
     "temporal_ids, message",
     [
-        ([[0, 1]], "2 ids, but there are 3 pictures"),
-        ([[0, 1], [2, 3]], "4 ids, but there are 3 pictures"),
+        ([[0, 1]], "2 ids, but there are 3 images"),
+        ([[0, 1], [2, 3]], "4 ids, but there are 3 images"),
         ([[0, 1], [-1, 2]], "0 or more"),
         ([[0, 1], [2], []], "0 or more"),
         ([[0, 1], [-2]], "0 or more"),

@@ -199,7 +199,7 @@ def test_temporal_ids_may_leave_out_a_system_of_stills_and_are_checked(processor
     text = processor.tokenizer.decode(inputs["input_ids"][0]).replace("<unk>" * 64, "#")
     assert text == "<image>#</image><image>#</image> go"
     assert inputs["temporal_ids"] == [[[-1], [0, 4]]]
-    with pytest.raises(ValueError, match="2 ids, but there are 3 pictures"):
+    with pytest.raises(ValueError, match="2 ids, but there are 3 images"):
         processor(prompt, [picture] * 3, temporal_ids=[[0, 4]])
     with pytest.raises(ValueError, match="do not stand together"):
         processor("(<image>./</image>) and (<image>./</image>)", [picture] * 2, temporal_ids=[[0, 1]])
@@ -240,7 +240,7 @@ def test_both_argument_orders_and_other_software_s_keywords_work(processor, pict
 
 
 def test_a_prompt_that_is_too_long_says_by_how_much(processor, picture):
-    with pytest.raises(ValueError, match=r"has 91 tokens, 64 of them for pictures; the limit is 80"):
+    with pytest.raises(ValueError, match=r"has 91 tokens, 64 of them for images; the limit is 80"):
         encode(
             processor,
             picture,
@@ -402,11 +402,11 @@ class Kept:
     def __init__(self):
         self.known, self.made = {}, []
 
-    def get(self, kind, source, make):
-        if id(source) not in self.known:
-            self.known[id(source)] = make()
-            self.made.append((kind, source))
-        return self.known[id(source)]
+    def get(self, kind, sources, make):
+        new = list({id(source): source for source in sources if id(source) not in self.known}.values())
+        self.known |= zip(map(id, new), make(new), strict=True)
+        self.made += [(kind, source) for source in new]
+        return [self.known[id(source)] for source in sources]
 
 
 def test_a_cache_of_media_is_asked_before_anything_is_read(processor, picture):

@@ -542,8 +542,8 @@ def broken(clips, tmp_path_factory):
         ("cut.mp4", "cannot be read as a video"),
         ("sound.wav", "cannot be read as a video"),
         ("cut.gif", "cannot be read as a video"),
-        ("still.png", "still PNG picture"),
-        ("no_frames", "holds no pictures"),
+        ("still.png", "still PNG image"),
+        ("no_frames", "holds no images"),
         ("absent.mp4", "there is no file"),
     ],
 )

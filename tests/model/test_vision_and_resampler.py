@@ -1,5 +1,6 @@
 """The tower and the resampler: positions, packing, attention kernels."""
 
+import dataclasses
 import json
 import tracemalloc
 
@@ -63,6 +64,33 @@ def test_packed_slices_equal_slices_one_by_one(golden_model):
             for s, size in zip(slices, SIZES, strict=True)
         ]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+
+
+def rebuilt(value):
+    """A value as hooks that move tensors rebuild it: tuples of any kind as plain ones, dataclasses by their fields."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if dataclasses.is_dataclass(value):
+        values = {field.name: rebuilt(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **values)
+    if isinstance(value, dict):
+        return {name: rebuilt(item) for name, item in value.items()}
+    return tuple(map(rebuilt, value)) if isinstance(value, tuple) else value
+
+
+def test_the_tower_bears_hooks_that_rebuild_its_inputs(golden_model):
+    slices, sizes = random_slices([(2, 3), (2, 3), (4, 2)]), [[(2, 3), (2, 3), (4, 2)]]
+    with torch.no_grad():
+        expected = golden_model.get_image_features([slices], sizes).pooler_output
+        hooks = [
+            module.register_forward_pre_hook(lambda module, args, kwargs: rebuilt((args, kwargs)), with_kwargs=True)
+            for module in golden_model.vpm.modules()
+        ]
+        try:
+            assert torch.equal(golden_model.get_image_features([slices], sizes).pooler_output, expected)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def test_sdpa_equals_eager(golden_model):
