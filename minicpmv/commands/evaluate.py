@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minicpmv.commands import options, terminal
+from minicpmv.commands.evaluate_get import get
 from minicpmv.errors import MiniCPMVError, one_line_errors, require
 from minicpmv.evaluate.suites import BENCHMARKS
 
@@ -250,6 +251,7 @@ def ask_endpoint(url: str, model: str, api_key_env: str | None, **settings: Any)
     return endpoint
 
 
+evaluate_app.command()(get)
 for name, (_, summary) in BENCHMARKS.items():
     add_benchmark(name, f"{summary} To continue after an interruption, run the same command again.")
 
