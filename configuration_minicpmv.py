@@ -7,6 +7,8 @@ What is special:
 """
 
 import difflib
+import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -78,6 +80,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A question with the nearest of the known names, to stand behind a sentence; "" where none is near."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def check_whole(
+    name: str,
+    value: Any,
+    least: int = 1,
+    most: float = math.inf,
+    hint: str = "",
+    error: type[MiniCPMVError] = MiniCPMVError,
+) -> int:
+    """`value` as an int; raises `error` where it is no whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) <= most:
+        limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise error(f"{name}={value!r} has to be a whole number {limits}{hint and ': '}{hint}.")
+    return int(value)
 
 
 class MiniCPMVVisionConfig(PretrainedConfig):
@@ -169,8 +186,7 @@ class MiniCPMVConfig(Qwen3Config):
                 f"image_token_id ({self.image_token_id}) has to be below vocab_size ({self.vocab_size})."
             )
         for name in ("query_num", "vision_batch_size"):
-            if getattr(self, name) < 1:
-                raise MiniCPMVError(f"{name} ({getattr(self, name)}) has to be at least 1.")
+            check_whole(name, getattr(self, name))
 
 
 def _sub_config(config_class, value):

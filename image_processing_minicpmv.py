@@ -10,7 +10,6 @@ What is special here:
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -24,7 +23,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .compat_minicpmv import NestedBatchFeature
-from .configuration_minicpmv import MiniCPMVError, shorten
+from .configuration_minicpmv import MiniCPMVError, check_whole, shorten
 from .image_loading_minicpmv import FramePackingError, ImageInputError, load_image
 
 
@@ -278,7 +277,7 @@ class ImageSettings:
 
     def __post_init__(self) -> None:
         for name in ("max_slice_nums", "scale_resolution", "patch_size", "image_feature_size"):
-            setattr(self, name, _positive_int(name, getattr(self, name)))
+            setattr(self, name, check_whole(name, getattr(self, name)))
         if self.patch_size > self.scale_resolution:
             raise MiniCPMVError(f"patch_size={self.patch_size} exceeds scale_resolution={self.scale_resolution}")
         self.norm_mean = _three_numbers("norm_mean", self.norm_mean, -math.inf, math.inf)
@@ -312,7 +311,7 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
     def get_slice_layout(self, image_size: Sequence[int], max_slice_nums: int | None = None) -> SliceLayout:
         """`slice_layout` of an image of `image_size` (numbers or a tensor) under this processor's settings."""
         width, height = (int(side) for side in image_size)
-        limit = self.max_slice_nums if max_slice_nums is None else _positive_int("max_slice_nums", max_slice_nums)
+        limit = self.max_slice_nums if max_slice_nums is None else check_whole("max_slice_nums", max_slice_nums)
         return slice_layout((width, height), limit if self.slice_mode else 1, self.scale_resolution, self.patch_size)
 
     def get_sliced_grid(self, image_size: Sequence[int], max_slice_nums: int | None = None) -> tuple[int, int] | None:
@@ -477,12 +476,6 @@ def _as_samples(images: Any) -> list[list]:
     if any(nested):
         raise ImageInputError("images= mixes images with lists of images; give one list, or one list a sample")
     return [list(images)]
-
-
-def _positive_int(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise MiniCPMVError(f"{name}={value!r} must be an integer of at least 1")
-    return int(value)
 
 
 def _three_numbers(name: str, values: Any, least: float, most: float) -> list[float]:

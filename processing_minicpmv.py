@@ -12,7 +12,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ logger = logging.get_logger(__name__)
 PLACES = {"images": IMAGE_PLACEHOLDER, "videos": VIDEO_PLACEHOLDER}  # in a rendered prompt
 PLACEHOLDERS = re.compile("|".join(map(re.escape, PLACES.values())))
 # Keywords of a call that are no options of images, videos or text.
-CALL_OPTIONS = {"images", "videos", "temporal_ids", "return_metadata", "pad_pixel_values", "media_cache"} | {
+CALL_OPTIONS = {"images", "videos", "temporal_ids", "pad_pixel_values", "media_cache"} | {
     f"{part}_kwargs" for part in ("images", "videos", "text", "common")
 }
 # SGLang, TRL and the pipelines of transformers pass these along; they change nothing here.
@@ -222,9 +222,8 @@ class MiniCPMVProcessor(ProcessorBase):
         self, prompts: list[str], images: Any, videos: Any, temporal_ids: Any = None, spans: Any = None, **kwargs: Any
     ) -> NestedBatchFeature:
         """`__call__` on one list of images and one of videos a prompt (None: no such modality in the batch)."""
-        return_metadata, is_padded = kwargs.pop("return_metadata", False), kwargs.pop("pad_pixel_values", False)
-        options = self._sort_options(kwargs)
-        return_metadata |= bool(options.videos.pop("return_metadata", False))
+        is_padded, options = kwargs.pop("pad_pixel_values", False), self._sort_options(kwargs)
+        return_metadata = options.videos.pop("return_metadata", False)
         nothing: list[list] = [[]] * len(prompts)
         groups = read_groups(temporal_ids, [len(sample) for sample in images or nothing])
         samples = [
@@ -250,7 +249,7 @@ class MiniCPMVProcessor(ProcessorBase):
     def option_names(self) -> dict[str, set[str]]:
         """Keyword arguments of `__call__` by the part they concern: {"images": ..., "videos": ..., "text": ...}."""
         # `use_image_id` is not a video's unless asked of it alone: a number for each image is the default of images.
-        videos = {*self.video_processor.option_names, "video_metadata"} - {"use_image_id"}
+        videos = {*self.video_processor.option_names, "video_metadata", "return_metadata"} - {"use_image_id"}
         images, text = ({each.name for each in fields(options)} for options in (ImageOptions, TextOptions))
         return {"images": images, "videos": videos, "text": text}
 
@@ -285,7 +284,8 @@ class MiniCPMVProcessor(ProcessorBase):
         self, prompt: str, images: list, videos: list, groups: list[list[int]], spans: list, options: _Options
     ) -> ExpandedPrompt:
         """Put slots in the places of images and videos, and make the slices that fill them."""
-        kinds, texts = PLACEHOLDERS.findall(prompt), PLACEHOLDERS.split(prompt)
+        places, texts = [*PLACEHOLDERS.finditer(prompt)], PLACEHOLDERS.split(prompt)
+        kinds = [found[0] for found in places]
         for name, given in (("images", images), ("videos", videos)):
             _check_places("prompt has", name, kinds.count(PLACES[name]), given)
         limit, data_format = options.images.max_slice_nums, options.images.input_data_format
@@ -300,11 +300,8 @@ class MiniCPMVProcessor(ProcessorBase):
         frames = iter(options.read("image", images, slice_images))
         features = iter(options.read("video", videos, sample_videos))
         groups_left = iter(groups)
-        sample = ExpandedPrompt("")
-        lengths = [len(text) + len(kind) for text, kind in zip(texts, [*kinds, ""], strict=True)]
-        old_starts = [0, *accumulate(lengths)]
-        parts, place, number = [texts[0]], 0, 0
-        moved = [(0, 0)]  # (start in the prompt, start in the result) of the pieces of text
+        sample, parts, place, number = ExpandedPrompt(""), [texts[0]], 0, 0
+        moves = [(0, 0)]  # (start in the prompt, start in the result) of the pieces of text
         while place < len(kinds):
             if kinds[place] == VIDEO_PLACEHOLDER:
                 units = self._add_video(sample, next(features), options)
@@ -324,13 +321,15 @@ class MiniCPMVProcessor(ProcessorBase):
                 number += len(group)
                 if group != [-1] and following < len(kinds) and not texts[following].strip():
                     texts[following] = "\n"
-            moved.append((old_starts[following], moved[-1][1] + len(parts[-1]) + len(units)))
+            moves.append((places[following - 1].end(), moves[-1][1] + len(parts[-1]) + len(units)))
             parts += [units, texts[following]]
             place = following
-        sample.text = "".join(parts)
-        for span in spans:
-            pieces = [(end, moved[bisect_right(moved, (end, len(sample.text))) - 1]) for end in span]
-            sample.spans.append(tuple(end - old + new for end, (old, new) in pieces))
+
+        def moved(place: int) -> int:
+            old, new = moves[bisect_right(moves, place, key=itemgetter(0)) - 1]
+            return place - old + new
+
+        sample.text, sample.spans = "".join(parts), [(moved(start), moved(end)) for start, end in spans]
         return sample
 
     def _add_video(self, sample: ExpandedPrompt, features: Any, options: _Options) -> str:

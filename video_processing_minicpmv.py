@@ -13,6 +13,7 @@ import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import Image
 from transformers.video_processing_utils import BaseVideoProcessor  # at the top level a dummy without torchvision
 
 from .compat_minicpmv import NestedBatchFeature
-from .configuration_minicpmv import did_you_mean
+from .configuration_minicpmv import check_whole, did_you_mean
 from .image_loading_minicpmv import ImageInputError  # noqa: F401  # transformers 4 copies only the files named here
 from .image_processing_minicpmv import MiniCPMVImageProcessor, visual_features
 from .video_decoding_minicpmv import FrameSamplingError, VideoInputError, flatten_videos, open_video
@@ -51,37 +52,29 @@ class VideoOptions:
     end: float | None = None
 
     def __post_init__(self) -> None:
-        most_frames = self.max_num_frames * self.max_num_packing if _is_whole(self.max_num_frames) else 0
-        whole: dict[str, tuple[float, str]] = {
-            "max_num_frames": (math.inf, "the published value is 180"),
-            "max_num_packing": (MAX_PACKING, "the published value is 3"),
-            "force_packing": (MAX_PACKING, "frames in a group"),
-            "num_frames": (most_frames, "max_num_frames x max_num_packing; raise one of them, or ask for fewer"),
-            "max_slice_nums": (math.inf, "1 keeps a frame whole"),
-        }
-        for name, (most, hint) in whole.items():
-            value = getattr(self, name)
-            if not _is_whole(value, most) and not (value is None and name in ("force_packing", "num_frames")):
-                limits = "at least 1" if most == math.inf else f"from 1 to {most}"
-                raise FrameSamplingError(f"{name}={value!r} must be a whole number {limits} ({hint})")
+        check = partial(check_whole, error=FrameSamplingError)
+        check("max_num_frames", self.max_num_frames, hint="the published value is 180")
+        check("max_num_packing", self.max_num_packing, most=MAX_PACKING, hint="the published value is 3")
+        check("max_slice_nums", self.max_slice_nums, hint="1 keeps a frame whole")
+        if self.force_packing is not None:
+            check("force_packing", self.force_packing, most=MAX_PACKING, hint="frames in a group")
+        if self.num_frames is not None:
+            hint = "max_num_frames x max_num_packing; raise one of them, or ask for fewer"
+            check("num_frames", self.num_frames, most=self.max_num_frames * self.max_num_packing, hint=hint)
         for name, least in (("fps", 1e-6), ("time_scale", 1e-3)):
-            if not _is_number(getattr(self, name), least) or getattr(self, name) == math.inf:
+            if not _is_number(getattr(self, name), least):
                 raise FrameSamplingError(f"{name}={getattr(self, name)!r} must be a positive number, at least {least}")
+        for name in ("start", "end"):
+            if getattr(self, name) not in (None, math.inf) and not _is_number(getattr(self, name), 0):
+                raise FrameSamplingError(f"{name}={getattr(self, name)!r} must be 0 or more seconds")
         if self.frame_selection not in FRAME_SELECTIONS:
             raise FrameSamplingError(f"frame_selection={self.frame_selection!r} is none of {FRAME_SELECTIONS}")
-        for name in ("start", "end"):
-            if getattr(self, name) is not None and not _is_number(getattr(self, name), 0):
-                raise FrameSamplingError(f"{name}={getattr(self, name)!r} must be 0 or more seconds")
         if self.end is not None and (self.start or 0) >= self.end:
             raise FrameSamplingError(f"start={self.start} must lie before end={self.end} (seconds)")
 
 
-def _is_number(value: Any, least: float, most: float = math.inf, kind: Any = numbers.Real) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
-
-
-def _is_whole(value: Any, most: float = math.inf) -> bool:
-    return _is_number(value, 1, most, numbers.Integral)
+def _is_number(value: Any, least: float) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and least <= value < math.inf
 
 
 # --- which frames: pure functions ------------------------------------------------------------------------------------
@@ -132,7 +125,7 @@ def plan_frames(total_num_frames: int, native_fps: float, options: VideoOptions 
 def _check_video(total_num_frames: int, native_fps: Any) -> float:
     if total_num_frames < 1:
         raise FrameSamplingError(f"the video has {total_num_frames} frames; at least 1 is needed")
-    if not _is_number(native_fps, 1e-6) or native_fps == math.inf:
+    if not _is_number(native_fps, 1e-6):
         remedy = 'give the true one as video_metadata={"fps": ...}'
         raise FrameSamplingError(f"the video's frame rate is {native_fps!r}, not a positive number; {remedy}")
     return float(native_fps)

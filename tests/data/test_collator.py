@@ -255,7 +255,7 @@ def test_a_bad_row_is_named_with_its_reason_or_left_out_and_counted(processor, c
         {"messages": [{"role": "user", "content": "A"}]},
     ]
     reasons = [
-        r"Row train\.json\[17\]: 7 bytes: .*not a picture",
+        r"Row train\.json\[17\]: 7 bytes: .*not an image",
         "Row x9: .*2 ids",
         "Row place 1 of the batch: .*the user's",
     ]
