@@ -1,11 +1,13 @@
-"""`model.chat(...)`: questions about pictures and videos in one call.
+"""`model.chat(...)`: questions about images and videos in one call.
 
-The road of an answer: settings -> prompt -> generate -> [`ChatOutput`]; [`Turn`] goes it, from top to bottom.
+The road of an answer, from top to bottom: messages -> [`ChatSettings`] -> [`Prompt`] -> generate -> [`ChatOutput`].
 
 What is special:
 - The calling style of the published code, with its positional order and defaults; every prompt goes through the
   processor's own `apply_chat_template`, so chat, sessions, training and serving agree token for token.
 - Nothing is cut from a prompt and nothing from an answer but the closing token.
+- What is known is not computed again: features ride on the slices that they were made of, and key-value states count
+  for the next prompt as far as it begins with the same tokens and the same images.
 """
 
 import copy
@@ -17,8 +19,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import chain
-from typing import Any
+from itertools import chain, islice, takewhile
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -59,33 +61,56 @@ DECODINGS: dict[str, dict[str, Any]] = {
 }
 SAMPLE_THINKING = {"do_sample": True, "temperature": 0.7}
 TOLERATED_ARGUMENTS = ("context",)  # VLMEvalKit passes it; it never had an effect
+ROLES = ("system", "user", "assistant", "tool")
 
 
 class ChatError(MiniCPMVError):
     """Messages that cannot be read, or settings that cannot be used, alone or together."""
 
 
-@dataclass
-class ChatOutput:
-    """An answer with what is known about it. `str(output)` is its text."""
+# ---- messages ----
 
-    text: str  # the answer without its thought
-    reasoning: str | None  # the thought; None where thinking was off
-    finish_reason: str  # "stop"; "length": max_new_tokens were reached; "cancelled": the reader closed the stream
-    prompt_tokens: int
-    generated_tokens: int  # of thought and answer, with the closing token
-    mode: str = "fast"  # or "deep": it thought first
-    raw_text: str = ""  # thought and answer in one, as `chat()` returns them
-    reasoning_tokens: int = 0
-    draft_tokens: int = 0  # what `enable_thinking="auto"` generated besides, and threw away
-    need: float | None = None  # what "auto" compared with the threshold
-    cached_tokens: int = 0  # of the prompt, that a session had computed before
-    dropped_turns: int = 0  # oldest turns that a session dropped to make room for this one
-    # Seconds from the call until the inputs were ready, the pictures were read, the first token and the last one.
-    timings: dict[str, float] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        return self.text
+def read_conversations(
+    msgs: Sequence | str | None, image: Any = None, system_prompt: str = ""
+) -> tuple[list[list[dict]], bool]:
+    """Bring the accepted forms of `msgs` to a list of conversations; also returns whether it was a batch.
+
+    Raises:
+        ChatError: names what is wrong with the messages.
+    """
+    if isinstance(msgs, str):
+        try:
+            msgs = json.loads(msgs)
+        except json.JSONDecodeError as error:
+            raise ChatError(f"msgs is a string, but not JSON ({error}). Pass a list of messages.") from error
+    if not isinstance(msgs, (list, tuple)) or not msgs:
+        raise ChatError(f"msgs is a list of messages with at least one, not {msgs!r}.")
+    is_batch = isinstance(msgs[0], (list, tuple))
+    conversations = [list(messages) for messages in (msgs if is_batch else [msgs])]
+    images = image if is_batch and image is not None else [image] * len(conversations)
+    if len(images) != len(conversations):
+        raise ChatError(f"image has {len(images)} entries for {len(conversations)} conversations.")
+    for index, (messages, own) in enumerate(zip(conversations, images, strict=True)):
+        for message in messages:
+            if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+                roles = f"{', '.join(ROLES[:-1])} or {ROLES[-1]}"
+                raise ChatError(f"A message is a dict with 'content' and a 'role' of {roles}, not {message!r}.")
+        first = next((place for place, message in enumerate(messages) if message["role"] != "system"), None)
+        if first is None:
+            raise ChatError(f"Conversation {index} has no message of a user.")
+        if own is not None:
+            content = messages[first].get("content")
+            if not isinstance(content, str):
+                raise ChatError("image= goes with a first message that is a string. Put images into the content list.")
+            own = own if isinstance(own, (list, tuple)) else [own]
+            messages[first] = {**messages[first], "content": [*own, content]}
+        if system_prompt:
+            messages.insert(0, {"role": "system", "content": system_prompt})
+    return conversations, is_batch
+
+
+# ---- settings ----
 
 
 @lru_cache(maxsize=1)
@@ -118,7 +143,10 @@ class ChatSettings:
         decoding: str | None = None,
         **kwargs,
     ):
-        self.thinking, self.thinking_budget, self.seed = enable_thinking, thinking_budget, seed
+        if enable_thinking not in (True, False, "auto"):
+            raise ChatError(f'enable_thinking={enable_thinking!r} does not exist: choose True, False or "auto".')
+        self.thinking = enable_thinking if enable_thinking == "auto" else bool(enable_thinking)
+        self.thinking_budget, self.seed = thinking_budget, seed
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
         self.template: dict[str, Any] = {"max_length": max_inp_length}
         given: dict[str, Any] = {}
@@ -135,8 +163,6 @@ class ChatSettings:
         _check_number("min_new_tokens", min_new_tokens, 0)
         if given.get("num_beams") is not None:
             _check_number("num_beams", given["num_beams"], 1)
-        if enable_thinking not in (True, False, "auto"):
-            raise ChatError(f'enable_thinking={enable_thinking!r} does not exist: choose True, False or "auto".')
         if enable_thinking and thinking_budget is not None:
             closing = len(processor.tokenizer(CLOSING)["input_ids"])
             why = (
@@ -147,29 +173,28 @@ class ChatSettings:
         if decoding is not None and (decoding not in DECODINGS or sampling is not None):
             known = ", ".join(DECODINGS)
             raise ChatError(f"decoding={decoding!r}: choose one of {known}, and leave away its older name sampling=.")
-        config = model.generation_config
+
+        config, tokenizer = model.generation_config, processor.tokenizer
         asks_to_sample = sampling or any(given.get(name) is not None for name in ("temperature", "top_p", "top_k"))
         if decoding is None and (sampling is not None or asks_to_sample or config.do_sample):
             decoding = "beam" if sampling is False else "sample"
-        thinks = enable_thinking is True and decoding == "sample"
-        self.decoding: dict[str, Any] = {}
+        self.decoding: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "tokenizer": tokenizer}
         if decoding is not None:
+            thinks = self.thinking is True and decoding == "sample"
             self.decoding |= SAMPLE_THINKING if thinks else DECODINGS[decoding]
         if sampling is False and stream:
             self.decoding["num_beams"] = 1
         self.decoding |= given
-        beams = self.decoding.get("num_beams") or config.num_beams or 1
+        self.beams = self.decoding.get("num_beams") or config.num_beams or 1
         self.samples = self.decoding.get("do_sample", config.do_sample)
-        if stream and beams > 1:
-            raise ChatError(f"stream=True cannot follow {beams} beams: pass num_beams=1 or another decoding.")
-        if seed is not None and beams > 1 and self.samples:
-            raise ChatError(f"seed={seed} cannot steer {beams} beams that sample: pass num_beams=1.")
-
-    @property
-    def max_slice_nums(self) -> int | None:
-        """That of pictures; None: the processor's own."""
-        own = self.template.get("images_kwargs") or {}
-        return own.get("max_slice_nums", self.template.get("max_slice_nums"))
+        if stream and self.beams > 1:
+            raise ChatError(f"stream=True cannot follow {self.beams} beams: pass num_beams=1 or another decoding.")
+        if seed is not None and self.beams > 1 and self.samples:
+            raise ChatError(f"seed={seed} cannot steer {self.beams} beams that sample: pass num_beams=1.")
+        eos = (given.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id)
+        stop_ids = next(ids for ids in eos if ids is not None)
+        self.stop_ids = list(stop_ids) if isinstance(stop_ids, (list, tuple)) else [stop_ids]
+        self.decoding["eos_token_id"] = self.stop_ids
 
     def of_row(self, row: int, temporal_ids: Sequence | None) -> "ChatSettings":
         """Those of one conversation of a batch, to be answered alone."""
@@ -185,69 +210,53 @@ def _check_number(name: str, value: Any, least: int, most: float = math.inf, why
         raise ChatError(f"{name}={value!r} has to be a whole number from {least}{limit}{why}")
 
 
-# ---- pictures ----
+# ---- prompt ----
 
 
-@dataclass(frozen=True, eq=False)
-class VisualUnit:
-    """Slices that share their slots: one of a picture, or the same one of each frame in a group. Units are equal where
-    their slices are the same objects."""
+class VisualUnit(NamedTuple):
+    """Slices that share their slots: one of an image, or the same one of each frame in a group."""
 
-    temporal_ids: tuple[int, ...]  # one a slice, tenths of a second; (-1,) for a picture
-    slices: tuple[torch.Tensor, ...]  # [3, P, P * patches]; on the meta device where features stand in for pixels
+    temporal_ids: list[int]  # one a slice, tenths of a second; [-1] for an image
+    slices: tuple[torch.Tensor, ...]  # [3, P, P * patches]; empty once they have been read
     sizes: tuple[tuple[int, int], ...]  # (rows, columns) in patches
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, VisualUnit) and self._identity() == other._identity()
-
-    def __hash__(self) -> int:
-        return hash(self._identity())
-
-    def _identity(self):
-        return self.temporal_ids, *map(id, self.slices)
+    @property
+    def features(self) -> dict[Any, torch.Tensor]:
+        """[Q, D] by the model that has read the unit. They ride on its first slice, and so live as long as that."""
+        return vars(self.slices[0]).setdefault("features", {}).setdefault(tuple(self.temporal_ids), {})
 
 
-def read_units(inputs: Mapping[str, Any]) -> list[list[VisualUnit]]:
-    """The visual units of each sample in the processor's output."""
-    samples = []
-    for index, slices in enumerate(inputs.get("pixel_values") or [[]] * len(inputs["input_ids"])):
-        groups = inputs["temporal_ids"][index] if "temporal_ids" in inputs else [[-1]] * len(slices)
-        pairs = zip(slices, map(tuple, inputs["tgt_sizes"][index].tolist()), strict=True) if len(slices) else iter(())
-        samples.append(
-            [VisualUnit(tuple(group), *zip(*(next(pairs) for _ in group), strict=True)) for group in groups]
-        )
-    return samples
+def visual_units(inputs: Mapping[str, Any]) -> list[VisualUnit]:
+    """The visual units in the processor's output, in the order of their slots."""
+    slices = list(chain.from_iterable(inputs.get("pixel_values", ())))
+    sizes = iter([tuple(size) for sample in inputs.get("tgt_sizes", ()) for size in sample.tolist()])
+    groups = chain.from_iterable(inputs.get("temporal_ids", ([[-1]] * len(slices),)))
+    rest = iter(slices)
+    return [VisualUnit(ids, tuple(islice(rest, len(ids))), tuple(islice(sizes, len(ids)))) for ids in groups]
 
 
-@dataclass(frozen=True, eq=False)
-class EncodedImage:
-    """A picture that a model has read (`model.encode_images`); stands in its messages where a picture may stand."""
+def read_units(units: list[VisualUnit], models: Sequence[Any]) -> list[torch.Tensor]:
+    """Features [units, Q, D] of each of the models; a unit is encoded where it is new to the model.
 
-    image: Any  # what was given
-    sliced: Any  # the processor's `SlicedImage`, its slices on the meta device
-    features: dict[tuple[Any, VisualUnit], torch.Tensor]  # [Q, D] each
-
-    def slices(self, image_processor: Any, max_slice_nums: int | None) -> Any:
-        """The `SlicedImage`, if the call cuts it as it was cut; else a ChatError."""
-        if image_processor.get_sliced_grid(self.sliced.image_size, max_slice_nums) != self.sliced.grid:
+    Then its pixels go, since features are a fraction of them. Raises ChatError where they had gone before.
+    """
+    for model in models:
+        new = list({id(unit.slices[0]): unit for unit in units if model not in unit.features}.values())
+        slices = [pixels.to(model.device) for unit in new for pixels in unit.slices]
+        if not all(map(torch.numel, slices)):
             raise ChatError(
-                f"A picture was encoded in slices {self.sliced.grid}, but max_slice_nums={max_slice_nums} cuts it "
-                "otherwise. Give encode_images the same max_slice_nums."
+                "An image was encoded by another model, or as a still image, and has no pixels left: pass the image "
+                "itself. An assistant_model of a session is given to all its turns."
             )
-        return self.sliced
-
-
-def encode(model: Any, units: list[VisualUnit]) -> torch.Tensor:
-    """Features [units, Q, D] of visual units."""
-    slices = [pixels for unit in units for pixels in unit.slices]
-    if any(pixels.is_meta for pixels in slices):
-        raise ChatError(
-            "A picture was encoded by another model, or as a still picture, and has no pixels left: pass the picture "
-            "itself. An assistant_model of a session is given to all its turns."
-        )
-    sizes = [size for unit in units for size in unit.sizes]
-    groups = [list(unit.temporal_ids) for unit in units]
-    return model.get_image_features([[s.to(model.device) for s in slices]], [sizes], [groups]).pooler_output
+        if new:
+            sizes, groups = [size for unit in new for size in unit.sizes], [unit.temporal_ids for unit in new]
+            rows = model.get_image_features([slices], [sizes], [groups]).pooler_output
+            for unit, row in zip(new, rows, strict=True):
+                unit.features[model] = row.clone()
+    features = [torch.stack([unit.features[model] for unit in units]) for model in models]
+    for pixels in chain.from_iterable(unit.slices for unit in units):
+        pixels.data = pixels.new_empty(0)
+    return features
 
 
 @dataclass(frozen=True)
@@ -256,59 +265,107 @@ class Prompt:
 
     input_ids: torch.LongTensor  # [B, L]
     attention_mask: torch.LongTensor  # [B, L]
-    units: list[list[VisualUnit]]  # of each prompt, in the order of their slots
+    units: list[VisualUnit]  # in the order of their slots
+    slot: int  # id of the token that features replace
+
+    @property
+    def keys(self) -> list[int]:
+        """What tells the tokens of a single prompt apart: ids, and in slots, which share one, a number of their unit."""
+        keys = self.input_ids[0].tolist()
+        slots = [place for place, token in enumerate(keys) if token == self.slot]
+        for index, place in enumerate(slots):
+            keys[place] = -id(self.units[index * len(self.units) // len(slots)].slices[0])
+        return keys
 
 
-class CallMemory:
-    """What one call need not compute twice: pictures that were encoded before, and with "auto" the states of the draft.
+# ---- generate ----
 
-    A session brings a memory of its own with the same four methods.
-    """
 
-    def __init__(self, image_processor, max_slice_nums: int | None, keeps_states: bool):
-        self._image_processor, self._max_slice_nums = image_processor, max_slice_nums
-        self._features: dict[tuple[ChatMixin, VisualUnit], torch.Tensor] = {}
-        self._keeps_states = keeps_states
-        self._ids: list[int] = []
-        self._states: Any = None
+class ReadOnce:
+    """The `media_cache` of a single conversation: however often its prompt is written, its media are read once."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, list] = {}
 
     def get(self, kind: str, sources: list, make: Callable[[list], list]) -> list:
-        """What the processor makes of images or videos: the `media_cache` of `MiniCPMVProcessor.__call__`."""
-        encoded = {place: source for place, source in enumerate(sources) if isinstance(source, EncodedImage)}
-        made = make([source for place, source in enumerate(sources) if place not in encoded])
-        for place, image in encoded.items():  # rising, so that each finds its place
-            self._features |= image.features
-            made.insert(place, image.slices(self._image_processor, self._max_slice_nums))
-        return made
+        if kind not in self._made:
+            self._made[kind] = make(sources)
+        return self._made[kind]
 
-    def features(self, units: list[VisualUnit], model: Any) -> torch.Tensor:
-        """Features [units, Q, D], encoded where they are new."""
-        if new := [unit for unit in dict.fromkeys(units) if (model, unit) not in self._features]:
-            self._features |= {(model, unit): rows for unit, rows in zip(new, encode(model, new), strict=True)}
-        return torch.stack([self._features[model, unit] for unit in units])
 
-    def cached_tokens(self, prompt: Prompt) -> int:
-        """Tokens of the prompt whose states a session holds."""
-        return 0
+class PromptMemory:
+    """What is known of a conversation's next prompt: its images and videos, and the states of its beginning.
+
+    With "auto" a call of `chat()` has one of its own; a session brings one for all its turns.
+
+    Args:
+        media_cache: see `MiniCPMVProcessor.__call__`.
+    """
+
+    def __init__(self, media_cache: Any = None):
+        self.media_cache = media_cache or ReadOnce()
+        self._keys: list[int] = []  # of the tokens whose states are known
+        self._prompt: Prompt | None = (
+            None  # where they come from; kept, so that the numbers of its units stay their own
+        )
+        self._states: DynamicCache | None = None
+
+    def __copy__(self) -> "PromptMemory":
+        """Goes on from the same states; neither changes those of the other."""
+        other = PromptMemory(copy.copy(self.media_cache))
+        other._keys, other._prompt, other._states = self._keys, self._prompt, self._states
+        return other
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose states are known."""
+        return len(self._keys)
+
+    def cached_tokens(self, keys: list[int]) -> int:
+        """Tokens whose states are known and count for a prompt; at least one of it is left to compute."""
+        pairs = zip(self._keys, keys[:-1], strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def generate(self, model: Any, prompt: Prompt, draft: list[int], arguments: dict[str, Any]) -> Any:
-        """`model.generate` behind the prompt and the beginning of an answer; returns its output."""
-        if not self._keeps_states or (arguments.get("num_beams") or 1) > 1:
-            return model.generate(prompt.input_ids, attention_mask=prompt.attention_mask, **arguments)
-        ids = [*prompt.input_ids[0].tolist(), *draft]
-        self._states = DynamicCache(config=model.config) if self._states is None else self._states
-        pairs = enumerate(zip(self._ids, ids[:-1], strict=False))
-        common = next((place for place, (ours, wanted) in pairs if ours != wanted), min(len(self._ids), len(ids) - 1))
-        if common < len(self._ids):
-            self._states.crop(common - len(self._ids))  # a negative number means the same in every version
-        given = torch.tensor([ids], device=prompt.input_ids.device)
-        arguments = arguments | {"attention_mask": torch.ones_like(given), CACHE_NAME: self._states}
-        output = model.generate(given, **arguments)
-        self._ids = getattr(output, "sequences", output)[0, : self._states.get_seq_length()].tolist()
+        """`model.generate` behind the prompt and the beginning of an answer. It computes what is new, and its states are
+        known from then on; after an error none are. Returns its output."""
+        ids = torch.tensor([[*prompt.input_ids[0].tolist(), *draft]], device=model.device)
+        keys = [*prompt.keys, *draft]
+        excess = self.num_tokens - self.cached_tokens(keys)
+        states = DynamicCache(config=model.config) if self._states is None else copy.copy(self._states)
+        states.layers = [
+            copy.copy(layer) for layer in states.layers
+        ]  # those of a copy of this memory stay as they are
+        self._keys, self._prompt, self._states = [], None, None
+        if excess:
+            states.crop(-excess)  # a negative number means the same in every version
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), **arguments, **{CACHE_NAME: states})
+        new = getattr(output, "sequences", output)[0, ids.shape[1] :].tolist()
+        self._keys, self._prompt, self._states = [*keys, *new][: states.get_seq_length()], prompt, states
         return output
 
 
-# ---- one answer ----
+@dataclass
+class ChatOutput:
+    """An answer with what is known about it. `str(output)` is its text."""
+
+    text: str  # the answer without its thought
+    reasoning: str | None  # the thought; None where thinking was off
+    finish_reason: str  # "stop"; "length": max_new_tokens were reached; "cancelled": the reader closed the stream
+    prompt_tokens: int
+    generated_tokens: int  # of thought and answer, with the closing token
+    mode: str = "fast"  # or "deep": it thought first
+    raw_text: str = ""  # thought and answer in one, as `chat()` returns them
+    reasoning_tokens: int = 0
+    draft_tokens: int = 0  # what `enable_thinking="auto"` generated besides, and threw away
+    need: float | None = None  # what "auto" compared with the threshold
+    cached_tokens: int = 0  # of the prompt, that a session had computed before
+    dropped_turns: int = 0  # oldest turns that a session dropped to make room for this one
+    # Seconds from the call until the inputs were ready, the images were read, the first token and the last one.
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class Turn:
@@ -325,112 +382,82 @@ class Turn:
         processor: ProcessorMixin,
         conversations: list[list[dict]],
         settings: ChatSettings,
-        memory: CallMemory | None = None,
+        memory: PromptMemory | None = None,
         features: Any = None,
         watch: Watch | None = None,
     ):
+        is_auto = settings.thinking == "auto"
         self.model, self.processor, self.settings = model, processor, settings
         self.watch = watch or Watch(exact=True)
-        is_auto = settings.thinking == "auto"
-        if memory is None:
-            memory = CallMemory(processor.image_processor, settings.max_slice_nums, keeps_states=is_auto)
-        self._memory = memory
+        self._memory = PromptMemory() if memory is None and is_auto else memory
         self._conversations, self._features = conversations, features
-        self._prompts: dict[bool, Prompt] = {}
-        self.prompt = self._write(False if is_auto else settings.thinking)
+        self.prompt = self._write(thinking=settings.thinking is True)
         self.watch.note("inputs")
 
     @torch.no_grad()
     def run(self, streamer: AnswerStreamer | None = None) -> list[ChatOutput]:
         """Let the model answer; one output for each conversation."""
-        settings, watch = self.settings, self.watch
-        facts: dict[str, Any] = {"cached_tokens": self._memory.cached_tokens(self.prompt)}
-        features = self._read_pictures()
+        settings, watch, prompt = self.settings, self.watch, self.prompt
+        facts: dict[str, Any] = {}
+        if self._memory is not None:
+            facts["cached_tokens"] = self._memory.cached_tokens(prompt.keys)
+        features = self._read_images()
         thinking: Any = settings.thinking
         draft: list[int] = []
         if thinking == "auto":
             thinking, draft, facts["need"], facts["draft_tokens"] = self._decide(features)
-        prompt = self._write(thinking)
-        length, left = prompt.input_ids.shape[1], settings.max_new_tokens - len(draft)
-        arguments = self._arguments(prompt, thinking, features)
-        stop_ids = arguments["eos_token_id"]
+            prompt = self._write(thinking) if thinking else prompt
         if streamer is not None:
-            streamer.expect(length, thinking, settings.max_new_tokens, stop_ids)
-        if (draft and (len(draft) < DRAFT_TOKENS or draft[-1] in stop_ids or not left)) or watch.cancelled.is_set():
-            rows = [draft]  # the draft is the answer
+            streamer.expect(thinking, draft, settings.max_new_tokens, settings.stop_ids)
+        left = settings.max_new_tokens - len(draft)
+        is_whole = bool(draft) and (len(draft) < DRAFT_TOKENS or draft[-1] in settings.stop_ids or not left)
+        if is_whole or watch.cancelled.is_set():
+            rows = [draft]
             watch.note("first_token")
             if streamer is not None:
-                streamer.put(torch.tensor([[*prompt.input_ids[0].tolist(), *draft]]))
                 streamer.end()
         else:
+            arguments = self._arguments(prompt, thinking, features)
             arguments |= {"max_new_tokens": left, "streamer": streamer}
             arguments["min_new_tokens"] = max(settings.min_new_tokens - len(draft), 0) or None
-            output = self._memory.generate(self.model, prompt, draft, arguments)
-            new = getattr(output, "sequences", output)[:, length + len(draft) :].tolist()
+            output = self._generate(prompt, draft, arguments)
+            new = getattr(output, "sequences", output)[:, prompt.input_ids.shape[1] + len(draft) :].tolist()
             rows = [draft + row for row in new]
         watch.note("total")
         tokens = prompt.attention_mask.sum(-1).tolist()
-        return [self._output(*pair, thinking, stop_ids, facts) for pair in zip(rows, tokens, strict=True)]
+        return [self._output(*pair, thinking, facts) for pair in zip(rows, tokens, strict=True)]
 
     def stream(self, finish: Callable[[ChatOutput | None], None] = lambda output: None) -> AnswerStream:
         """`run()` in a thread, whose text comes in pieces; `finish` gets the output, None where nothing was read."""
         return AnswerStream(self, finish)
 
-    def _write(self, thinking: Any) -> Prompt:
+    def _write(self, thinking: bool) -> Prompt:
         """The prompts with the opening of the mode; of conversations that end with an answer, as far as they go."""
-        if thinking not in self._prompts:
-            is_begun = self._conversations[0][-1]["role"] == "assistant"
-            inputs = self.processor.apply_chat_template(
-                self._conversations,
-                chat_template=self.processor.tokenizer.chat_template,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                add_generation_prompt=not is_begun,
-                continue_final_message=is_begun,
-                enable_thinking=thinking,
-                media_cache=self._memory,
-                **self.settings.template,
-            )
-            ids, mask = (inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
-            self._prompts[thinking] = Prompt(ids, mask, read_units(inputs))
-        return self._prompts[thinking]
+        is_begun = self._conversations[0][-1]["role"] == "assistant"
+        inputs = self.processor.apply_chat_template(
+            self._conversations,
+            chat_template=self.processor.tokenizer.chat_template,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=not is_begun,
+            continue_final_message=is_begun,
+            enable_thinking=thinking,
+            media_cache=None if self._memory is None else self._memory.media_cache,
+            **self.settings.template,
+        )
+        ids, mask = (inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
+        return Prompt(ids, mask, visual_units(inputs), self.processor.image_token_id)
 
-    def _read_pictures(self) -> dict[str, Any]:
-        """Features of all pictures, as `generate` takes them: of the model, and of an assistant with a tower."""
-        if self._features is not None:
-            return {"image": self._features}
-        units = list(chain.from_iterable(self.prompt.units))
-        assistant = self.settings.decoding.get("assistant_model")
-        readers = {"image": self.model, "assistant": assistant}
-        readers = {name: reader for name, reader in readers.items() if units and hasattr(reader, "get_image_features")}
-        features = {name: self._memory.features(units, reader) for name, reader in readers.items()}
-        if features:
-            self.watch.note("vision", features["image"])
-        return features
-
-    def _arguments(self, prompt: Prompt, thinking: bool, features: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of `generate` besides the ids."""
-        settings, config, tokenizer = self.settings, self.model.generation_config, self.processor.tokenizer
-        arguments = {"pad_token_id": tokenizer.pad_token_id, "tokenizer": tokenizer, **settings.decoding}
-        known = (arguments.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id)
-        stop_ids = next(ids for ids in known if ids is not None)
-        if (config.num_beams or 1) > 1:
-            arguments.setdefault("num_beams", config.num_beams)
-        arguments["eos_token_id"] = list(stop_ids) if isinstance(stop_ids, (list, tuple)) else [stop_ids]
-        if features:
-            arguments["mm_encoder_outputs"] = dict(features)
-        criteria, processors = (list(arguments.get(n) or ()) for n in ("stopping_criteria", "logits_processor"))
-        length = prompt.input_ids.shape[1]
-        if thinking and settings.thinking_budget is not None:
-            think_end = tokenizer.convert_tokens_to_ids(THINK_END)
-            closing = tokenizer(CLOSING)["input_ids"]
-            processors.append(ThoughtBudget(settings.thinking_budget, length, think_end, closing))
-        if settings.seed is not None and settings.samples and arguments.get("do_sample", True):
-            seeds = [f"{settings.seed}/{row}" for row in range(len(prompt.input_ids))]
-            processors.append(SeededChoice(seeds, length))
-        arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, self.watch])
-        return arguments | ({"logits_processor": LogitsProcessorList(processors)} if processors else {})
+    def _read_images(self) -> dict[str, Any]:
+        """Features of all images, as `generate` takes them: of the model, and of an assistant with a tower."""
+        if self._features is not None or not self.prompt.units:
+            return {} if self._features is None else {"image": self._features}
+        readers = {"image": self.model, "assistant": self.settings.decoding.get("assistant_model")}
+        readers = {name: model for name, model in readers.items() if hasattr(model, "get_image_features")}
+        features = read_units(self.prompt.units, list(readers.values()))
+        self.watch.note("vision", features[0])
+        return dict(zip(readers, features, strict=True))
 
     def _decide(self, features: dict[str, Any]) -> tuple[bool, list[int], float, int]:
         """Let the model begin to answer without a thought. Returns whether to think, the ids of the draft to go on with,
@@ -439,13 +466,12 @@ class Turn:
         arguments = self._arguments(prompt, False, features)
         for name in ("prompt_lookup_num_tokens", "assistant_model"):
             arguments.pop(name, None)
-        beams = arguments.get("num_beams") or 1
-        if beams > 1:
+        if settings.beams > 1:
             arguments |= {"num_beams": 1, "do_sample": False}
         arguments |= {"return_dict_in_generate": True, "output_logits": True}
         arguments["max_new_tokens"] = min(DRAFT_TOKENS, settings.max_new_tokens)
         arguments["min_new_tokens"] = min(DRAFT_TOKENS, settings.min_new_tokens) or None
-        output = self._memory.generate(self.model, prompt, [], arguments)
+        output = self._generate(prompt, [], arguments)
         self.watch.timings.pop("first_token", None)  # nobody has seen it yet
         draft = output.sequences[0, prompt.input_ids.shape[1] :].tolist()
         question = [message for message in self._conversations[0] if message["role"] == "user"][-1]
@@ -455,16 +481,38 @@ class Turn:
         tokens = len(self.processor.tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"])
         need = need_to_think(least_certainty(output.logits), tokens, len(parts) - len(texts))
         thinking = need >= self.model.thinking_threshold
-        goes_on = not thinking and beams == 1
+        goes_on = not thinking and settings.beams == 1
         return thinking, draft if goes_on else [], need, 0 if goes_on else len(draft)
 
-    def _output(
-        self, ids: list[int], prompt_tokens: int, thinking: bool, stop_ids: list[int], facts: dict[str, Any]
-    ) -> ChatOutput:
+    def _arguments(self, prompt: Prompt, thinking: bool, features: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `generate` besides the ids."""
+        settings, tokenizer, length = self.settings, self.processor.tokenizer, prompt.input_ids.shape[1]
+        arguments = dict(settings.decoding)
+        if settings.beams > 1:
+            arguments["num_beams"] = settings.beams
+        if features:
+            arguments["mm_encoder_outputs"] = dict(features)
+        criteria, processors = (list(arguments.get(n) or ()) for n in ("stopping_criteria", "logits_processor"))
+        if thinking and settings.thinking_budget is not None:
+            think_end, closing = tokenizer.convert_tokens_to_ids(THINK_END), tokenizer(CLOSING)["input_ids"]
+            processors.append(ThoughtBudget(settings.thinking_budget, length, think_end, closing))
+        if settings.seed is not None and settings.samples:
+            seeds = [f"{settings.seed}/{row}" for row in range(len(prompt.input_ids))]
+            processors.append(SeededChoice(seeds, length))
+        arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, self.watch])
+        return arguments | ({"logits_processor": LogitsProcessorList(processors)} if processors else {})
+
+    def _generate(self, prompt: Prompt, draft: list[int], arguments: dict[str, Any]) -> Any:
+        """`generate` behind the prompt and the beginning of an answer; beams begin anew."""
+        if self._memory is not None and (arguments.get("num_beams") or 1) == 1:
+            return self._memory.generate(self.model, prompt, draft, arguments)
+        return self.model.generate(prompt.input_ids, attention_mask=prompt.attention_mask, **arguments)
+
+    def _output(self, ids: list[int], prompt_tokens: int, thinking: bool, facts: dict[str, Any]) -> ChatOutput:
         """[`ChatOutput`] of the generated ids of one answer."""
         tokenizer, limit = self.processor.tokenizer, self.settings.max_new_tokens
         ids = ids[:limit]  # guessed decoding may come to more (transformers 4.57, 5.0)
-        length = next((place for place, token in enumerate(ids) if token in stop_ids), None)
+        length = next((place for place, token in enumerate(ids) if token in self.settings.stop_ids), None)
         answer = ids[:length]
         if length is not None:
             finish_reason = "stop"
@@ -492,46 +540,7 @@ class Turn:
         )
 
 
-def read_conversations(
-    msgs: Sequence | str | None, image: Any = None, system_prompt: str = ""
-) -> tuple[list[list[dict]], bool]:
-    """Bring the accepted forms of `msgs` to a list of conversations; also returns whether it was a batch.
-
-    Raises:
-        ChatError: names what is wrong with the messages.
-    """
-    if isinstance(msgs, str):
-        try:
-            msgs = json.loads(msgs)
-        except json.JSONDecodeError as error:
-            raise ChatError(f"msgs is a string, but not JSON ({error}). Pass a list of messages.") from error
-    if not isinstance(msgs, (list, tuple)) or not msgs:
-        raise ChatError(f"msgs is a list of messages with at least one, not {msgs!r}.")
-    is_batch = isinstance(msgs[0], (list, tuple))
-    conversations = [list(messages) for messages in (msgs if is_batch else [msgs])]
-    images = image if is_batch and image is not None else [image] * len(conversations)
-    if len(images) != len(conversations):
-        raise ChatError(f"image has {len(images)} entries for {len(conversations)} conversations.")
-    for index, (messages, picture) in enumerate(zip(conversations, images, strict=True)):
-        for message in messages:
-            if not isinstance(message, Mapping) or message.get("role") not in ("system", "user", "assistant", "tool"):
-                raise ChatError(
-                    f"A message is a dict with 'content' and a 'role' of system, user, assistant or tool, not {message!r}."
-                )
-        if not messages or all(message["role"] == "system" for message in messages):
-            raise ChatError(f"Conversation {index} has no message of a user.")
-        if picture is not None:
-            place = next(place for place, message in enumerate(messages) if message["role"] != "system")
-            content = messages[place].get("content")
-            if not isinstance(content, str):
-                raise ChatError(
-                    "image= goes with a first message whose content is a string. Put pictures into the content list."
-                )
-            pictures = list(picture) if isinstance(picture, (list, tuple)) else [picture]
-            messages[place] = {**messages[place], "content": [*pictures, content]}
-        if system_prompt:
-            messages.insert(0, {"role": "system", "content": system_prompt})
-    return conversations, is_batch
+# ---- methods of the model ----
 
 
 class ChatMixin:
@@ -567,14 +576,14 @@ class ChatMixin:
         """Answer a conversation, or a batch of them.
 
         Args:
-            image: older style: the picture (in a batch: one a conversation) that stands before a first message
+            image: older style: the image (in a batch: one a conversation) that stands before a first message
                 whose content is a string.
             msgs: list of messages `{"role", "content"}`, a list of such lists (a batch), or either as a JSON string.
-                Content: see `MiniCPMVProcessor.apply_chat_template`; a picture may also be an [`EncodedImage`]. An
+                Content: see `MiniCPMVProcessor.apply_chat_template`, and [`encode_images`]. An
                 answer that ends the conversation is unfinished: the model goes on with it, without a thought.
             tokenizer, processor: those in the model's own folder where they are not given. Nothing is downloaded.
             vision_hidden_states: features [units, query_num, D] of each conversation, in place of encoding the
-                pictures again; the pictures are still needed, for the prompt.
+                images again; the images are still needed, for the prompt.
             max_new_tokens, min_new_tokens: bounds of thought and answer together, in tokens.
             sampling: the older name of `decoding`: True is "sample", False is "beam" (1 beam when streaming).
             max_inp_length: most tokens the prompt may have; a longer one is an error.
@@ -609,6 +618,7 @@ class ChatMixin:
                 "stream=True gives the text of one conversation: pass one, and no return_dict (the stream has `output`)."
             )
         kwargs |= {"max_slice_nums": max_slice_nums, "use_image_id": use_image_id, "temporal_ids": temporal_ids}
+        kwargs |= {"thinking_budget": thinking_budget, "seed": seed, "decoding": decoding}
         settings = ChatSettings(
             self,
             processor,
@@ -618,9 +628,6 @@ class ChatMixin:
             max_inp_length,
             stream,
             enable_thinking,
-            thinking_budget,
-            seed,
-            decoding,
             **kwargs,
         )
         begun = {messages[-1]["role"] == "assistant" for messages in conversations}
@@ -632,16 +639,15 @@ class ChatMixin:
         if settings.thinking != "auto":
             turns = [Turn(self, processor, conversations, settings, features=vision_hidden_states, watch=watch)]
         elif vision_hidden_states is not None:
-            raise ChatError(
-                'enable_thinking="auto" takes no vision_hidden_states: put an EncodedImage into the messages.'
-            )
+            raise ChatError('enable_thinking="auto" takes no vision_hidden_states: see encode_images().')
         else:  # each may think or not
             ids = temporal_ids if is_batch and temporal_ids is not None else [temporal_ids] * len(conversations)
             if len(ids) != len(conversations):
                 raise ChatError(f"temporal_ids has {len(ids)} entries for {len(conversations)} conversations.")
-            rows = enumerate(zip(conversations, ids, strict=True))
-            each = [([messages], settings.of_row(row, own)) for row, (messages, own) in rows]
-            turns = [Turn(self, processor, *pair, watch=None if row else watch) for row, pair in enumerate(each)]
+            turns = [
+                Turn(self, processor, [messages], settings.of_row(row, own), watch=None if row else watch)
+                for row, (messages, own) in enumerate(zip(conversations, ids, strict=True))
+            ]
         if stream:
             return turns[0].stream()
         outputs = [output for turn in turns for output in turn.run()]
@@ -651,46 +657,32 @@ class ChatMixin:
     @torch.no_grad()
     def encode_images(
         self, images: Any, processor: ProcessorMixin | None = None, max_slice_nums: int | None = None
-    ) -> EncodedImage | list[EncodedImage]:
-        """Read pictures once, to ask about them many times.
+    ) -> Any:
+        """Read images once, to ask about them many times.
 
         Args:
-            images: a picture, or a list of pictures.
+            images: an image, or a list of images.
             processor: that in the model's own folder where it is not given.
-            max_slice_nums: see `MiniCPMVProcessor.__call__`; calls that use the pictures need the same.
+            max_slice_nums: see `MiniCPMVProcessor.__call__`; calls that use the images need the same.
 
         Returns:
-            [`EncodedImage`], for a list a list of them: they stand in messages of this model as pictures do.
+            `SlicedImage`, for a list a list of them: they stand in messages to this model as images do.
         """
         processor = self.chat_processor(processor)
-        is_one = not isinstance(images, (list, tuple))
-        images = [images] if is_one else list(images)
-        sliced = processor.image_processor.slice_all_to_patches(images, max_slice_nums)
-        units = [
-            VisualUnit((-1,), (pixels,), (size,))
-            for picture in sliced
-            for pixels, size in zip(picture.pixel_values, picture.tgt_sizes, strict=True)
-        ]
-        features = iter(encode(self, units) if units else ())
-        encoded = []
-        for image, picture in zip(images, sliced, strict=True):
-            slices = [torch.empty_like(pixels, device="meta") for pixels in picture.pixel_values]
-            own = [VisualUnit((-1,), (s,), (size,)) for s, size in zip(slices, picture.tgt_sizes, strict=True)]
-            features_of = {(self, unit): next(features).clone() for unit in own}
-            encoded.append(EncodedImage(image, replace(picture, pixel_values=slices), features_of))
-        return encoded[0] if is_one else encoded
+        given = list(images) if isinstance(images, (list, tuple)) else [images]
+        sliced = processor.image_processor.slice_all_to_patches(given, max_slice_nums)
+        pairs = [pair for each in sliced for pair in zip(each.pixel_values, each.tgt_sizes, strict=True)]
+        if pairs:
+            read_units([VisualUnit([-1], (pixels,), (size,)) for pixels, size in pairs], [self])
+        encoded = [replace(each, image=image) for each, image in zip(sliced, given, strict=True)]
+        return encoded if isinstance(images, (list, tuple)) else encoded[0]
 
     # ---- what sessions, training and serving are built on ----
 
     read_conversations = staticmethod(read_conversations)
-    encode_units = encode
-
-    chat_settings, chat_turn = ChatSettings, Turn  # to be called with the model as first argument
-
-    @staticmethod
-    def seeded_choice(seeds: Sequence[int | str], prompt_length: int) -> SeededChoice:
-        """A logits processor by which `generate(do_sample=True)` draws from `seeds`, one a row, and from nothing else."""
-        return SeededChoice(seeds, prompt_length)
+    # To be called with the model as first argument; the last two without it.
+    chat_settings, chat_turn = ChatSettings, Turn
+    prompt_memory, seeded_choice = PromptMemory, SeededChoice
 
     def chat_processor(self, processor: ProcessorMixin | None = None, tokenizer: Any = None) -> ProcessorMixin:
         """The processor that was given, or the one in the model's own folder; with `tokenizer` in place of its own.
@@ -707,16 +699,14 @@ class ChatMixin:
 
     def _load_processor(self) -> ProcessorMixin:
         folder: str = self.config._name_or_path
-        where: dict[str, Any] = {}
         if not folder:
             raise ChatError(
                 "This model was not loaded from a folder. Pass processor=AutoProcessor.from_pretrained(...)."
             )
+        where: dict[str, Any] = {}
         if not os.path.isdir(folder):
-            where = {
-                "revision": getattr(self.config, "_commit_hash", None),
-                "subfolder": getattr(self, "_subfolder", ""),
-            }
+            where["revision"] = getattr(self.config, "_commit_hash", None)
+            where["subfolder"] = getattr(self, "_subfolder", "")
         try:  # the folder's code already runs as the model's, so it is trusted here too
             loaded = AutoProcessor.from_pretrained(folder, trust_remote_code=True, local_files_only=True, **where)
         except (OSError, ValueError) as error:  # ValueError: the folder has a config, but no processor

@@ -128,24 +128,24 @@ class AnswerStreamer(TextIteratorStreamer):
     belong to the answer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=False)
-        self.next_tokens_are_prompt = True
-        self.stop_ids: Collection[int] = ()
-        self.prompt_length, self.left, self.thinking = 0, 0, False
+        super().__init__(tokenizer, skip_special_tokens=False)
+        self.next_tokens_are_prompt, self.thinking = True, False
 
-    def expect(self, prompt_length: int, thinking: bool, max_new_tokens: int, stop_ids: Collection[int]) -> None:
-        """Tell the length of the prompt, behind which a draft may stand, whether it opens a thought, how many tokens may
-        follow, and which of them end the answer."""
-        self.prompt_length, self.thinking = prompt_length, thinking
-        self.left, self.stop_ids = max_new_tokens, stop_ids
+    def expect(self, thinking: bool, draft: list[int], max_new_tokens: int, stop_ids: Collection[int]) -> None:
+        """Tell whether the prompt opens a thought, the ids that the answer begins with, how many tokens it may have, and
+        which of them end it."""
+        self.thinking, self.left, self.stop_ids = thinking, max_new_tokens, stop_ids
         if thinking:
             self.text_queue.put(OPENING)
+        self._write(draft)
 
     def put(self, value: torch.Tensor) -> None:
-        tokens = value.flatten().tolist()
         if self.next_tokens_are_prompt:
             self.next_tokens_are_prompt = False
-            tokens = tokens[self.prompt_length :]
+        else:
+            self._write(value.flatten().tolist())
+
+    def _write(self, tokens: list[int]) -> None:
         tokens = tokens[: self.left]  # several at a time, and perhaps too many, where tokens are guessed
         self.left -= len(tokens)
         for token in tokens:

@@ -130,6 +130,7 @@ class SlicedImage:
     grid: tuple[int, int] | None  # None when the image is not sliced
     pixel_values: list[torch.Tensor]  # float32 [3, P, P * patches]: the source view, then the slices row by row
     tgt_sizes: list[tuple[int, int]]  # (rows, columns) of patches, one for each tensor
+    image: Any = None  # what it was made of, where a model keeps features instead of pixels (`model.encode_images`)
 
 
 def pack_frames(

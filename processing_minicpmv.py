@@ -290,8 +290,10 @@ class MiniCPMVProcessor(ProcessorBase):
             _check_places("prompt has", name, kinds.count(PLACES[name]), given)
         limit, data_format = options.images.max_slice_nums, options.images.input_data_format
 
-        def slice_images(new: list) -> list:
-            return self.image_processor.slice_all_to_patches(new, limit, data_format)
+        def slice_images(new: list) -> list:  # but for those that are `SlicedImage`s already
+            unsliced = [image for image in new if not hasattr(image, "tgt_sizes")]
+            sliced = iter(self.image_processor.slice_all_to_patches(unsliced, limit, data_format))
+            return [image if hasattr(image, "tgt_sizes") else next(sliced) for image in new]
 
         def sample_videos(new: list) -> list:
             process = self.video_processor.preprocess
@@ -314,6 +316,10 @@ class MiniCPMVProcessor(ProcessorBase):
                     found = f"do not stand together in the prompt: {between.strip()[:40]!r} or a video is between them"
                     raise FramePackingError(f"The frames of group {group} {found}. Put them next to each other.")
                 members = [next(frames) for _ in group]
+                for frame in members:
+                    if self.image_processor.get_sliced_grid(frame.image_size, limit) != frame.grid:
+                        found = f"encoded in slices {frame.grid}, but max_slice_nums={limit} cuts it otherwise"
+                        raise ImageInputError(f"An image was {found}. Give encode_images the same max_slice_nums.")
                 sample.add(*pack_frames(members, [group]), [frame.image_size for frame in members])
                 units = self.image_processor.get_slice_image_placeholder(
                     members[0].image_size, number, limit, options.images.use_image_id

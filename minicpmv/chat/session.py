@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
-from minicpmv.chat.cache import ConversationCache
+from minicpmv.chat.cache import MediaCache
 from minicpmv.chat.history import load_history, save_history
 from minicpmv.errors import MiniCPMVError
 
@@ -108,7 +108,7 @@ class ChatSession:
         self.dropped_turns = 0  # since the beginning
         self._first_messages, self._messages = messages, list(messages)
         self._options = options
-        self._cache = self._new_cache()
+        self._memory = model.prompt_memory(MediaCache())
         self._busy = threading.Lock()
 
     @classmethod
@@ -135,7 +135,7 @@ class ChatSession:
     @property
     def cached_tokens(self) -> int:
         """Tokens whose states are kept."""
-        return len(self._cache)
+        return self._memory.num_tokens
 
     def send(self, content: Any, *, stream: bool = False, **options: Any) -> Any:
         """Ask, and add question and answer to the history.
@@ -177,7 +177,7 @@ class ChatSession:
                 output.dropped_turns = dropped
                 self._messages = [*messages, {"role": "assistant", "content": output.text}]
                 self.dropped_turns += dropped
-                self._cache.keep_only(turn.prompt.units[0])
+                self._memory.media_cache.keep_only(turn.prompt.units)
             self._busy.release()
 
         if stream:
@@ -196,7 +196,7 @@ class ChatSession:
         dropped, share = 0, 1.0
         while True:
             kept = [*system, *(message for turn in turns[dropped:] for message in turn)]
-            turn = self.model.chat_turn(self.model, self.processor, [kept], settings, self._cache)
+            turn = self.model.chat_turn(self.model, self.processor, [kept], settings, self._memory)
             length = turn.prompt.input_ids.shape[1]
             tokens, pictures = length + settings.max_new_tokens, self._count_pictures(kept)
             if tokens <= share * self.max_tokens and pictures <= share * self.max_pictures:
@@ -228,7 +228,8 @@ class ChatSession:
     def reset(self) -> None:
         """Go back to the beginning: the history that the session started with."""
         with self._alone():
-            self._messages, self._cache, self.dropped_turns = list(self._first_messages), self._new_cache(), 0
+            self._messages, self._memory = list(self._first_messages), self.model.prompt_memory(MediaCache())
+            self.dropped_turns = 0
 
     def undo(self) -> Any:
         """Take back the last turn; returns the content of its question, for example to send it again.
@@ -247,7 +248,8 @@ class ChatSession:
         """Another session that goes on from here. What is computed is shared, and neither changes the other."""
         with self._alone():
             other = copy.copy(self)
-            other._messages, other._cache, other._busy = list(self._messages), self._cache.fork(), threading.Lock()
+            other._messages, other._memory = list(self._messages), copy.copy(self._memory)
+            other._busy = threading.Lock()
             return other
 
     def save(self, folder: str | PathLike) -> None:
@@ -258,10 +260,6 @@ class ChatSession:
         """
         with self._alone():
             save_history(self._messages, folder, self.processor)
-
-    def _new_cache(self) -> ConversationCache:
-        limit = self.model.chat_settings(self.model, self.processor, **self._options).max_slice_nums
-        return ConversationCache(self.processor.image_processor, limit, self.model.config.image_token_id)
 
     def _take(self) -> None:
         if not self._busy.acquire(blocking=False):

@@ -260,7 +260,7 @@ def test_an_encoded_picture_is_not_used_otherwise_than_it_was_encoded(model, pro
     messages = [{"role": "user", "content": [encoded, encoded, "what"]}]
     with pytest.raises(ValueError, match="max_slice_nums"):
         model.chat(msgs=messages, processor=processor, max_slice_nums=1, **FAST)
-    with pytest.raises(ValueError, match="as a still picture"):
+    with pytest.raises(ValueError, match="as a still image"):
         model.chat(msgs=messages, processor=processor, temporal_ids=[[0, 3]], **FAST)
 
 
