@@ -420,7 +420,7 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
 
         Raises ImageInputError and FramePackingError for images and ids that cannot be used.
         """
-        samples = _as_samples(images)
+        samples = as_samples(images)
         groups = read_groups(temporal_ids, [len(sample) for sample in samples])
         sliced = iter(self.slice_all_to_patches(chain(*samples), max_slice_nums, input_data_format))
         packed = [(list(islice(sliced, len(sample))), ids) for sample, ids in zip(samples, groups, strict=True)]
@@ -457,26 +457,23 @@ def _map_threaded(function: Callable, items: Sequence) -> list:
         return list(pool.map(function, items))
 
 
-def unstack(images: Any) -> Any:
-    """Lists in which an array of several images ([N, H, W, C]: so vLLM gives videos) is its images."""
-    if getattr(images, "ndim", None) == 4:
-        return list(images)
-    if not isinstance(images, (list, tuple)):
-        return images
-    parts = (list(item) if getattr(item, "ndim", None) == 4 else [unstack(item)] for item in images)
-    return list(chain.from_iterable(parts))
+def as_samples(images: Any) -> list[list]:
+    """One list a sample of an image, the images of one sample, or a list of images (or None) for each sample.
 
-
-def _as_samples(images: Any) -> list[list]:
-    images = unstack(images)
+    An array of several images ([N, H, W, C]: so vLLM gives videos) counts as its images.
+    """
     if not isinstance(images, (list, tuple)):
-        return [[images]]
-    nested = [isinstance(entry, (list, tuple)) for entry in images]
+        return [_unstacked([images])]
+    nested = [entry is None or isinstance(entry, (list, tuple)) for entry in images]
     if images and all(nested):
-        return [list(sample) for sample in images]
+        return [_unstacked(sample or []) for sample in images]
     if any(nested):
         raise ImageInputError("images= mixes images with lists of images; give one list, or one list a sample")
-    return [list(images)]
+    return [_unstacked(images)]
+
+
+def _unstacked(images: Sequence) -> list:
+    return list(chain.from_iterable(entry if getattr(entry, "ndim", 0) == 4 else [entry] for entry in images))
 
 
 def _three_numbers(name: str, values: Any, least: float, most: float) -> list[float]:

@@ -31,10 +31,10 @@ from .image_loading_minicpmv import FramePackingError, ImageInputError
 from .image_processing_minicpmv import (
     ImageOptions,
     MiniCPMVImageProcessor,
+    as_samples,
     pack_frames,
     pad_visual_inputs,
     read_groups,
-    unstack,
 )
 from .messages_minicpmv import (
     IMAGE_PLACEHOLDER,
@@ -209,8 +209,7 @@ class MiniCPMVProcessor(ProcessorBase):
         if prompts is None and images is None:
             raise MiniCPMVError("Pass text, images, or both; videos need a text that names their places.")
         if prompts is None:  # images alone, as one sample after the other
-            samples: Any = images if _is_nested(images) else [images]
-            prompts = [IMAGE_PLACEHOLDER * len(_list_images(sample)) for sample in samples]
+            prompts = [IMAGE_PLACEHOLDER * len(sample) for sample in as_samples(images)]
         images, videos = _share_out(prompts, images, "images"), _share_out(prompts, videos, "videos")
         data = self._process(prompts, images, videos, temporal_ids, **kwargs)
         if text is None:
@@ -517,11 +516,6 @@ def _is_list_of(value: Any, kinds: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, kinds) for item in value)
 
 
-def _list_images(images: Any) -> list:
-    images = [] if images is None else unstack(images)
-    return list(images) if isinstance(images, (list, tuple)) else [images]
-
-
 def _is_single_video(video: Any) -> bool:
     # By identity: `==` on arrays gives an array.
     return not isinstance(video, (list, tuple)) or any(item is video for item in flatten_videos(video))
@@ -531,14 +525,18 @@ def _share_out(prompts: Sequence[str], media: Any, name: str) -> list[list] | No
     """One list of "images" or "videos" (`name`) a prompt; a flat list is shared out by the places in the prompts."""
     if media is None:
         return None
-    as_list = _list_images if name == "images" else flatten_videos
-    if _is_nested(media) and not (name == "videos" and all(_is_single_video(item) for item in media)):
-        if len(media) != len(prompts):
-            raise MiniCPMVError(f"{name} are lists for {len(media)} prompts, but there are {len(prompts)} prompts.")
-        return [as_list(item) if item is not None else [] for item in media]
-    flat, counts = as_list(media), [prompt.count(PLACES[name]) for prompt in prompts]
-    _check_places("prompts have", name, sum(counts), flat)
-    items = iter(flat)
+    is_nested = _is_nested(media) and not (name == "videos" and all(map(_is_single_video, media)))
+    if name == "images":
+        samples = as_samples(media)
+    else:
+        samples = [[] if item is None else flatten_videos(item) for item in (media if is_nested else [media])]
+    if is_nested:
+        if len(samples) != len(prompts):
+            raise MiniCPMVError(f"{name} are lists for {len(samples)} prompts, but there are {len(prompts)} prompts.")
+        return samples
+    counts = [prompt.count(PLACES[name]) for prompt in prompts]
+    _check_places("prompts have", name, sum(counts), samples[0])
+    items = iter(samples[0])
     return [[next(items) for _ in range(count)] for count in counts]
 
 

@@ -3,7 +3,7 @@
 What is special:
 - Learned queries attend once to the patches. Keys carry a 2D sin-cos position and, in a video, the time of their frame;
   values carry neither.
-- A unit is one set of queries: a slice, or the same slice position of a group of frames. Units of unequal
+- A unit is what one set of queries reads: a slice, or the slices at one position of a group of frames. Units of unequal
   size run packed, as in the tower.
 - Positions are computed for the rows in use. The whole tables would take 80 MB and 1.18 GB and end at 70 patches and
   72,000 tenths of a second; here neither has an end.
@@ -11,11 +11,12 @@ What is special:
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .vision_minicpmv import equal_runs
 
 
 STILL_IMAGE_ID = -1  # the temporal id of an image that is not part of a video: no time is added
@@ -55,11 +56,9 @@ class ResamplerAttention(nn.MultiheadAttention):
         query = self._heads(nn.functional.linear(query, w_q, b_q), 1)  # [1, H, Q, d]
         key = nn.functional.linear(key, w_k, b_k)
         value = nn.functional.linear(value, w_v, b_v)
-        outputs, start = [], 0
-        for length, group in groupby(lengths):  # runs of equally long units
-            count = len(list(group))
+        outputs = []
+        for start, count, length in equal_runs(lengths):
             run = slice(start, start + count * length)
-            start = run.stop
             attended = nn.functional.scaled_dot_product_attention(
                 query.expand(count, -1, -1, -1), self._heads(key[run], count), self._heads(value[run], count)
             )
@@ -112,14 +111,13 @@ class Resampler(nn.Module):
     ) -> Tensor:
         """Position of every patch, float32 [patches, D]: column, row and, for a frame of a video, its time."""
         half = self.embed_dim // 2
-        distinct = dict.fromkeys(tgt_sizes)
-        for rows, columns in distinct:
+        grids = {}
+        for rows, columns in set(tgt_sizes):
             by_row = torch.from_numpy(axis_positions(rows, half)).to(device)
             by_column = torch.from_numpy(axis_positions(columns, half)).to(device)
-            grid = (by_column.expand(rows, -1, -1), by_row[:, None].expand(-1, columns, -1))
-            distinct[rows, columns] = torch.cat(grid, dim=-1).view(rows * columns, -1)
-        # The first half encodes the column, the second the row.
-        positions = [distinct[size] for size in tgt_sizes]
+            halves = (by_column.expand(rows, -1, -1), by_row[:, None].expand(-1, columns, -1))
+            grids[rows, columns] = torch.cat(halves, dim=-1).flatten(0, 1)  # [rows * columns, D]
+        positions = [grids[size] for size in tgt_sizes]
         if any(frame != STILL_IMAGE_ID for frame in temporal_ids):
             times = torch.from_numpy(sincos_positions(temporal_ids, self.embed_dim)).to(device)
             positions = [

@@ -74,7 +74,7 @@ class VideoOptions:
 
 
 def _is_number(value: Any, least: float) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and least <= value < math.inf
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and least <= float(value) < math.inf
 
 
 # --- which frames: pure functions ------------------------------------------------------------------------------------

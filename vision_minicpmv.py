@@ -47,23 +47,28 @@ def position_ids(tgt_sizes: Sequence[tuple[int, int]], table_side: int) -> np.nd
     return np.concatenate(ids)
 
 
+def equal_runs(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(first patch, slices, patches of each) of every run of equally long slices in a packed sequence."""
+    runs, start = [], 0
+    for length, group in groupby(lengths):
+        count = len(list(group))
+        runs.append((start, count, length))
+        start += count * length
+    return runs
+
+
 @dataclass(frozen=True, eq=False)
 class PackedSlices:
     """Where the slices of one packed sequence lie."""
 
-    runs: list[tuple[int, int, int]]  # (first patch, slices, patches a slice) for each run of equally long slices
+    runs: list[tuple[int, int, int]]  # see `equal_runs`
     cu_seqlens: Tensor  # int32 [slices + 1], the first patch of every slice, then the end
     max_length: int  # patches of the longest slice
 
     @classmethod
     def from_lengths(cls, lengths: list[int], device: torch.device) -> "PackedSlices":
-        runs, start = [], 0
-        for length, group in groupby(lengths):
-            count = len(list(group))
-            runs.append((start, count, length))
-            start += count * length
         cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32).to(device)
-        return cls(runs, cu_seqlens, max(lengths))
+        return cls(equal_runs(lengths), cu_seqlens, max(lengths))
 
 
 def cpu_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
