@@ -11,15 +11,11 @@ import io
 import mimetypes
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Event, Thread
 from typing import Any, Literal
-from urllib.parse import urlsplit, urlunsplit
 
-from minicpmv.errors import MiniCPMVError, require
 from minicpmv.evaluate.answerers import Answer, Mode, Question
+from minicpmv.evaluate.client import ChatClient, EndpointError, side_by_side
 
 
 THINK_END = "</think>"  # how open models close a thought, where the endpoint does not part it from the answer
@@ -31,39 +27,30 @@ DECODING = (
     "repetition_penalty",
     "seed",
 )  # options of chat() that APIs know too
-LOST = ("temporal_ids", "use_image_id")  # there is no way to send these
+LOST = ("temporal_ids", "use_image_id", "think_prefix")  # there is no way to send these
 # What vLLM and `minicpmv serve` take as mm_processor_kwargs.
 PROCESSOR_OPTIONS = ("max_slice_nums", "fps", "num_frames", "max_num_packing", "force_packing", "start", "end")
 QUESTIONS_A_LANE = 8  # held in memory for each request in flight, so that none waits for images to be drawn
-SHOWN = 300  # characters of an endpoint's own message
-
-
-class EndpointError(MiniCPMVError):
-    """An endpoint cannot be asked, or does not answer: the message says why and what to do."""
+FRAME_QUALITY = 90  # of frames that are sent as JPEG
 
 
 class Endpoint:
     """A model that is asked over HTTP, several questions at a time.
 
-    Failed connections, timeouts, and the answers 408, 409, 429 and 5xx are tried again, after waits that double from half
-    a second up to eight, or as long as the endpoint asks for.
-
     Args:
-        url: of the API; it mostly ends with `/v1`.
-        model: the name that the endpoint knows.
-        api_key: sent along; endpoints of your own mostly need none.
-        concurrency: most requests in flight.
-        retries: of each request.
-        timeout: seconds for each try.
+        url, model: as `ChatClient` takes them.
         clips: how a clip is sent: `"frames"`, as images; `"video_url"`, as a file (vLLM, SGLang, `minicpmv serve`).
         frames: how many frames, evenly spaced.
+        frame_size: longest side in pixels that frames are reduced to, and sent as JPEG; None: as they are, as PNG.
         processor_options: also send a question's options for the processor, as `mm_processor_kwargs`.
         thinking_switch: send `chat_template_kwargs.enable_thinking`, which open models obey. Without it nothing can be
-            told to think or not to.
-        extra_body: more fields for every request, such as `{"reasoning_effort": "low"}`.
+            told to think or not to, but by `reasoning_effort`.
+        detail: of images, as OpenAI's API takes it: `"low"`, `"high"` or `"auto"`; None: not sent.
+        options: further ones of `ChatClient`: key, concurrency, retries, and how this API wants its requests.
 
     Raises:
         MissingPackageError: the client, openai, is not installed.
+        EndpointError: `url` is no address.
     """
 
     def __init__(
@@ -71,32 +58,20 @@ class Endpoint:
         url: str,
         model: str,
         *,
-        api_key: str | None = None,
-        concurrency: int = 8,
-        retries: int = 6,
-        timeout: float = 600.0,
         clips: Literal["frames", "video_url"] = "frames",
         frames: int = 32,
+        frame_size: int | None = None,
         processor_options: bool = False,
         thinking_switch: bool = True,
-        extra_body: Mapping[str, Any] | None = None,
+        detail: str | None = None,
+        **options: Any,
     ):
-        require("endpoint", "openai")
-        from openai import OpenAI
-
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise EndpointError(f"{url!r} is not an address such as http://127.0.0.1:8000/v1")
-        self.url = urlunsplit(
-            parts._replace(netloc=parts.netloc.rpartition("@")[2])
-        )  # to be shown: without a password
-        self.model, self.concurrency = model, concurrency
-        self.clips, self.frames, self.extra_body = clips, frames, dict(extra_body or {})
+        self.client = ChatClient(url, model, **options)
+        self.clips, self.frames, self.frame_size = clips, frames, frame_size
         self.processor_options, self.thinking_switch = processor_options, thinking_switch
-        self.window = concurrency * QUESTIONS_A_LANE
-        self.versions = {"openai": version("openai")}
-        # The client insists on a key; a server of one's own ignores it.
-        self._client = OpenAI(base_url=url, api_key=api_key or "none", max_retries=retries, timeout=timeout)
+        self.detail = detail
+        self.window = self.client.concurrency * QUESTIONS_A_LANE
+        self.versions = self.client.versions
 
     def settings(self, mode: Mode | Sequence[str]) -> dict[str, Any]:
         """What is sent, and where. Which weights answer under the name, the endpoint alone knows: use another folder when
@@ -108,12 +83,12 @@ class Endpoint:
         if mode == "auto":
             raise EndpointError("an endpoint cannot think on demand: set thinking on, off, or to the rows that think")
         return {
-            "endpoint": self.url,
-            "model": self.model,
+            **self.client.settings(),
             "clips": self.clips if self.clips == "video_url" else f"{self.frames} frames",
+            "frame_size": self.frame_size,
             "processor_options": self.processor_options,
             "thinking_switch": self.thinking_switch,
-            "extra_body": self.extra_body,
+            "detail": self.detail,
         }
 
     def check(self) -> None:
@@ -122,139 +97,51 @@ class Endpoint:
         Raises:
             EndpointError: it cannot be reached, or does not know the model.
         """
-        import openai
-
-        try:
-            served = [model.id for model in self._client.models.list()]
-        except (openai.NotFoundError, openai.PermissionDeniedError):
-            return  # it does not tell
-        except openai.OpenAIError as error:
-            raise self._explained(error) from error
-        except (AttributeError, TypeError, ValueError):
-            raise EndpointError(f"{self.url} does not answer as OpenAI's API does: it mostly ends with /v1") from None
-        if served and self.model not in served:
-            raise EndpointError(f"{self.url} does not serve {self.model}; it serves {', '.join(served[:10])}")
+        self.client.check()
 
     def answer(
         self, questions: Sequence[Question], mode: Mode, max_new_tokens: int
     ) -> Iterator[tuple[Question, Answer]]:
-        asked = [question for question in questions if not question.answered]
-        todo: SimpleQueue[tuple[Question, dict[str, Any]]] = SimpleQueue()
-        done: SimpleQueue[tuple[Question, Answer | BaseException] | None] = SimpleQueue()
-        for question in asked:
-            todo.put((question, self._request(question, mode, max_new_tokens)))
-        stop = Event()
+        asked = [
+            (question, self._request(question, mode, max_new_tokens))
+            for question in questions
+            if not question.answered
+        ]
 
-        def work() -> None:
-            while not (stop.is_set() or todo.empty()):
-                try:
-                    question, request = todo.get_nowait()
-                except Empty:  # another thread was faster
-                    break
-                try:
-                    done.put((question, self._ask(question, request, bool(mode))))
-                except BaseException as error:  # raised again below, in the thread that waits
-                    stop.set()
-                    done.put((question, error))
-            done.put(None)
+        def ask(item: tuple[Question, dict[str, Any]]) -> Answer:
+            question, request = item
+            return _answer(self.client.complete(_name(question), request), bool(mode))
 
-        # Not a pool: Python would wait for its threads at the end of an interrupted run, for minutes where models think.
-        threads = [Thread(target=work, daemon=True) for _ in range(min(self.concurrency, len(asked)))]
-        for thread in threads:
-            thread.start()
-        failure, running = None, len(threads)
-        try:
-            while running:
-                if (found := done.get()) is None:
-                    running -= 1
-                elif isinstance(found[1], BaseException):
-                    failure = failure or found[1]
-                else:
-                    yield found[0], found[1]
-        finally:
-            stop.set()
-        if failure is not None:  # not before: what was under way has been answered, and paid for
-            raise failure
+        for (question, _), answer in side_by_side(ask, asked, self.client.concurrency):
+            yield question, answer
 
     def _request(self, question: Question, mode: Mode, max_new_tokens: int) -> dict[str, Any]:
         prompt = question.prompt
-        options = dict(prompt.options)
-        for name in LOST:
-            options.pop(name, None)
+        options = {name: value for name, value in prompt.options.items() if name not in LOST}
         processing = {name: options.pop(name) for name in PROCESSOR_OPTIONS if name in options}
-        extra = {name: options.pop(name) for name in DECODING if name in options}
-        if options.pop("decoding", "greedy") == "greedy":
-            extra["temperature"] = 0
-        elif "temperature" not in extra:
+        decoding = {name: options.pop(name) for name in DECODING if name in options}
+        is_greedy = options.pop("decoding", "greedy") == "greedy"
+        if is_greedy:
+            decoding["temperature"] = 0
+        elif "temperature" not in decoding and self.client.temperature == "question":
             options = prompt.options  # beams, or sampling at a temperature that only the model knows
         if options:
             names = ", ".join(f"{name}={value!r}" for name, value in options.items())
             raise EndpointError(
-                f"{_name(question)} wants {names}, which an endpoint cannot be told: leave this row out"
+                f"{_name(question)} wants {names}, which an endpoint cannot be told: leave this row out, or set the "
+                "temperature of the run"
             )
+        more: dict[str, Any] = {}
         if self.thinking_switch:
-            extra["chat_template_kwargs"] = {"enable_thinking": bool(mode)}
+            more["chat_template_kwargs"] = {"enable_thinking": bool(mode)}
         if self.processor_options and processing:
-            extra["mm_processor_kwargs"] = processing
+            more["mm_processor_kwargs"] = processing
         content = [part for parts in map(self._parts, prompt.content) for part in parts]
-        return {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": max_new_tokens,
-            "extra_body": extra | self.extra_body,
-        }
-
-    def _ask(self, question: Question, request: dict[str, Any], thinks: bool) -> Answer:
-        import openai
-
-        try:
-            reply = self._client.chat.completions.create(**request)
-        except openai.OpenAIError as error:
-            raise self._explained(error, question) from error
-        if not getattr(reply, "choices", None):
-            raise EndpointError(
-                f"{self.url} did not answer {_name(question)} with a chat completion: {reply!s:.{SHOWN}}"
-            )
-        choice, usage = reply.choices[0], reply.usage
-        text, thought = choice.message.content or "", None
-        if thinks:
-            names = ("reasoning_content", "reasoning")  # vLLM's and others'
-            thought = next(filter(None, (getattr(choice.message, name, None) for name in names)), None)
-            if thought is None and THINK_END in text:
-                thought, _, text = text.rpartition(THINK_END)
-                thought = thought.strip().removeprefix("<think>").strip()
-        return Answer(
-            text=text.strip(),
-            thought=thought,
-            finish_reason=choice.finish_reason,
-            prompt_tokens=usage and usage.prompt_tokens,
-            generated_tokens=usage and usage.completion_tokens,
-            mode="deep" if thinks else "fast",
-        )
-
-    def _explained(self, error: Exception, question: Question | None = None) -> EndpointError:
-        import openai
-
-        reason = " ".join(str(error).split())[:SHOWN]
-        if isinstance(error, openai.APITimeoutError):
-            return EndpointError(f"{self.url} took too long: allow more time (--timeout), or less --concurrency")
-        if isinstance(error, openai.APIConnectionError):
-            cause = f" ({error.__cause__})" if error.__cause__ else ""
-            return EndpointError(f"{self.url} cannot be reached{cause}: is the server running, and is the port right?")
-        if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
-            return EndpointError(
-                f"{self.url} refuses the key: name the variable that holds it (--api-key-env). {reason}"
-            )
-        if isinstance(error, openai.NotFoundError):
-            return EndpointError(
-                f"{self.url} knows no model {self.model}, or is not the address of an API (it mostly ends with /v1). {reason}"
-            )
-        if isinstance(error, (openai.RateLimitError, openai.InternalServerError)):
-            return EndpointError(
-                f"{self.url} failed on every try: run the same command again later, with less --concurrency. {reason}"
-            )
-        what = f"refuses {_name(question)}" if question else "cannot be asked"
-        return EndpointError(f"{self.url} {what}. {reason}")
+        if self.detail is not None:
+            for part in content:
+                if part["type"] == "image_url":
+                    part["image_url"]["detail"] = self.detail
+        return self.client.request([{"role": "user", "content": content}], max_new_tokens, decoding, **more)
 
     def _parts(self, part: Any) -> list[dict[str, Any]]:
         """A part of a message in OpenAI's form; a clip may be several."""
@@ -277,7 +164,31 @@ class Endpoint:
             return [_address("image_url", frame) for frame in source]
         if self.clips == "video_url":
             return [_address("video_url", source)]
-        return [_address("image_url", frame) for frame in even_frames(source, self.frames)]
+        frames = even_frames(source, self.frames)
+        if self.frame_size is None:
+            return [_address("image_url", frame) for frame in frames]
+        for frame in frames:
+            frame.thumbnail((self.frame_size, self.frame_size))
+        return [_address("image_url", frame, "JPEG", quality=FRAME_QUALITY) for frame in frames]
+
+
+def _answer(reply: Any, thinks: bool) -> Answer:
+    choice, usage = reply.choices[0], reply.usage
+    text, thought = choice.message.content or "", None
+    if thinks:
+        names = ("reasoning_content", "reasoning")  # vLLM's and others'
+        thought = next(filter(None, (getattr(choice.message, name, None) for name in names)), None)
+        if thought is None and THINK_END in text:
+            thought, _, text = text.rpartition(THINK_END)
+            thought = thought.strip().removeprefix("<think>").strip()
+    return Answer(
+        text=text.strip(),
+        thought=thought,
+        finish_reason=choice.finish_reason,
+        prompt_tokens=usage and usage.prompt_tokens,
+        generated_tokens=usage and usage.completion_tokens,
+        mode="deep" if thinks else "fast",
+    )
 
 
 def even_frames(clip: str | os.PathLike, count: int) -> list[Any]:
@@ -295,7 +206,7 @@ def even_frames(clip: str | os.PathLike, count: int) -> list[Any]:
         return [frame.to_image() for place, frame in frames if place in wanted]
 
 
-def _address(kind: str, source: Any) -> dict[str, Any]:
+def _address(kind: str, source: Any, encoding: str = "PNG", **options: Any) -> dict[str, Any]:
     """An image or a clip by its address: as it is, or as a data URL."""
     if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
         url = source
@@ -304,8 +215,8 @@ def _address(kind: str, source: Any) -> dict[str, Any]:
         url = f"data:{media};base64,{base64.b64encode(Path(source).read_bytes()).decode()}"
     elif hasattr(source, "save"):  # a PIL image
         file = io.BytesIO()
-        source.save(file, format="PNG", compress_level=1)
-        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        source.save(file, format=encoding, **options or {"compress_level": 1})
+        url = f"data:image/{encoding.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
     else:
         raise EndpointError(f"a {type(source).__name__} cannot be sent: give a PIL image, a file or an address")
     return {"type": kind, kind: {"url": url}}

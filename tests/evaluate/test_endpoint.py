@@ -184,6 +184,37 @@ def test_a_row_can_sample_at_its_own_temperature():
     assert (request["temperature"], request["top_k"], request["seed"]) == (0.7, 20, 3)
 
 
+def test_an_api_with_other_habits_is_asked_in_its_own_way():
+    habits = {
+        "token_parameter": "max_completion_tokens",
+        "temperature": None,
+        "reasoning_effort": "high",
+        "thinking_switch": False,
+    }
+    with serving() as server:
+        one_answer(server, options={"decoding": "sample", "temperature": 0.7, "top_k": 20}, **habits)
+        one_answer(server, options={"decoding": "beam"}, temperature=0.3, token_parameter=None)
+    first, second = server.requests
+    assert set(first) == {"model", "messages", "max_completion_tokens", "reasoning_effort"}
+    assert (first["max_completion_tokens"], first["reasoning_effort"]) == (32, "high")
+    assert second["temperature"] == 0.3 and "max_tokens" not in second
+
+
+def test_images_carry_the_detail_that_is_asked_for_and_frames_can_be_made_smaller():
+    with serving() as server:
+        one_answer(server, REPOSITORY / "assets" / "number.jpg", CLIP, "What?", detail="low", frames=2, frame_size=64)
+    image, first, second, text = server.requests[0]["messages"][0]["content"]
+    assert [part["image_url"]["detail"] for part in (image, first, second)] == ["low"] * 3 and text["type"] == "text"
+    kind, data = first["image_url"]["url"].split(";base64,")
+    with Image.open(io.BytesIO(base64.b64decode(data))) as frame:
+        assert (kind, frame.format, max(frame.size)) == ("data:image/jpeg", "JPEG", 64)
+
+
+def test_what_every_request_says_is_part_of_the_settings():
+    plain, other = Endpoint("http://127.0.0.1:1/v1", "m"), Endpoint("http://127.0.0.1:1/v1", "m", detail="high")
+    assert plain.settings(False)["temperature"] == "question" and plain.settings(False) != other.settings(False)
+
+
 @pytest.mark.parametrize("options", [{"decoding": "beam"}, {"decoding": "sample"}, {"no_repeat_ngram_size": 3}])
 def test_what_an_endpoint_cannot_be_told_is_refused_rather_than_left_out(options):
     with (
