@@ -83,12 +83,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def check_whole(
-    name: str,
-    value: Any,
-    least: int = 1,
-    most: float = math.inf,
-    hint: str = "",
-    error: type[MiniCPMVError] = MiniCPMVError,
+    name: str, value: Any, least: int = 1, most: float = math.inf, hint: str = "", error: type = MiniCPMVError
 ) -> int:
     """`value` as an int; raises `error` where it is no whole number from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) <= most:
@@ -153,24 +148,11 @@ class MiniCPMVConfig(Qwen3Config):
         if not kwargs.get("rope_parameters"):
             kwargs.setdefault("rope_theta", 1000000.0)
         super().__init__(**(LANGUAGE_DEFAULTS | kwargs))
-        self._check()
-
-    def get_text_config(self, *args, **kwargs) -> "MiniCPMVConfig":
-        """The config itself: its Qwen3 fields stand at the top level."""
-        return self
-
-    def to_dict(self) -> dict:
-        """The published flat layout, with `rope_theta` even where this version of transformers keeps it elsewhere."""
-        output = super().to_dict()
-        if rope_parameters := output.get("rope_parameters"):
-            output["rope_theta"] = rope_parameters["rope_theta"]
-        return output
-
-    def _check(self) -> None:
-        """Raise a MiniCPMVError that names both fields when two of them contradict each other."""
+        for name in ("query_num", "vision_batch_size"):
+            check_whole(name, getattr(self, name))
         vision, patch_size = self.vision_config, self.patch_size
-        for name in ("vision_config", "slice_config"):
-            if (value := getattr(self, name).patch_size) != patch_size:
+        for name, value in (("vision_config", vision.patch_size), ("slice_config", self.slice_config.patch_size)):
+            if value != patch_size:
                 raise MiniCPMVError(f"patch_size ({patch_size}) and {name}.patch_size ({value}) have to be equal.")
         multiples = (
             ("hidden_size", self.hidden_size, "the resampler's head width", RESAMPLER_HEAD_DIM),
@@ -182,11 +164,19 @@ class MiniCPMVConfig(Qwen3Config):
             if value % step:
                 raise MiniCPMVError(f"{name} ({value}) has to be a multiple of {of} ({step}).")
         if not 0 <= self.image_token_id < self.vocab_size:
-            raise MiniCPMVError(
-                f"image_token_id ({self.image_token_id}) has to be below vocab_size ({self.vocab_size})."
-            )
-        for name in ("query_num", "vision_batch_size"):
-            check_whole(name, getattr(self, name))
+            token_id, limit = self.image_token_id, self.vocab_size
+            raise MiniCPMVError(f"image_token_id ({token_id}) has to be below vocab_size ({limit}).")
+
+    def get_text_config(self, *args, **kwargs) -> "MiniCPMVConfig":
+        """The config itself: its Qwen3 fields stand at the top level."""
+        return self
+
+    def to_dict(self) -> dict:
+        """The published flat layout, with `rope_theta` even where this version of transformers keeps it elsewhere."""
+        output = super().to_dict()
+        if rope_parameters := output.get("rope_parameters"):
+            output["rope_theta"] = rope_parameters["rope_theta"]
+        return output
 
 
 def _sub_config(config_class, value):

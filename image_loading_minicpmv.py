@@ -8,8 +8,6 @@ What is special:
   start programs (EPS) or take minutes for a few bytes.
 """
 
-from __future__ import annotations
-
 import base64
 import os
 import struct

@@ -7,8 +7,6 @@ What is special here:
 - Frames of a video may share one visual unit (`pack_frames`): the 3D resampler turns up to six frames into 64 tokens.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -92,8 +92,7 @@ def read_part(part: Any) -> tuple[str, Any]:
             return kind.removesuffix("_url"), source
     if kind in ("image", "video"):
         for name in (kind, "url", "path", "base64"):
-            if part.get(name) is not None:
-                value = part[name]
+            if (value := part.get(name)) is not None:
                 return kind, f"data:;base64,{value}" if name == "base64" else value
         return kind, None
     kinds = "text, image, image_url, video or video_url with its data"

@@ -52,6 +52,3 @@ class MiniCPMVTokenizerFast(TokenizerBase):
     bos_id = property(attrgetter("bos_token_id"), doc="Id of `<|im_start|>`.")
     eos_id = property(attrgetter("eos_token_id"), doc="Id of `<|im_end|>`.")
     unk_id = property(attrgetter("unk_token_id"), doc="Id of the image slot.")
-
-
-__all__ = ["MiniCPMVTokenizerFast"]

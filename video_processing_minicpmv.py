@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -194,9 +195,9 @@ class VideoReport:
     packing: int
     num_groups: int
     variable_frame_rate: bool
-    width: int = 0
-    height: int = 0
-    num_tokens: int = 0  # visual tokens the language model reads
+    width: int
+    height: int
+    num_tokens: int  # visual tokens the language model reads
 
 
 @dataclass(frozen=True)
@@ -254,10 +255,8 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
 
         Raises VideoInputError and ImageInputError for a video, or a frame of a list or folder, that cannot be used.
         """
-        settings = self.options(**options)
-        decoded, groups, report = self._sample(video, video_metadata, settings)
-        frames = list(decoded)
-        return SampledVideo(frames, groups, self._with_sizes(report, frames[0].size, settings))
+        frames, groups, report = self._sample(video, video_metadata, self.options(**options))
+        return SampledVideo(list(frames), groups, report)
 
     def preprocess(  # type: ignore[override]
         self,
@@ -285,10 +284,9 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
             raise VideoInputError(f"{len(video_metadata)} video_metadata for {len(videos)} videos; give one for each")
         samples, reports = [], []
         for video, metadata in zip(videos, video_metadata, strict=True):
-            decoded, groups, report = self._sample(video, metadata, settings)
-            frames = self.image_processor.slice_all_to_patches(decoded, settings.max_slice_nums)
-            samples.append((frames, groups))
-            reports.append(self._with_sizes(report, frames[0].image_size, settings))
+            frames, groups, report = self._sample(video, metadata, settings)
+            samples.append((self.image_processor.slice_all_to_patches(frames, settings.max_slice_nums), groups))
+            reports.append(report)
         features = visual_features(samples, return_tensors)
         if return_metadata:
             features["video_metadata"] = reports
@@ -304,7 +302,7 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
     def _sample(
         self, video: Any, video_metadata: Mapping | None, options: VideoOptions
     ) -> tuple[Iterable[Image.Image], list[list[int]], VideoReport]:
-        """The chosen frames (decoded as they are asked for), their groups of ids, and the report but for sizes."""
+        """The chosen frames (decoded as they are asked for, but for the first), their groups of ids, and the report."""
         source = open_video(video, self.image_processor.load_image)
         count = source.num_frames
         num_frames, native_fps = options.num_frames, (video_metadata or {}).get("fps")
@@ -340,6 +338,9 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
             finally:
                 source.close()
 
+        frames = decode()
+        shown_first = next(frames)
+        units = self.image_processor.get_slice_layout(shown_first.size, options.max_slice_nums).num_slices
         report = VideoReport(
             total_num_frames=count,
             fps=native_fps,
@@ -350,13 +351,11 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
             packing=plan.packing,
             num_groups=len(groups),
             variable_frame_rate=variable,
+            width=shown_first.width,
+            height=shown_first.height,
+            num_tokens=len(groups) * units * self.image_processor.image_feature_size,
         )
-        return decode(), groups, report
-
-    def _with_sizes(self, report: VideoReport, size: tuple[int, int], options: VideoOptions) -> VideoReport:
-        units = report.num_groups * self.image_processor.get_slice_layout(size, options.max_slice_nums).num_slices
-        tokens = units * self.image_processor.image_feature_size
-        return replace(report, width=size[0], height=size[1], num_tokens=tokens)
+        return chain([shown_first], frames), groups, report
 
     # Saving and loading: a file of its own (video_preprocessor_config.json), or the image processor's settings.
 
