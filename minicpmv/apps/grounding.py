@@ -179,7 +179,7 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box], font: str | PathLike | 
         pen.rectangle(box.corners, outline=color, width=max(2, size // 6))
         if box.label:
             label = " ".join(box.label.split())
-            # Above the box, or inside where there is no room; and never out of the picture on the right.
+            # Above the box, or inside where there is no room; and never out of the image on the right.
             x = max(0, min(box.left, image.width - letters.getlength(label) - 4))
             y = max(0, box.top - size * 1.3)
             pen.rectangle(pen.textbbox((x + 2, y), label, font=letters), fill=color, outline=color, width=2)

@@ -1,9 +1,9 @@
-"""Histories on disk: `history.json` beside pictures and clips, never a pickle.
+"""Histories on disk: `history.json` beside images and videos, never a pickle.
 
 What is special:
 - A file is named by its content, and so belongs to a history only if its name is that of its content: whatever else a
   `history.json` names is neither read nor deleted.
-- The folder is a whole history at any time: pictures are there before `history.json` names them, and readers and writers take turns.
+- The folder is a whole history at any time: images are there before `history.json` names them, and readers and writers take turns.
 - Conversations are private: nobody but the owner can read what is saved.
 """
 
@@ -38,11 +38,11 @@ class HistoryError(MiniCPMVError):
 
 
 def save_history(messages: list[dict], folder: str | os.PathLike, processor) -> None:
-    """Save messages: `history.json`, pictures as PNG, videos as they are. An older history in `folder` is replaced; other
+    """Save messages: `history.json`, images as PNG, videos as they are. An older history in `folder` is replaced; other
     files there stay.
 
     Args:
-        processor: of the model; it tells pictures from videos, and reads pictures.
+        processor: of the model; it tells images from videos, and reads images.
 
     Raises:
         HistoryError: `folder` holds something else, or a video cannot be saved.
@@ -88,7 +88,7 @@ def _replace(folder: Path, new: Path) -> None:
 
 
 def load_history(folder: str | os.PathLike) -> list[dict]:
-    """The messages of a saved history. Pictures and clips come as bytes: what happens to the folder does not matter to
+    """The messages of a saved history. Images and videos come as bytes: what happens to the folder does not matter to
     whoever goes on from here.
 
     Raises:
@@ -105,7 +105,7 @@ def load_history(folder: str | os.PathLike) -> list[dict]:
 
 
 def _stored_message(message: Mapping, folder: Path, processor) -> dict:
-    """A message as JSON; its pictures and videos are written to `folder`."""
+    """A message as JSON; its images and videos are written to `folder`."""
     stored = {name: value for name, value in message.items() if name != "content"}
     content = message.get("content")
     if content is None or isinstance(content, str):
@@ -120,7 +120,7 @@ def _stored_message(message: Mapping, folder: Path, processor) -> dict:
 
 
 def _store(kind: str, value: Any, folder: Path, processor) -> Any:
-    """Write a picture or video; returns its file name, or the list of the names of its frames."""
+    """Write an image or video; returns its file name, or the list of the names of its frames."""
     if kind == "image":
         image = processor.load_image(getattr(value, "image", value))  # what `model.encode_images` was given
         return _named_by_content(folder, ".png", image.save)

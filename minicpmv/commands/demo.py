@@ -1,4 +1,4 @@
-"""`minicpmv demo`: a model answers questions about the images and the clip in assets/, and what it saw is shown."""
+"""`minicpmv demo`: a model answers questions about the images and the video in assets/, and what it saw is shown."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from minicpmv.commands import terminal
 from minicpmv.errors import one_line_errors
 
 
-CLIP_OPTIONS = {"fps": 3, "max_num_packing": 6, "force_packing": 3}  # packed, although the clip is short
+CLIP_OPTIONS = {"fps": 3, "max_num_packing": 6, "force_packing": 3}  # packed, although the video is short
 
 
 def demo(
@@ -20,7 +20,7 @@ def demo(
         str | None, typer.Option("--model", "-m", metavar="MODEL", help="Model folder; the clone's nano by default.")
     ] = None,
 ) -> None:
-    """Ask a model about the images and the clip that come with the repository.
+    """Ask a model about the images and the video that come with the repository.
 
     Examples:
 
@@ -67,7 +67,7 @@ def show(console: Any, model: Any, processor: Any, assets: Path) -> None:
 
     clip = str(assets / examples.CLIP)
     video = processor.video_processor.sample_video(clip, **CLIP_OPTIONS).metadata
-    console.print(f"[bold]assets/{examples.CLIP}[/bold], a clip of {video.duration:.1f} s at {video.fps:g} frames/s")
+    console.print(f"[bold]assets/{examples.CLIP}[/bold], a video of {video.duration:.1f} s at {video.fps:g} frames/s")
     show_answers(
         console,
         model,
@@ -83,7 +83,7 @@ def show(console: Any, model: Any, processor: Any, assets: Path) -> None:
 
 
 def answer(model: Any, processor: Any, content: dict, question: str, **options: Any) -> tuple[str, int, int]:
-    """`(answer, number of visual tokens, number of slices)` for one image or clip."""
+    """`(answer, number of visual tokens, number of slices)` for one image or video."""
     messages = [{"role": "user", "content": [content, {"type": "text", "text": question}]}]
     inputs = processor.apply_chat_template(
         messages,

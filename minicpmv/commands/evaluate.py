@@ -32,7 +32,7 @@ class EvaluateError(MiniCPMVError):
 
 
 class Clips(str, Enum):
-    """How a clip is sent to an endpoint."""
+    """How a video is sent to an endpoint."""
 
     frames = "frames"
     video_url = "video_url"
@@ -94,8 +94,8 @@ Retries = Annotated[
     typer.Option(metavar="N", min=0, help="With --endpoint: further tries after a timeout or an answer 429 or 5xx."),
 ]
 Timeout = Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="With --endpoint: limit of each try.")]
-ClipsAs = Annotated[Clips, typer.Option(help="With --endpoint: send a clip as images, or as a file.")]
-Frames = Annotated[int, typer.Option(metavar="N", min=1, help="With --endpoint: images sent for a clip.")]
+ClipsAs = Annotated[Clips, typer.Option(help="With --endpoint: send a video as images, or as a file.")]
+Frames = Annotated[int, typer.Option(metavar="N", min=1, help="With --endpoint: images sent for a video.")]
 ProcessorOptions = Annotated[
     bool,
     typer.Option(

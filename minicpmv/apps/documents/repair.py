@@ -2,7 +2,7 @@
 
 What is special:
 - both change nothing where they find nothing to change, such as an empty page;
-- boxes that the model names afterwards belong to the repaired picture.
+- boxes that the model names afterwards belong to the repaired image.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 LARGEST_SKEW = 15.0  # degrees; what seems more is a drawing or a photograph, not a crooked page
 SMALLEST_SKEW = 0.3  # degrees; less cannot be told from none
-MEASURED_SIDE = 1000  # pixels of the picture in which the angle is measured
+MEASURED_SIDE = 1000  # pixels of the image in which the angle is measured
 # Shares of the pixels, in percent, that may become quite black and quite white. Ink may be a small part of a page.
 INK, PAPER = 0.05, 5
 LEAST_RANGE = 24  # levels between paper and ink; less is the grain of an empty page
