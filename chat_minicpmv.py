@@ -139,7 +139,7 @@ class ChatSettings:
         stream: bool = False,
         enable_thinking: bool | str = False,
         thinking_budget: int | None = None,
-        seed: int | str | None = None,
+        seed: int | str | Sequence[int | str] | None = None,
         decoding: str | None = None,
         **kwargs,
     ):
@@ -200,7 +200,10 @@ class ChatSettings:
         """Those of one conversation of a batch, to be answered alone."""
         own = copy.copy(self)
         own.template = self.template | {"temporal_ids": temporal_ids}
-        own.seed = self.seed if row == 0 or self.seed is None else f"{self.seed}/{row}"
+        if isinstance(self.seed, (list, tuple)):
+            own.seed = self.seed[row : row + 1]
+        elif row and self.seed is not None:
+            own.seed = f"{self.seed}/{row}"
         return own
 
 
@@ -497,7 +500,9 @@ class Turn:
             think_end, closing = tokenizer.convert_tokens_to_ids(THINK_END), tokenizer(CLOSING)["input_ids"]
             processors.append(ThoughtBudget(settings.thinking_budget, length, think_end, closing))
         if settings.seed is not None and settings.samples:
-            seeds = [f"{settings.seed}/{row}" for row in range(len(prompt.input_ids))]
+            seeds = settings.seed
+            if not isinstance(seeds, (list, tuple)):
+                seeds = [f"{seeds}/{row}" for row in range(len(prompt.input_ids))]
             processors.append(SeededChoice(seeds, length))
         arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, self.watch])
         return arguments | ({"logits_processor": LogitsProcessorList(processors)} if processors else {})
@@ -568,7 +573,7 @@ class ChatMixin:
         temporal_ids: Sequence | None = None,
         enable_thinking: bool | str = False,
         thinking_budget: int | None = None,
-        seed: int | None = None,
+        seed: int | str | Sequence[int | str] | None = None,
         return_dict: bool = False,
         decoding: str | None = None,
         **kwargs,
@@ -594,7 +599,7 @@ class ChatMixin:
                 decide for each conversation (see `decoding_minicpmv`); those of a batch are then answered one by one.
             thinking_budget: most tokens of a thought; then it is closed and the answer begins.
             seed: makes sampling repeatable, without touching the global random state. Equal conversations of a batch
-                get different answers.
+                get different answers. A list has one for each conversation, whose answer then depends on its own alone.
             return_dict: return [`ChatOutput`], with the thought apart, instead of text.
             decoding: "greedy", "beam" (3 beams, repetition_penalty 1.2) or "sample" (temperature 0.7 and, without
                 thinking, top_p 0.8, top_k 100, repetition_penalty 1.03). Without it the model's generation_config decides
@@ -630,6 +635,8 @@ class ChatMixin:
             enable_thinking,
             **kwargs,
         )
+        if isinstance(seed, (list, tuple)) and len(seed) != len(conversations):
+            raise ChatError(f"seed has {len(seed)} entries for {len(conversations)} conversations.")
         begun = {messages[-1]["role"] == "assistant" for messages in conversations}
         if True in begun and (False in begun or settings.thinking):
             raise ChatError(

@@ -3,16 +3,19 @@
 An answerer is any object with the attributes of [`Answerer`]; [`minicpmv.evaluate.endpoint.Endpoint`] is the other one here.
 """
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from itertools import groupby
 from typing import Any, Literal, Protocol
 
-from minicpmv.evaluate.benchmark import Prompt, Row
+from minicpmv.errors import MiniCPMVError
+from minicpmv.evaluate.benchmark import Prompt, Row, Subtitles
 from minicpmv.evaluate.sample_log import SampleKey
 
 
@@ -24,6 +27,10 @@ BATCHES_IN_MEMORY = 2
 Mode = bool | Literal["auto"]  # whether to think first; "auto": where the model's own need asks for it
 
 
+class AnswerError(MiniCPMVError):
+    """A question cannot be put to this model."""
+
+
 @dataclass
 class Question:
     """One question of a row. Its prompt, with its images, is made when it is first looked at."""
@@ -33,8 +40,12 @@ class Question:
     answered: bool = False  # by an earlier run: to be asked again only where the answers of others depend on it
 
     @cached_property
+    def sample(self) -> Any:
+        return self.row.sample(self.key.seed, self.key.index)
+
+    @cached_property
     def prompt(self) -> Prompt:
-        return self.row.prompt(self.row.sample(self.key.seed, self.key.index))
+        return self.row.prompt(self.sample)
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,8 @@ class Answer:
     generated_tokens: int | None = None  # of thought and answer, with all that was thrown away
     mode: str | None = None  # "deep" or "fast", where the answerer knows
     need: float | None = None  # what "auto" compared with the threshold
+    media: dict[str, Any] | None = None  # of a video: which frames were looked at, and how they were packed
+    seconds: float | None = None  # for this answer; of a batch, its share
 
 
 class Answerer(Protocol):
@@ -79,6 +92,7 @@ class LocalModel:
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.window = batch_size * BATCHES_IN_MEMORY
         self.versions = {name: version(name) for name in ("torch", "transformers")}
+        self._video: Any = None  # the one looked at last: path, options, frames
 
     @cached_property
     def weights(self) -> str:
@@ -114,30 +128,92 @@ class LocalModel:
     def _chat(self, batch: Sequence[Question], mode: Mode, max_new_tokens: int) -> list[Answer]:
         import torch
 
-        options = dict(batch[0].prompt.options)
-        if "temporal_ids" in options:
-            options["temporal_ids"] = [question.prompt.options["temporal_ids"] for question in batch]
+        started = time.perf_counter()
+        asked = [self._with_frames(question.prompt) for question in batch]
+        options = dict(asked[0][0].options)
+        for name in ("temporal_ids", "seed"):  # each question's own
+            if name in options:
+                options[name] = [prompt.options[name] for prompt, _ in asked]
+        prefix = options.pop("think_prefix", "")
         with torch.inference_mode():
             outputs = self.model.chat(
-                msgs=[[{"role": "user", "content": question.prompt.content}] for question in batch],
-                processor=self.processor,
+                msgs=[[{"role": "user", "content": prompt.content}] for prompt, _ in asked],
+                processor=self._beginning_thoughts_with(prefix) if prefix else self.processor,
                 enable_thinking=mode,
                 max_new_tokens=max_new_tokens,
                 return_dict=True,
                 **GREEDY | options,
             )
+        seconds = (time.perf_counter() - started) / len(batch)
         return [
             Answer(
                 text=output.text.strip(),
-                thought=output.reasoning,
+                thought=output.reasoning if output.reasoning is None or not prefix else f"{prefix} {output.reasoning}",
                 finish_reason=output.finish_reason,
                 prompt_tokens=output.prompt_tokens,
                 generated_tokens=output.generated_tokens + output.draft_tokens,
                 mode=output.mode,
                 need=output.need,
+                media=media,
+                seconds=seconds,
             )
-            for output in outputs
+            for output, (_, media) in zip(outputs, asked, strict=True)
         ]
+
+    def _with_frames(self, prompt: Prompt) -> tuple[Prompt, dict[str, Any] | None]:
+        """The prompt with the frames of its video in the video's place, and what is to be known about them."""
+        videos = [part["video"] for part in prompt.content if is_video(part)]
+        if not videos:
+            return prompt, None
+        if len(videos) > 1:
+            raise AnswerError(f"a question shows {len(videos)} videos; one can be looked at")
+        reader = self.processor.video_processor
+        options = {name: value for name, value in prompt.options.items() if name in reader.option_names}
+        if self._video is None or self._video[:2] != (
+            videos[0],
+            options,
+        ):  # questions about one video follow each other
+            self._video = (videos[0], options, reader.sample_video(videos[0], **options))
+        frames, groups, report = (getattr(self._video[2], name) for name in ("frames", "temporal_ids", "metadata"))
+        content: list[Any] = []
+        for part in prompt.content:
+            if is_video(part):
+                content += frames
+            elif isinstance(part, Subtitles):
+                content += [text] if (text := part.shown_at(report.timestamps)) else []
+            else:
+                content.append(part)
+        settings = reader.options(**options)
+        rest = {name: value for name, value in prompt.options.items() if name not in reader.option_names}
+        rest |= {"max_slice_nums": settings.max_slice_nums, "use_image_id": settings.use_image_id}
+        media = {
+            "fps": settings.fps,
+            "frames": len(frames),
+            "packing": report.packing,
+            "groups": report.num_groups,
+            "tokens": report.num_tokens,
+            "seconds": round(report.duration, 3),
+            "timestamps": [round(time, 2) for time in report.timestamps],
+        }
+        return Prompt(content, prompt.expected, rest | {"temporal_ids": groups}), media
+
+    def _beginning_thoughts_with(self, prefix: str) -> Any:
+        """The processor, with a chat template whose opened thought has a first word already."""
+        opening = "{{- '<think>\\n' }}"
+        template = self.processor.tokenizer.chat_template
+        if opening not in template:
+            raise AnswerError(
+                f"the chat template does not open thoughts with {opening}: leave as-published settings away"
+            )
+        processor = copy.copy(self.processor)
+        processor.tokenizer = copy.copy(self.processor.tokenizer)
+        processor.tokenizer.chat_template = template.replace(opening, opening.replace("\\n", f"\\n{prefix}"))
+        return processor
+
+
+def is_video(part: Any) -> bool:
+    """Whether a part of a message is a video."""
+    return isinstance(part, Mapping) and part.get("type") == "video"
 
 
 def batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
@@ -147,10 +223,12 @@ def batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]
     """
     for _, group in groupby(sorted(questions, key=_shared_options), key=_shared_options):
         alike = list(group)
-        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+        step = 1 if any(map(is_video, alike[0].prompt.content)) else size  # hundreds of frames are enough at once
+        yield from (alike[start : start + step] for start in range(0, len(alike), step))
 
 
 def _shared_options(question: Question) -> str:
-    """What has to be the same in a batch; temporal ids differ from clip to clip."""
+    """What has to be the same in a batch; temporal ids differ from clip to clip, and each question may have its seed."""
     options = question.prompt.options
-    return repr(sorted({**options, "temporal_ids": "temporal_ids" in options}.items()))
+    own = {name: name in options for name in ("temporal_ids", "seed")}
+    return repr(sorted({**options, **own}.items()))

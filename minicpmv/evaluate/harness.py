@@ -2,23 +2,38 @@
 
 What is special:
 - every answer is logged as it comes, under the settings that it depends on: a run that was stopped goes on where it was;
+- answers of public benchmarks are scored again when all are there: other rules, or another judge, ask the model nothing;
 - where a launcher started several processes, each asks its share of the questions, and the main one writes the log.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from minicpmv.evaluate.answerers import Answer, Answerer, Mode, Question
-from minicpmv.evaluate.benchmark import Benchmark, Metrics, Row, SampleCountError, UnknownRowError
+from minicpmv.evaluate.benchmark import (
+    Benchmark,
+    Entry,
+    Metrics,
+    Row,
+    SampleCountError,
+    Scores,
+    Subtitles,
+    UnknownRowError,
+)
+from minicpmv.evaluate.gallery import keep_picture
 from minicpmv.evaluate.processes import Processes
-from minicpmv.evaluate.sample_log import SampleKey, SampleLog
+from minicpmv.evaluate.sample_log import SampleKey, SampleLog, write_scores
 from minicpmv.files import write_whole
+
+
+if TYPE_CHECKING:
+    from minicpmv.evaluate.judging import JudgeModel
 
 
 RESULTS_FILE = "results.json"
@@ -32,6 +47,7 @@ def settings_of(answerer: Answerer, benchmark: Benchmark, thinking: Thinking) ->
         "benchmark": benchmark.id,
         "version": benchmark.version,
         "thinking": thinking if isinstance(thinking, (bool, str)) else sorted(thinking),
+        **benchmark.settings,
         **answerer.settings(thinking),
     }
 
@@ -44,8 +60,9 @@ def measure(
     name: str,
     rows: Sequence[str] | None = None,
     samples: int | None = None,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | None = None,
     thinking: Thinking = False,
+    judge: "JudgeModel | None" = None,
 ) -> dict[str, Any]:
     """Evaluate whoever answers; goes on where an earlier run into the same folder stopped.
 
@@ -56,12 +73,16 @@ def measure(
         name: what the model is called, for the record.
         rows: ids of the rows to run; all of them for None.
         samples: how many, for each row and seed; None: all of a data set, 100 of a row without end.
-        seeds: seeds of the samples.
+        seeds: seeds of the samples; None: 0, and as many more as a row's published figure is the mean of.
         thinking: True, False or "auto" for all rows that leave it open, or the ids of those that think.
+        judge: who is asked where rules do not decide; None: what rules give is reported as such.
 
     Returns:
         What `results.json` holds: settings, and for each row `n` answered samples, the metrics of each seed, their
         `mean` and their `std` (sample standard deviation; None for one seed), and the mean of the generated `tokens`.
+        For public benchmarks also how answers were scored (`scoring`), and for each row the metrics `by` category, who
+        decided (`judge`), how many answers stayed `undecided` or were `cut_off`, the means of `prompt_tokens` and
+        `seconds`, and which metrics are `points` instead of shares.
 
     Raises:
         UnknownRowError, SampleCountError: before anything is asked.
@@ -73,6 +94,7 @@ def measure(
     log = SampleLog(output, settings) if processes.is_main else None
     known = processes.share(set(log.entries) if log else None)
     with tqdm(total=sum(len(keys) for _, keys in plan), unit="question", smoothing=0.05, disable=not log) as bar:
+        pictures = output if benchmark.scoring is not None else None
         for row, keys in plan:
             bar.set_description(row.id)
             size = answerer.window * processes.count
@@ -80,21 +102,28 @@ def measure(
                 before = bar.n
                 if not known.issuperset(window):
                     questions = [Question(key, row, key in known) for key in window]
-                    for entries in _ask(answerer, questions, _mode(row, thinking), processes):
+                    for entries in _ask(answerer, questions, _mode(row, thinking), processes, pictures):
                         if log:
                             log.append(entries)
                         bar.update(len(entries))
                 bar.update(before + len(window) - bar.n)  # those that were known
     if log is None:
         return processes.share(None)
+    if benchmark.scoring is not None:
+        score_again(plan, log, judge)
+    answered: dict[str, dict[int, list[Entry]]] = {}
+    for row, keys in plan:
+        answered.setdefault(row.id, {})[keys[0].seed] = [log.entries[key] for key in keys]
     results = {
         "model": name,
         "settings": settings,
         "samples": samples,
-        "seeds": list(seeds),
+        "seeds": sorted({keys[0].seed for _, keys in plan}) if seeds is None else list(seeds),
         "versions": answerer.versions,
-        "rows": {row.id: _summary(row, log, row.count(samples), seeds) for row in benchmark.choose(rows)},
+        "rows": {row.id: _summary(row, answered[row.id], judge) for row in benchmark.choose(rows)},
     }
+    if benchmark.scoring is not None:
+        results["scoring"] = benchmark.scoring | {"judge": judge and judge.settings()}
     write_whole(output / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
     return processes.share(results)
 
@@ -103,11 +132,11 @@ def _plan(
     benchmark: Benchmark,
     rows: Sequence[str] | None,
     samples: int | None,
-    seeds: Sequence[int],
+    seeds: Sequence[int] | None,
     thinking: Thinking,
 ) -> list[tuple[Row, list[SampleKey]]]:
     """The questions of each row and seed; refuses what cannot be asked."""
-    if len(set(seeds)) < len(seeds):
+    if seeds is not None and len(set(seeds)) < len(seeds):
         raise SampleCountError(f"the seeds {', '.join(map(str, seeds))} are not all different: give each once")
     if isinstance(thinking, str) and thinking != "auto":
         raise UnknownRowError(f"thinking={thinking!r} is not True, False, 'auto' or a list of rows")
@@ -118,19 +147,19 @@ def _plan(
     return [
         (row, [SampleKey(row.id, seed, index) for index in range(row.count(samples) * row.questions_per_sample)])
         for row in benchmark.choose(rows)
-        for seed in seeds
+        for seed in (range(row.runs) if seeds is None else seeds)
     ]
 
 
 def _ask(
-    answerer: Answerer, questions: Sequence[Question], mode: Mode, processes: Processes
+    answerer: Answerer, questions: Sequence[Question], mode: Mode, processes: Processes, pictures: Path | None
 ) -> Iterator[list[dict[str, Any]]]:
     """New entries of the log: one by one, or those of all processes together."""
     row = questions[0].row
     mine = questions[processes.rank :: processes.count]
     max_new_tokens = row.max_new_tokens + row.max_thought_tokens * bool(mode)
     answers = answerer.answer(mine, mode, max_new_tokens) if mine else ()
-    entries = (_entry(question, answer) for question, answer in answers if not question.answered)
+    entries = (_entry(question, answer, pictures) for question, answer in answers if not question.answered)
     if processes.count == 1:
         for entry in entries:
             yield [entry]
@@ -138,12 +167,12 @@ def _ask(
         yield processes.gather(list(entries))
 
 
-def _entry(question: Question, answer: Answer) -> dict[str, Any]:
+def _entry(question: Question, answer: Answer, pictures: Path | None) -> Entry:
     """A line of the log."""
-    prompt = question.prompt
-    return {
+    prompt, row = question.prompt, question.row
+    entry = {
         **asdict(question.key),
-        "question": " ".join(part for part in prompt.content if isinstance(part, str)),
+        "question": _question(prompt.content, answer),
         "expected": prompt.expected,
         "answer": answer.text,
         "thought": answer.thought,
@@ -152,8 +181,41 @@ def _entry(question: Question, answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "prompt_tokens": answer.prompt_tokens,
         "generated_tokens": answer.generated_tokens,
-        "scores": question.row.scorer(answer.text, prompt.expected),
+        "scores": _scores(row, answer.text, prompt.expected),
     }
+    if row.facts is None:
+        return entry
+    entry |= {"facts": row.facts(question.sample), "seconds": answer.seconds}
+    if row.cut is not None:
+        entry["cut"] = row.cut(answer.text)
+    if answer.media is not None:
+        entry["media"] = answer.media
+    if pictures is not None and (picture := keep_picture(question, entry, pictures)):
+        entry["picture"] = picture
+    return entry
+
+
+def _question(content: Sequence[Any], answer: Answer) -> str:
+    """The words of a prompt, as they were read."""
+    times = (answer.media or {}).get("timestamps", ())
+    words = [part.shown_at(times) if isinstance(part, Subtitles) else part for part in content]
+    return " ".join(part for part in words if isinstance(part, str))
+
+
+def _scores(row: Row, answer: str, expected: Any) -> Scores:
+    return row.scorer(row.cut(answer) if row.cut else answer, expected)
+
+
+def score_again(plan: Sequence[tuple[Row, Sequence[SampleKey]]], log: SampleLog, judge: "JudgeModel | None") -> None:
+    """Score answers in the log by the rows' rules of now, and by the judge; the scores that count go to a file beside it."""
+    for row, keys in plan:
+        for key in keys:
+            entry = log.entries[key]
+            entry["scores"] = _scores(row, entry["answer"], entry["expected"])
+    if judge is not None:
+        for entry, scores in judge.judge([(row, log.entries[key]) for row, keys in plan for key in keys]):
+            entry["scores"] = scores
+    write_scores(log.folder, {key: log.entries[key]["scores"] for _, keys in plan for key in keys})
 
 
 def _mode(row: Row, thinking: Thinking) -> Mode:
@@ -164,24 +226,60 @@ def _mode(row: Row, thinking: Thinking) -> Mode:
     return "auto" if thinking == "auto" else row.id in thinking
 
 
-def _summary(row: Row, log: SampleLog, samples: int, seeds: Sequence[int]) -> dict[str, Any]:
+def _summary(row: Row, answered: Mapping[int, Sequence[Entry]], judge: "JudgeModel | None") -> dict[str, Any]:
     """Metrics of a row, seed by seed, and their mean and spread."""
-    by_seed: dict[str, Metrics] = {}
-    tokens = []
-    for seed in seeds:
-        entries = [log.entries[SampleKey(row.id, seed, index)] for index in range(samples * row.questions_per_sample)]
-        by_seed[str(seed)] = row.aggregate([entry["scores"] for entry in entries])
-        tokens += [entry["generated_tokens"] for entry in entries]
-    columns = {name: [metrics[name] for metrics in by_seed.values()] for name in by_seed[str(seeds[0])]}
-    return {
+    by_seed = {str(seed): _metrics(row, entries) for seed, entries in answered.items()}
+    columns = {name: [metrics[name] for metrics in by_seed.values()] for name in next(iter(by_seed.values()))}
+    entries = [entry for each in answered.values() for entry in each]
+    summary = {
         "title": row.title,
         "lower_is_better": row.lower_is_better,
-        "n": samples * len(seeds),
-        "tokens": _of_all(fmean, tokens),
+        "n": len(entries) // row.questions_per_sample,
+        "tokens": _mean(entries, "generated_tokens"),
         "mean": {name: _of_all(fmean, values) for name, values in columns.items()},
         "std": {name: _of_all(stdev, values) if len(values) > 1 else None for name, values in columns.items()},
         "seeds": by_seed,
     }
+    if row.facts is None:
+        return summary
+    return summary | {
+        "prompt_tokens": _mean(entries, "prompt_tokens"),
+        "seconds": _mean(entries, "seconds"),
+        "points": list(row.points),
+        "judge": None if row.judge is None else judge.name if judge else "rules only",
+        "undecided": sum(
+            1 for entry in entries if row.judge and row.judge.applies(entry) and not entry["scores"].get("judged")
+        ),
+        "cut_off": sum(entry["finish_reason"] == "length" for entry in entries),
+        "by": {fact: _by_fact(row, answered, fact) for fact in row.breakdowns},
+    }
+
+
+def _metrics(row: Row, entries: Sequence[Entry]) -> Metrics:
+    if row.facts is None:
+        return row.aggregate([entry["scores"] for entry in entries])
+    return row.aggregate([entry["scores"] | {"facts": entry["facts"]} for entry in entries])
+
+
+def _by_fact(row: Row, answered: Mapping[int, Sequence[Entry]], fact: str) -> dict[str, dict[str, Any]]:
+    """The metrics of the answers that share a value of a fact, as means over seeds; a list of values counts under each."""
+    parts: dict[str, dict[int, list[Entry]]] = {}
+    for seed, entries in answered.items():
+        for entry in entries:
+            value = entry["facts"].get(fact)
+            for name in value if isinstance(value, list) else [value]:
+                if name is not None:
+                    parts.setdefault(str(name), {}).setdefault(seed, []).append(entry)
+    found: dict[str, dict[str, Any]] = {}
+    for name, of_seeds in sorted(parts.items()):
+        each = [_metrics(row, entries) for entries in of_seeds.values()]
+        means = {metric: _of_all(fmean, [metrics[metric] for metrics in each]) for metric in each[0]}
+        found[name] = {"n": sum(map(len, of_seeds.values())), **means}
+    return found
+
+
+def _mean(entries: Sequence[Entry], name: str) -> float | None:
+    return _of_all(fmean, [entry[name] for entry in entries])
 
 
 def _of_all(statistic: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:

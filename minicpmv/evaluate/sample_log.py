@@ -3,6 +3,8 @@
 What is special:
 - `samples.jsonl` is only ever appended to, a line an answer; a line that a kill cut in half is dropped when the log is
   opened again;
+- answers are scored when they come, and those of public benchmarks once more when all are there, by the rules and the judge
+  of that run: these scores stand in `scores.jsonl`, written anew each time, and count over the first ones;
 - each line carries the fingerprint of the settings it was made with (`settings.json` spells them out), and a log with
   other settings is refused: answers of two settings never share a file.
 """
@@ -10,7 +12,7 @@ What is special:
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from minicpmv.errors import MiniCPMVError
 from minicpmv.files import DamagedFileError, drop_torn_line, read_json, read_json_lines, write_whole
 
 
-SETTINGS_FILE, SAMPLES_FILE = "settings.json", "samples.jsonl"
+SETTINGS_FILE, SAMPLES_FILE, SCORES_FILE = "settings.json", "samples.jsonl", "scores.jsonl"
 FIELDS = {
     "settings": str,
     "row": str,
@@ -116,4 +118,35 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
                     f"{path}, line {number} is not an answer: {name!r} is {entry.get(name)!r}, not of type "
                     f"{kind.__name__}; delete the line, or the file"
                 )
+    return entries
+
+
+def write_scores(folder: Path, scores: Mapping[SampleKey, Mapping[str, Any]]) -> None:
+    """Keep the scores that count over those in the log."""
+    lines = (json.dumps({**asdict(key), "scores": each}, ensure_ascii=False) for key, each in scores.items())
+    write_whole(folder / SCORES_FILE, "".join(f"{line}\n" for line in lines))
+
+
+def read_scored(folder: Path) -> list[dict[str, Any]]:
+    """The answers of a run with the scores that count; of a group of benchmarks, those of all its folders.
+
+    Raises:
+        DamagedFileError: a file is not what a run writes.
+    """
+    if not (folder / SAMPLES_FILE).exists():
+        return [entry for part in sorted(folder.glob(f"*/{SAMPLES_FILE}")) for entry in read_scored(part.parent)]
+    entries = read_entries(folder / SAMPLES_FILE)
+    if not (folder / SCORES_FILE).exists():
+        return entries
+    final: dict[SampleKey, Any] = {}
+    for number, line in enumerate(read_json_lines(folder / SCORES_FILE), start=1):
+        if not isinstance(line.get("scores"), dict) or not {"row", "seed", "index"} <= line.keys():
+            raise DamagedFileError(
+                f"{folder / SCORES_FILE}, line {number} holds no scores of an answer: delete the file, and run the same "
+                "command again"
+            )
+        final[SampleKey(line["row"], line["seed"], line["index"])] = line["scores"]
+    for entry in entries:
+        key = SampleKey(entry["row"], entry["seed"], entry["index"])
+        entry["scores"] = final.get(key, entry["scores"])
     return entries

@@ -201,6 +201,16 @@ def test_the_same_conversation_twice_in_a_batch_gets_two_sampled_answers(ask):
     assert ask(msgs=messages, decoding="sample", seed=3, enable_thinking="auto")[0]
 
 
+def test_a_seed_of_its_own_makes_an_answer_independent_of_its_batch(ask):
+    """Neither its place nor its neighbors matter."""
+    hi, longer = ([{"role": "user", "content": text}] for text in ("Hi", "Tell me about the weather of tomorrow"))
+    pair = ask(msgs=[hi, longer], decoding="sample", seed=["a", "b"])
+    assert ask(msgs=[longer, hi], decoding="sample", seed=["b", "a"]) == pair[::-1]
+    assert ask(msgs=[hi], decoding="sample", seed=["a"]) == pair[:1]
+    with pytest.raises(ValueError, match="seed has 1 entries for 2 conversations"):
+        ask(msgs=[hi, longer], decoding="sample", seed=["a"])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
