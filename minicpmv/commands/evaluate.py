@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minicpmv.commands import options, terminal
+from minicpmv.commands.evaluate_check import check_scorers
 from minicpmv.commands.evaluate_get import get
 from minicpmv.errors import MiniCPMVError, one_line_errors, require
 from minicpmv.evaluate.suites import BENCHMARKS
@@ -252,6 +253,7 @@ def ask_endpoint(url: str, model: str, api_key_env: str | None, **settings: Any)
 
 
 evaluate_app.command()(get)
+evaluate_app.command()(check_scorers)
 for name, (_, summary) in BENCHMARKS.items():
     add_benchmark(name, f"{summary} To continue after an interruption, run the same command again.")
 
