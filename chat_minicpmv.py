@@ -13,8 +13,6 @@ What is special:
 import copy
 import inspect
 import json
-import math
-import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +32,7 @@ from transformers import (
 )
 
 from .compat_minicpmv import CACHE_NAME
-from .configuration_minicpmv import MiniCPMVError, did_you_mean
+from .configuration_minicpmv import MiniCPMVError, check_whole, did_you_mean
 from .decoding_minicpmv import (
     CLOSING,
     DEFAULT_THRESHOLD,
@@ -159,32 +157,27 @@ class ChatSettings:
                 own = {*inspect.signature(model.chat).parameters, *chain(*processor.option_names.values())}
                 hint = did_you_mean(name, own | generation_names())
                 raise TypeError(f"chat() got an unexpected keyword argument {name!r}.{hint}")
-        _check_number("max_new_tokens", max_new_tokens, 1)
-        _check_number("min_new_tokens", min_new_tokens, 0)
+        check_whole("max_new_tokens", max_new_tokens, error=ChatError)
+        check_whole("min_new_tokens", min_new_tokens, 0, error=ChatError)
         if given.get("num_beams") is not None:
-            _check_number("num_beams", given["num_beams"], 1)
+            check_whole("num_beams", given["num_beams"], error=ChatError)
         if enable_thinking and thinking_budget is not None:
             closing = len(processor.tokenizer(CLOSING)["input_ids"])
-            why = (
-                f"max_new_tokens={max_new_tokens} bounds thought and answer together, and closing the thought takes "
-                f"{closing}. Lower the budget or raise max_new_tokens."
-            )
-            _check_number("thinking_budget", thinking_budget, 0, max_new_tokens - closing - 1, why)
+            hint = f"max_new_tokens={max_new_tokens} bounds thought and answer together, and closing takes {closing}"
+            check_whole("thinking_budget", thinking_budget, 0, max_new_tokens - closing - 1, hint, ChatError)
         if decoding is not None and (decoding not in DECODINGS or sampling is not None):
             known = ", ".join(DECODINGS)
             raise ChatError(f"decoding={decoding!r}: choose one of {known}, and leave away its older name sampling=.")
 
         config, tokenizer = model.generation_config, processor.tokenizer
-        asks_to_sample = sampling or any(given.get(name) is not None for name in ("temperature", "top_p", "top_k"))
+        asks_to_sample = any(given.get(name) is not None for name in ("temperature", "top_p", "top_k"))
         if decoding is None and (sampling is not None or asks_to_sample or config.do_sample):
             decoding = "beam" if sampling is False else "sample"
         self.decoding: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "tokenizer": tokenizer}
         if decoding is not None:
             thinks = self.thinking is True and decoding == "sample"
             self.decoding |= SAMPLE_THINKING if thinks else DECODINGS[decoding]
-        if sampling is False and stream:
-            self.decoding["num_beams"] = 1
-        self.decoding |= given
+        self.decoding |= ({"num_beams": 1} if sampling is False and stream else {}) | given
         self.beams = self.decoding.get("num_beams") or config.num_beams or 1
         self.samples = self.decoding.get("do_sample", config.do_sample)
         if stream and self.beams > 1:
@@ -205,12 +198,6 @@ class ChatSettings:
         elif row and self.seed is not None:
             own.seed = f"{self.seed}/{row}"
         return own
-
-
-def _check_number(name: str, value: Any, least: int, most: float = math.inf, why: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) <= most:
-        limit = f" to {most}: " if most < math.inf else "."
-        raise ChatError(f"{name}={value!r} has to be a whole number from {least}{limit}{why}")
 
 
 # ---- prompt ----
@@ -253,32 +240,21 @@ def read_units(units: list[VisualUnit], models: Sequence[Any]) -> list[torch.Ten
             )
         if new:
             sizes, groups = [size for unit in new for size in unit.sizes], [unit.temporal_ids for unit in new]
-            rows = model.get_image_features([slices], [sizes], [groups]).pooler_output
-            for unit, row in zip(new, rows, strict=True):
+            features = model.get_image_features([slices], [sizes], [groups]).pooler_output
+            for unit, row in zip(new, features, strict=True):
                 unit.features[model] = row.clone()
-    features = [torch.stack([unit.features[model] for unit in units]) for model in models]
     for pixels in chain.from_iterable(unit.slices for unit in units):
         pixels.data = pixels.new_empty(0)
-    return features
+    return [torch.stack([unit.features[model] for unit in units]) for model in models]
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """What the model reads: a batch of prompts, padded on the left."""
 
     input_ids: torch.LongTensor  # [B, L]
     attention_mask: torch.LongTensor  # [B, L]
     units: list[VisualUnit]  # in the order of their slots
-    slot: int  # id of the token that features replace
-
-    @property
-    def keys(self) -> list[int]:
-        """What tells the tokens of a single prompt apart: ids, and in slots, which share one, a number of their unit."""
-        keys = self.input_ids[0].tolist()
-        slots = [place for place, token in enumerate(keys) if token == self.slot]
-        for index, place in enumerate(slots):
-            keys[place] = -id(self.units[index * len(self.units) // len(slots)].slices[0])
-        return keys
+    keys: list[int]  # of a single prompt: ids, and in the slots, which share one id, a number of their unit
 
 
 # ---- generate ----
@@ -299,7 +275,8 @@ class ReadOnce:
 class PromptMemory:
     """What is known of a conversation's next prompt: its images and videos, and the states of its beginning.
 
-    With "auto" a call of `chat()` has one of its own; a session brings one for all its turns.
+    With "auto" a call of `chat()` has one of its own; a session brings one for all its turns. A copy goes on from the
+    same states, and neither changes those of the other.
 
     Args:
         media_cache: see `MiniCPMVProcessor.__call__`.
@@ -307,44 +284,29 @@ class PromptMemory:
 
     def __init__(self, media_cache: Any = None):
         self.media_cache = media_cache or ReadOnce()
-        self._keys: list[int] = []  # of the tokens whose states are known
-        self._prompt: Prompt | None = (
-            None  # where they come from; kept, so that the numbers of its units stay their own
-        )
+        self.keys: list[int] = []  # of the tokens whose states are known
+        self._prompt: Prompt | None = None  # theirs; as long as it is there, its units do not share their numbers
         self._states: DynamicCache | None = None
-
-    def __copy__(self) -> "PromptMemory":
-        """Goes on from the same states; neither changes those of the other."""
-        other = PromptMemory(copy.copy(self.media_cache))
-        other._keys, other._prompt, other._states = self._keys, self._prompt, self._states
-        return other
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens whose states are known."""
-        return len(self._keys)
 
     def cached_tokens(self, keys: list[int]) -> int:
         """Tokens whose states are known and count for a prompt; at least one of it is left to compute."""
-        pairs = zip(self._keys, keys[:-1], strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        pairs = zip(self.keys, keys[:-1], strict=False)
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
     def generate(self, model: Any, prompt: Prompt, draft: list[int], arguments: dict[str, Any]) -> Any:
         """`model.generate` behind the prompt and the beginning of an answer. It computes what is new, and its states are
         known from then on; after an error none are. Returns its output."""
         ids = torch.tensor([[*prompt.input_ids[0].tolist(), *draft]], device=model.device)
         keys = [*prompt.keys, *draft]
-        excess = self.num_tokens - self.cached_tokens(keys)
+        excess = len(self.keys) - self.cached_tokens(keys)
         states = DynamicCache(config=model.config) if self._states is None else copy.copy(self._states)
-        states.layers = [
-            copy.copy(layer) for layer in states.layers
-        ]  # those of a copy of this memory stay as they are
-        self._keys, self._prompt, self._states = [], None, None
+        states.layers = [copy.copy(layer) for layer in states.layers]  # a copy of this memory goes on from its own
+        self.keys, self._prompt, self._states = [], None, None
         if excess:
             states.crop(-excess)  # a negative number means the same in every version
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **arguments, **{CACHE_NAME: states})
         new = getattr(output, "sequences", output)[0, ids.shape[1] :].tolist()
-        self._keys, self._prompt, self._states = [*keys, *new][: states.get_seq_length()], prompt, states
+        self.keys, self._prompt, self._states = [*keys, *new][: states.get_seq_length()], prompt, states
         return output
 
 
@@ -430,10 +392,6 @@ class Turn:
         tokens = prompt.attention_mask.sum(-1).tolist()
         return [self._output(*pair, thinking, facts) for pair in zip(rows, tokens, strict=True)]
 
-    def stream(self, finish: Callable[[ChatOutput | None], None] = lambda output: None) -> AnswerStream:
-        """`run()` in a thread, whose text comes in pieces; `finish` gets the output, None where nothing was read."""
-        return AnswerStream(self, finish)
-
     def _write(self, thinking: bool) -> Prompt:
         """The prompts with the opening of the mode; of conversations that end with an answer, as far as they go."""
         is_begun = self._conversations[0][-1]["role"] == "assistant"
@@ -450,7 +408,10 @@ class Turn:
             **self.settings.template,
         )
         ids, mask = (inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
-        return Prompt(ids, mask, visual_units(inputs), self.processor.image_token_id)
+        units, slot = visual_units(inputs), self.model.config.image_token_id
+        numbers = iter([-id(unit.slices[0]) for unit in units for _ in range(self.model.config.query_num)])
+        keys = [next(numbers, slot) if token == slot else token for token in ids[0].tolist()]
+        return Prompt(ids, mask, units, keys)
 
     def _read_images(self) -> dict[str, Any]:
         """Features of all images, as `generate` takes them: of the model, and of an assistant with a tower."""
@@ -656,7 +617,7 @@ class ChatMixin:
                 for row, (messages, own) in enumerate(zip(conversations, ids, strict=True))
             ]
         if stream:
-            return turns[0].stream()
+            return AnswerStream(turns[0])
         outputs = [output for turn in turns for output in turn.run()]
         answers = outputs if return_dict else [output.raw_text for output in outputs]
         return answers if is_batch else answers[0]
@@ -687,8 +648,8 @@ class ChatMixin:
     # ---- what sessions, training and serving are built on ----
 
     read_conversations = staticmethod(read_conversations)
-    # To be called with the model as first argument; the last two without it.
-    chat_settings, chat_turn = ChatSettings, Turn
+    # Called with the model as first argument: the first two.
+    chat_settings, chat_turn, answer_stream = ChatSettings, Turn, AnswerStream
     prompt_memory, seeded_choice = PromptMemory, SeededChoice
 
     def chat_processor(self, processor: ProcessorMixin | None = None, tokenizer: Any = None) -> ProcessorMixin:

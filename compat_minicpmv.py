@@ -1,7 +1,6 @@
 """Every difference between the versions of transformers that this repository supports, and nothing else."""
 
 import inspect
-import warnings
 from typing import Any
 
 import torch
@@ -11,13 +10,6 @@ from transformers import BatchFeature, Cache, GenerationMixin, ProcessorMixin, Q
 # transformers 5.24 renamed `past_key_values` to `cache`, in calls and in outputs.
 CACHE_NAME = "cache" if "cache" in inspect.signature(Qwen3Model.forward).parameters else "past_key_values"
 CACHE_NAMES = ("cache", "past_key_values")
-
-
-def cache_of(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The key-value cache of a call that knows it by both names."""
-    if past_key_values is not None and CACHE_NAME == "cache":
-        warnings.warn("`past_key_values` is deprecated. Use `cache` instead.", FutureWarning, stacklevel=3)
-    return past_key_values if cache is None else cache
 
 
 def take_cache(arguments: dict) -> Cache | None:

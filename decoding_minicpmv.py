@@ -13,8 +13,9 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -32,14 +33,14 @@ DEFAULT_THRESHOLD = 0.5  # not calibrated: what pays differs between checkpoints
 # ---- when to think ----
 
 
-def need_to_think(certainty: float, question_tokens: int, pictures: int) -> float:
+def need_to_think(certainty: float, question_tokens: int, images: int) -> float:
     """Need from 0 to 1: four parts uncertainty, one part complexity.
 
     `certainty` is the lowest of the probabilities that the model gave the likeliest token at each place of its draft: an
-    answer is as certain as its weakest token. A picture or a clip counts as 32 tokens of the question. 480 are a
+    answer is as certain as its weakest token. An image or a video counts as 32 tokens of the question. 480 are a
     complexity of 1, 96 a half, 32 a quarter: their logarithm counts.
     """
-    complexity = min(1.0, math.log2(1 + (question_tokens + 32 * pictures) / 32) / 4)
+    complexity = min(1.0, math.log2(1 + (question_tokens + 32 * images) / 32) / 4)
     return (1 - COMPLEXITY_SHARE) * (1 - certainty) + COMPLEXITY_SHARE * complexity
 
 
@@ -153,7 +154,7 @@ class AnswerStreamer(TextIteratorStreamer):
                 super().put(torch.tensor([token]))
 
 
-class AnswerStream:
+class AnswerStream(Iterator[str], AbstractContextManager):
     """Pieces of text as the model writes them: an iterator. The model never waits for its reader.
 
     `is_thought` tells whether the piece that came last belongs to the thought; a piece is thought or answer, never both.
@@ -176,9 +177,6 @@ class AnswerStream:
         self._thread = threading.Thread(
             target=_run_into, args=(self._result, turn, self._streamer), name="minicpmv-chat", daemon=True
         )
-
-    def __iter__(self) -> "AnswerStream":
-        return self
 
     def __next__(self) -> str:
         if self._over:
@@ -225,9 +223,6 @@ class AnswerStream:
                 output = replace(output, text=text, reasoning=thought, raw_text=self._seen, finish_reason="cancelled")
             self.output = output if self._seen or complete else None
             self._finish(self.output)
-
-    def __enter__(self) -> "AnswerStream":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()

@@ -3,13 +3,13 @@
 What is special:
 - One class for everything, named and laid out as the published checkpoint: `vpm`, `resampler`, `llm`.
 - Image features replace the embeddings of the slot token (`config.image_token_id`) in the order of `input_ids`; frames
-  of a clip are pictures that share their slots (`temporal_ids`), so there is one modality, "image".
+  of a video are images that share their slots (`temporal_ids`), so there is one modality, "image".
 - `pixel_values` come as the processors give them, one list of slices a sample, or as one padded tensor.
 - `base_model` is the same model without its head: it returns hidden states instead of logits.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
@@ -23,7 +23,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .chat_minicpmv import ChatMixin
-from .compat_minicpmv import CACHE_NAME, CACHE_NAMES, CompatGenerationMixin, cache_of, take_cache
+from .compat_minicpmv import CACHE_NAME, CACHE_NAMES, CompatGenerationMixin, take_cache
 from .configuration_minicpmv import RESAMPLER_HEAD_DIM, MiniCPMVConfig
 
 # transformers 4 copies only the files that are named in this one.
@@ -51,7 +51,7 @@ def flatten_visual_inputs(
             [slices, 3, P, W] or [B, slices, 3, P, W], padded on the right.
         tgt_sizes: (rows, columns) in patches of every slice, in the same nesting; in a padded tensor (0, 0) marks
             places without a slice.
-        temporal_ids: None when all are still pictures; else one list a sample of units, each a list with one id a
+        temporal_ids: None when all are still images; else one list a sample of units, each a list with one id a
             frame; or a tensor [B, units, frames] filled up with -2.
 
     Returns the slices, their sizes, and the ids of each unit; a ValueError tells when their numbers differ.
@@ -86,7 +86,7 @@ def flatten_visual_inputs(
     if sum(map(len, units)) != len(slices):
         raise ValueError(
             f"temporal_ids name {sum(map(len, units))} frames, but pixel_values hold {len(slices)} slices. Every slice "
-            "needs an id; a still picture has [-1]."
+            "needs an id; a still image has [-1]."
         )
     return slices, sizes, units
 
@@ -150,7 +150,7 @@ _BASE_MODELS: WeakValueDictionary[int, MiniCPMVModel] = WeakValueDictionary()
 
 
 class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
-    """MiniCPM-V 4.5 for chat and generation over text, pictures and video.
+    """MiniCPM-V 4.5 for chat and generation over text, images and video.
 
     Source: https://arxiv.org/abs/2509.18154 and the card of openbmb/MiniCPM-V-4_5.
     """
@@ -197,7 +197,7 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
         # For transformers and PEFT, whose own search would go from here to `base_model` and back without end.
         return self.vpm if modality in (None, "image") else self
 
-    # ---- pictures ----
+    # ---- images ----
 
     @can_return_tuple
     def get_image_features(
@@ -209,7 +209,7 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """Encode pictures and frames (layouts: [`flatten_visual_inputs`]).
+        """Encode images and frames (layouts: [`flatten_visual_inputs`]).
 
         Returns:
             [`BaseModelOutputWithPooling`]: `pooler_output` [units, query_num, D] goes into the slots, in order;
@@ -227,18 +227,15 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
             shape = (0, self.config.query_num, self.config.hidden_size)
             return BaseModelOutputWithPooling(pooler_output=self.get_input_embeddings().weight.new_zeros(shape))
 
-        hidden_states = attentions = None
-        if outputs[0].hidden_states is not None:
-            layers = zip(*(vision.hidden_states for vision in outputs), strict=True)
-            hidden_states = tuple(torch.cat(layer) for layer in layers)
-        if outputs[0].attentions is not None:
-            layers = zip(*(vision.attentions for vision in outputs), strict=True)
-            attentions = tuple(list(chain.from_iterable(layer)) for layer in layers)
+        def joined(name: str, join: Callable) -> tuple | None:
+            layers = [getattr(vision, name) for vision in outputs]  # of each chunk
+            return None if layers[0] is None else tuple(map(join, zip(*layers, strict=True)))
+
         return BaseModelOutputWithPooling(
             last_hidden_state=torch.cat([vision.last_hidden_state for vision in outputs]),
             pooler_output=torch.cat(features),
-            hidden_states=hidden_states,
-            attentions=attentions,
+            hidden_states=joined("hidden_states", torch.cat),
+            attentions=joined("attentions", lambda layer: list(chain(*layer))),
         )
 
     def _chunks(self, units: list[list[int]]) -> list[list[list[int]]]:
@@ -269,7 +266,7 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         if image_features is not None and int(mask.sum()) != len(image_features):
             raise ValueError(
-                f"The prompt has {int(mask.sum())} image slots (token {self.config.image_token_id}), but the pictures "
+                f"The prompt has {int(mask.sum())} image slots (token {self.config.image_token_id}), but the images "
                 f"give {len(image_features)} features. Make both with the same processor call and do not cut the ids."
             )
         return mask
@@ -286,25 +283,23 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
 
     def _embed(self, input_ids: torch.LongTensor | None, inputs_embeds: Tensor | None, rows: Tensor | None) -> Tensor:
         """Embeddings of a prompt [B, L, D] with the image features `rows` [slots, D] in their slots."""
-        zero = None
-        # Before the embeddings, as with pictures: with ZeRO-3 all processes gather in one order.
-        if (rows is None or not len(rows)) and self._needs_vision():
-            blank = torch.zeros(self.config.vision_config.num_channels, self.config.patch_size, self.config.patch_size)
-            zero = (self.get_image_features([[blank]], [[(1, 1)]]).pooler_output * 0).sum()
+        has_images, zero = rows is not None and len(rows) > 0, None
+        if not has_images:
+            # In distributed training every process has to touch every parameter that trains; with ZeRO-3 also those that
+            # do not, and in evaluation. Before the embeddings, as with images, for then all gather in one order.
+            parameters = chain(self.vpm.parameters(), self.resampler.parameters())
+            trains = self.training and torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+            if trains or is_deepspeed_zero3_enabled():
+                size = self.config.patch_size
+                blank = torch.zeros(self.config.vision_config.num_channels, size, size)
+                zero = (self.get_image_features([[blank]], [[(1, 1)]]).pooler_output * 0).sum()
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if rows is not None:
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, rows)
-            if len(rows):
+            if has_images:
                 return inputs_embeds.masked_scatter(mask[..., None].to(inputs_embeds.device), rows.to(inputs_embeds))
         return inputs_embeds if zero is None else inputs_embeds + zero.to(inputs_embeds)
-
-    def _needs_vision(self) -> bool:
-        """Whether a batch without pictures has to run tower and resampler all the same. In distributed training every
-        process has to touch every parameter that trains; with ZeRO-3 also those that do not, and in evaluation."""
-        parameters = chain(self.vpm.parameters(), self.resampler.parameters())
-        trains = self.training and torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        return trains or is_deepspeed_zero3_enabled()
 
     # ---- forward ----
 
@@ -360,7 +355,7 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            **{CACHE_NAME: cache_of(cache, past_key_values)},
+            **{CACHE_NAME: past_key_values if cache is None else cache},
             **kwargs,
         )
 
@@ -386,18 +381,17 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs: torch.LongTensor | Mapping | None = None, *args, **kwargs) -> Any:
-        """[`GenerationMixin.generate`] over text, pictures and video; the result starts with the prompt ids.
+        """[`GenerationMixin.generate`] over text, images and video; the result starts with the prompt ids.
 
         Takes everything that the processor returns. `inputs` may also be that dict itself, and
-        `vision_hidden_states=` (the older name) features computed before. Pictures whose slots a filled
-        `past_key_values` covers are left out. `prompt_lookup_num_tokens` and `assistant_model` take pictures too; an
+        `vision_hidden_states=` (the older name) features computed before. Images whose slots a filled
+        `past_key_values` covers are left out. `prompt_lookup_num_tokens` and `assistant_model` take images too; an
         assistant of this architecture reads them by its own tower, another one reads the text alone.
         """
         if isinstance(inputs, Mapping):
-            kwargs = dict(inputs) | kwargs
-            inputs = None
-        if inputs is not None and kwargs.get("input_ids") is not None:
-            kwargs.pop("input_ids")  # some callers pass the same ids under both names
+            kwargs, inputs = dict(inputs) | kwargs, None
+        if inputs is not None:
+            kwargs.pop("input_ids", None)  # some callers pass the same ids under both names
         if (features := kwargs.pop("vision_hidden_states", None)) is not None:
             kwargs["mm_encoder_outputs"] = {"image": features}
         absent = [name for name in VISUAL_INPUTS if kwargs.get(name) is None]
@@ -405,18 +399,17 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
             kwargs.pop(name, None)
         if (cache := take_cache(kwargs)) is not None:
             kwargs[CACHE_NAME] = cache
-        self._prefill_pictures(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
+        self._prefill_images(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
         return super().generate(inputs, *args, **kwargs)
 
-    def _prefill_pictures(self, input_ids: torch.LongTensor | None, kwargs: dict) -> None:
-        """Fit the pictures in `kwargs` to a filled cache. Where tokens will be guessed, put them into the cache here: the
+    def _prefill_images(self, input_ids: torch.LongTensor | None, kwargs: dict) -> None:
+        """Fit the images in `kwargs` to a filled cache. Where tokens will be guessed, put them into the cache here: the
         first guess may hold slots, which generate's own prefill would count."""
-        cache = kwargs.get(CACHE_NAME)
+        cache, mask = kwargs.get(CACHE_NAME), kwargs.get("attention_mask")
         assistant: Any = kwargs.get("assistant_model")
-        cached = cache.get_seq_length() if cache is not None else 0
+        cached = 0 if cache is None else cache.get_seq_length()
         lookup = getattr(kwargs.get("generation_config"), "prompt_lookup_num_tokens", None)
         guesses = assistant is not None or kwargs.get("prompt_lookup_num_tokens", lookup)
-        mask = kwargs.get("attention_mask")
         only_new = mask is not None and input_ids is not None and mask.shape[1] > input_ids.shape[1]
         if input_ids is None or only_new or not (cached or guesses):
             return
@@ -456,7 +449,7 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
         return generator
 
     def _expand_inputs_for_generation(self, expand_size=1, *, input_ids=None, **kwargs):
-        # Beams and several return sequences: the pictures of a sample are encoded once and repeated as a block. The
+        # Beams and several return sequences: the images of a sample are encoded once and repeated as a block. The
         # generic code would repeat slice by slice (AABB for ABAB), and before transformers 5.23 not know features.
         rows = self._take_features(kwargs) if expand_size > 1 else None
         if rows is not None:
@@ -469,7 +462,7 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("use_cache", True):  # the pictures are in the cache from here on
+        if model_kwargs.get("use_cache", True):  # the images are in the cache from here on
             for name in (*VISUAL_INPUTS, "mm_encoder_outputs"):
                 model_kwargs.pop(name, None)
         return model_kwargs

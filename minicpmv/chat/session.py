@@ -5,7 +5,7 @@ What is special:
   the prompt begin with is not computed again. Thoughts, which the template cuts from the history, go from the cache too.
 - A turn happens whole or not at all: an error leaves history and limits as they were. Of a stream that the reader
   closed, the history keeps what was read.
-- Tokens and pictures are bounded. A full session drops its oldest turns, and says so, or refuses.
+- Tokens and images are bounded. A full session drops its oldest turns, and says so, or refuses.
 """
 
 import copy
@@ -50,7 +50,7 @@ class SessionBusyError(SessionError):
 
 
 class ChatSession:
-    """A conversation with its key-value cache and encoded pictures.
+    """A conversation with its key-value cache and encoded images.
 
     A session belongs to one thread at a time; several sessions of one model may run in several threads.
 
@@ -60,7 +60,7 @@ class ChatSession:
         history: messages to go on from, in any form that `chat()` takes.
         max_tokens: most tokens of prompt and answer together, and so of the cache: 16384, or what the model's positions
             allow.
-        max_pictures: most pictures and clips in the history.
+        max_pictures: most images and videos in the history.
         when_full: "drop" the oldest turns (a warning and `ChatOutput.dropped_turns` tell), or raise an "error".
         options: those of `chat()`, for every turn: max_slice_nums, fps, enable_thinking, max_new_tokens, ...
 
@@ -95,7 +95,7 @@ class ChatSession:
         for name in OF_NO_SESSION:
             if name in options:
                 raise TypeError(
-                    f"{name!r} is no option of a session: it bounds its prompts by max_tokens, takes clips as videos, "
+                    f"{name!r} is no option of a session: it bounds its prompts by max_tokens, takes frames as videos, "
                     "streams by send(stream=True), and keeps a dynamic cache of its own."
                 )
         model.chat_settings(model, processor, **options)  # refuses what does not exist
@@ -135,13 +135,13 @@ class ChatSession:
     @property
     def cached_tokens(self) -> int:
         """Tokens whose states are kept."""
-        return self._memory.num_tokens
+        return len(self._memory.keys)
 
     def send(self, content: Any, *, stream: bool = False, **options: Any) -> Any:
         """Ask, and add question and answer to the history.
 
         Args:
-            content: text, a picture, or a list of parts, as in a message of `chat()`.
+            content: text, an image, or a list of parts, as in a message of `chat()`.
             stream: return an `AnswerStream` instead. Until it is read to its end or closed, the session is busy.
             options: those of `chat()` that concern one answer (enable_thinking, thinking_budget, max_new_tokens,
                 decoding, seed, temperature, ...), over those of the session.
@@ -181,7 +181,7 @@ class ChatSession:
             self._busy.release()
 
         if stream:
-            return turn.stream(finish)
+            return self.model.answer_stream(turn, finish)
         output = None
         try:
             (output,) = turn.run()
@@ -198,16 +198,16 @@ class ChatSession:
             kept = [*system, *(message for turn in turns[dropped:] for message in turn)]
             turn = self.model.chat_turn(self.model, self.processor, [kept], settings, self._memory)
             length = turn.prompt.input_ids.shape[1]
-            tokens, pictures = length + settings.max_new_tokens, self._count_pictures(kept)
-            if tokens <= share * self.max_tokens and pictures <= share * self.max_pictures:
+            tokens, media = length + settings.max_new_tokens, self._count_media(kept)
+            if tokens <= share * self.max_tokens and media <= share * self.max_pictures:
                 break
             is_last = dropped + 1 == len(turns)
-            if is_last and tokens <= self.max_tokens and pictures <= self.max_pictures:
+            if is_last and tokens <= self.max_tokens and media <= self.max_pictures:
                 break
             if is_last or self.when_full == "error":
                 raise SessionFullError(
                     f"With this turn the conversation needs {tokens} tokens ({length} to read, "
-                    f"max_new_tokens={settings.max_new_tokens} to write) and {pictures} pictures; the session has room for "
+                    f"max_new_tokens={settings.max_new_tokens} to write) and {media} images and videos; the session has room for "
                     f"max_tokens={self.max_tokens} and max_pictures={self.max_pictures}. Lower max_new_tokens, start a "
                     "session with higher limits, or "
                     + ("give less." if is_last else 'let it drop old turns (when_full="drop").')
@@ -222,7 +222,7 @@ class ChatSession:
             )
         return kept, turn, dropped
 
-    def _count_pictures(self, messages: list[dict]) -> int:
+    def _count_media(self, messages: list[dict]) -> int:
         return sum(self.processor.read_part(part)[0] != "text" for message in messages for part in _parts(message))
 
     def reset(self) -> None:
@@ -248,12 +248,16 @@ class ChatSession:
         """Another session that goes on from here. What is computed is shared, and neither changes the other."""
         with self._alone():
             other = copy.copy(self)
-            other._messages, other._memory = list(self._messages), copy.copy(self._memory)
-            other._busy = threading.Lock()
+            other._messages, other._memory, other._busy = (
+                list(self._messages),
+                copy.copy(self._memory),
+                threading.Lock(),
+            )
+            other._memory.media_cache = copy.copy(self._memory.media_cache)
             return other
 
     def save(self, folder: str | PathLike) -> None:
-        """Save the history ([`save_history`]): a `history.json` with pictures and clips, which `load` goes on from.
+        """Save the history ([`save_history`]): a `history.json` with images and videos, which `load` goes on from.
 
         Raises:
             HistoryError: `folder` holds something else.
@@ -299,7 +303,7 @@ def _snapshot(given: Any) -> Any:
         return {name: _snapshot(value) for name, value in given.items()}
     if isinstance(given, (list, tuple)):
         return [_snapshot(value) for value in given]
-    for method in ("clone", "copy"):  # tensors; arrays, pictures and bytearrays
+    for method in ("clone", "copy"):  # tensors; arrays, images and bytearrays
         if hasattr(given, method):
             return getattr(given, method)()
     return given

@@ -305,7 +305,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(start):
     before, cached = session.history, session.cached_tokens
     with pytest.raises(SessionFullError, match="max_tokens=100.*when_full"):
         session.send("how many shapes are there " * 20)
-    with pytest.raises(ValueError, match="1 pictures.*max_pictures=0"):
+    with pytest.raises(ValueError, match="1 images and videos.*max_pictures=0"):
         start(max_pictures=0).send([PICTURES[0], "what"])
     with pytest.raises(ValueError, match="max_new_tokens=100"):
         session.send("what", max_new_tokens=100)

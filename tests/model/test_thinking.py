@@ -117,6 +117,17 @@ def test_auto_computes_the_prompt_once(model, ask):
         hook.remove()
 
 
+def test_auto_slices_the_images_once(model, processor, ask, monkeypatch):
+    sliced, slice_all = [], processor.image_processor.slice_all_to_patches
+    monkeypatch.setattr(
+        processor.image_processor,
+        "slice_all_to_patches",
+        lambda images, *args: sliced.extend(images) or slice_all(images, *args),
+    )
+    model.set_threshold(0)
+    assert ask(enable_thinking="auto").mode == "deep" and sliced == [PICTURE]
+
+
 def test_auto_streams_only_what_it_decided_for(model, ask):
     for threshold, mode in ((0, "deep"), (1, "fast")):
         model.set_threshold(threshold)
