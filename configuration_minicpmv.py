@@ -1,9 +1,9 @@
 """Configuration of MiniCPM-V 4.5.
 
 What is special:
-- It is flat: the Qwen3 fields of the language model stand at the top level, and `get_text_config()` is the config itself.
+- It is flat: the fields of the language model, a Qwen3, stand at the top level, and `get_text_config()` is the config itself.
 - `vision_config` describes the SigLIP2 tower; `slice_config` how images are cut (read by other tools, not by the model).
-- Saving writes `rope_theta` beside `rope_parameters`, because tools older than transformers 5 read only the former.
+- Saving writes `rope_theta` in addition to `rope_parameters`, because tools older than transformers 5 read only the former.
 """
 
 import difflib

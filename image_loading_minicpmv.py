@@ -33,8 +33,8 @@ class ImageInputError(MiniCPMVError):
     """An image that cannot be used: the message names what was given, what is accepted and what to do."""
 
 
-# Not beside its use: transformers 4 runs a module once more when an Auto class loads it, and then the error that is
-# raised is no longer the one that the processor names. No Auto class loads this module.
+# Here, not where it is raised: transformers 4 runs a module once more when an Auto class loads it, and then its errors
+# are no longer those that the processor names. No Auto class loads this module.
 class FramePackingError(MiniCPMVError):
     """`temporal_ids` that do not describe the images they came with."""
 

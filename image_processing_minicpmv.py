@@ -1,6 +1,6 @@
 """Images to pixel slices for MiniCPM-V 4.5.
 
-What is special here:
+What is special:
 - Slicing keeps an image's own proportions (LLaVA-UHD, arXiv 2403.11703): one small source view of the whole, and up
   to `max_slice_nums` equal slices of an enlarged view. A small image is one enlarged view.
 - A slice is not padded: it is any multiple of the patch size, stored as a strip `[3, patch, patch * patches]`.
@@ -237,7 +237,7 @@ def pad_visual_inputs(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tens
 class ImageOptions:
     """Options of a call that concern images; None means the processor's own setting."""
 
-    max_slice_nums: int | None = None  # most slices beside the source view; 1 never slices
+    max_slice_nums: int | None = None  # most slices besides the source view; 1 never slices
     use_image_id: bool | None = None  # number the images of a prompt
     input_data_format: str | None = None  # "channels_first" or "channels_last", for arrays and tensors
 
@@ -255,7 +255,7 @@ _SETTING_ALIASES = {"image_mean": "norm_mean", "mean": "norm_mean", "image_std":
 class ImageSettings:
     """Settings of `MiniCPMVImageProcessor`, which has them as attributes. Raises MiniCPMVError for one out of range."""
 
-    max_slice_nums: int = 9  # most slices beside the source view; 1 never slices
+    max_slice_nums: int = 9  # most slices besides the source view; 1 never slices
     scale_resolution: int = 448  # side in pixels of the square whose area one slice has
     patch_size: int = 14  # side of a vision patch in pixels
     image_feature_size: int = 64  # tokens of one visual unit (`query_num` of the model)

@@ -158,7 +158,13 @@ def mark_typed(value: Any, guard: re.Pattern | None, allowed: frozenset[str] = f
 
 
 def encode_prompt(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a prompt, and the (start, end) in `text` of each. Control tokens count, but not those marked as typed."""
+    """Ids of a prompt, and the (start, end) in `text` of each. Control tokens count, but not those marked as typed.
+
+    Raises MiniCPMVError for text that UTF-8 cannot hold.
+    """
+    if half := re.search("[\ud800-\udfff]", text):
+        what = f"half of a surrogate pair ({half[0]!r}), which is no character"
+        raise MiniCPMVError(f"The prompt holds {what}. Decode its text with errors='replace'.")
     if TYPED not in text:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return encoded["input_ids"], encoded["offset_mapping"]

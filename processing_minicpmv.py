@@ -493,7 +493,7 @@ class MiniCPMVProcessor(ProcessorBase):
         return [images, tokenizer, videos]
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> list:
-        """Save all parts. `preprocessor_config.json` stands beside transformers' own file: other engines read it."""
+        """Save all parts, and `preprocessor_config.json` as well, which other engines read."""
         files = super().save_pretrained(save_directory, *args, **kwargs)
         self.image_processor.save_pretrained(save_directory)
         return files

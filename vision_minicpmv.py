@@ -65,11 +65,6 @@ class PackedSlices:
     cu_seqlens: Tensor  # int32 [slices + 1], the first patch of every slice, then the end
     max_length: int  # patches of the longest slice
 
-    @classmethod
-    def from_lengths(cls, lengths: list[int], device: torch.device) -> "PackedSlices":
-        cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32).to(device)
-        return cls(equal_runs(lengths), cu_seqlens, max(lengths))
-
 
 def cpu_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Attention over [B, H, L, d] without gradients, a few heads at a time; returns [B, L, H, d].
@@ -305,12 +300,12 @@ class MiniCPMVVisionTransformer(PreTrainedModel):
         strip = torch.cat(list(pixel_values), dim=-1).to(self.dtype)
         if self.device.type != "meta":  # weights that are offloaded come to the input, not the input to them
             strip = strip.to(self.device)
-        packed = PackedSlices.from_lengths(lengths, strip.device)
+        cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32).to(strip.device)
         outputs = self.encoder(
             self.embeddings(strip, tgt_sizes),
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
-            packed=packed,
+            packed=PackedSlices(equal_runs(lengths), cu_seqlens, max(lengths)),
         )
         if output_hidden_states:
             outputs.hidden_states = tuple(state[0] for state in outputs.hidden_states)

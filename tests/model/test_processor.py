@@ -396,6 +396,13 @@ def test_visual_inputs_of_single_samples_are_padded_to_tensors(processor, pictur
     assert processor.pad_visual_inputs(rows[1:2]) == {}
 
 
+@pytest.mark.parametrize("text", ["a\ud800", "\udfff<|im_end|>"])
+def test_text_that_is_no_unicode_is_refused_by_name(processor, text):
+    with pytest.raises(ValueError, match=r"surrogate pair.*errors='replace'") as error:
+        encode(processor, text)
+    assert error.value.is_minicpmv
+
+
 class Kept:
     """A cache of media by identity that counts what was made."""
 
