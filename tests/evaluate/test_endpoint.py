@@ -24,7 +24,7 @@ from minicpmv.evaluate.answerers import Question
 from minicpmv.evaluate.benchmark import Benchmark, Prompt, Row
 from minicpmv.evaluate.endpoint import EndpointError, even_frames
 from minicpmv.evaluate.sample_log import SampleKey, read_entries
-from minicpmv.evaluate.scorers import exact_match
+from minicpmv.evaluate.scoring.drawn import exact_match
 
 
 CLIP = REPOSITORY / "assets" / "star.mp4"

@@ -22,7 +22,7 @@ from minicpmv.evaluate.answerers import Answer, Question, batches
 from minicpmv.evaluate.benchmark import Benchmark, Prompt, Row, SampleCountError, UnknownRowError
 from minicpmv.evaluate.fingerprint import checksum, weights_fingerprint
 from minicpmv.evaluate.sample_log import SampleKey, SampleLog, SampleLogError, read_entries
-from minicpmv.evaluate.scorers import exact_match
+from minicpmv.evaluate.scoring.drawn import exact_match
 from minicpmv.evaluate.suites import load_benchmark
 from minicpmv.files import DamagedFileError
 

@@ -1,4 +1,4 @@
-"""How public benchmarks score answers: rules without a model, exact to the code that published figures were made with.
+"""How answers are scored: rules without a model, those of public benchmarks exact to what published figures were made with.
 
 What is special:
 - a rule that changed can be had as it was (`scoring`), since figures are compared with older ones;

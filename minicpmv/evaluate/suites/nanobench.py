@@ -15,7 +15,13 @@ from typing import Any
 
 from minicpmv.drawn.samples import BENCH_TASKS, Sample, bench_sample, named_objects
 from minicpmv.evaluate.benchmark import Benchmark, Metrics, Prompt, Row, Scores
-from minicpmv.evaluate.scorers import chair, exact_match, hallucinated_objects, printed_characters, share_of_characters
+from minicpmv.evaluate.scoring.drawn import (
+    chair,
+    exact_match,
+    hallucinated_objects,
+    printed_characters,
+    share_of_characters,
+)
 
 
 QUESTION_TASKS = tuple(task for task in BENCH_TASKS if task != "caption")

@@ -1,10 +1,16 @@
-"""Scorers, on answers made by hand."""
+"""Scorers of drawn questions, on answers made by hand."""
 
 import pytest
 
 from minicpmv.drawn.samples import named_objects
 from minicpmv.evaluate.benchmark import Benchmark, Row, UnknownRowError, mean_of_each
-from minicpmv.evaluate.scorers import chair, exact_match, hallucinated_objects, printed_characters, share_of_characters
+from minicpmv.evaluate.scoring.drawn import (
+    chair,
+    exact_match,
+    hallucinated_objects,
+    printed_characters,
+    share_of_characters,
+)
 
 
 @pytest.mark.parametrize("answer", ["red", " red\n", "\tred "])

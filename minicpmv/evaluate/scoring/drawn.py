@@ -1,4 +1,4 @@
-"""Scores of answers.
+"""Scores of answers to the questions that the repository draws (NanoBench).
 
 What is special:
 - strict: the whole answer, stripped, equals the expected one; no case is folded and no part of an answer is searched;
