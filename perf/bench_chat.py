@@ -222,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     bench.decode(image, options.new_tokens)
     bench.decode(image, options.new_tokens, batch=8)
     bench.decode(image, options.new_tokens, cache_implementation="static")
+    bench.decode(image, options.new_tokens, batch=8, cache_implementation="static")
     if options.compile:
         config = CompileConfig()
         config._compile_all_devices = True  # the library compiles on accelerators only, unless asked

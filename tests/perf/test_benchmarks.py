@@ -36,7 +36,13 @@ def test_a_conversation_is_measured_part_by_part(tmp_path, capsys):
     measured = bench_chat.main(["--repeats", "1", "--new-tokens", "4", "--json", str(tmp_path / "figures.json")])
     names = ["limit: large matrix product", "limit: large copy", "preprocessing 336x336", "tower, 10 slices"]
     names += ["resampler, 640 patches", *(f"first token, turn {turn}" for turn in range(1, 6))]
-    names += ["decoding, batch 1", "decoding, batch 8", "decoding, batch 1, static", "video: decode, cut, encode"]
+    names += [
+        "decoding, batch 1",
+        "decoding, batch 8",
+        "decoding, batch 1, static",
+        "decoding, batch 8, static",
+        "video: decode, cut, encode",
+    ]
     check(measured, [*names, "peak memory"])
     found = {measurement.name: measurement for measurement in measured}
     # Neither an early end nor a cut makes decoding look fast.
