@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
@@ -37,9 +37,9 @@ from minicpmv.evaluate.benchmark import (
     main_score,
 )
 from minicpmv.evaluate.data_sets import Data, Record, Records, open_data
+from minicpmv.evaluate.scoring import Scoring
 
 
-Scoring = Literal["2025-07", "2025-09", "current"]
 ENLARGED = 1344 * 1344  # pixels below which the authors' class enlarges a picture
 VIDEO_PROMPT_TOKENS = 32768  # most tokens of a prompt with a video: 180 groups of 64, and subtitles
 
@@ -164,7 +164,7 @@ class Task:
     breakdowns: tuple[str, ...] = ()
     points: tuple[str, ...] = ()
     lower_is_better: bool = False
-    judge: Callable[[Scoring], Judge] | None = None
+    judge: Callable[..., Judge] | None = None  # (scoring, strict)
     is_video: bool = False
 
     def bind(self, data: Data, setting: Setting, packing: int | None = None) -> Row:
@@ -202,7 +202,7 @@ class Task:
             length=len(places),
             facts=self.facts,
             cut=asking.cut,
-            judge=self.judge and self.judge(setting.scoring),
+            judge=self.judge and self.judge(setting.scoring, setting.strict),
             breakdowns=self.breakdowns,
             points=self.points,
             runs=decoding.runs,

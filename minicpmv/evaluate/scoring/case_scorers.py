@@ -11,7 +11,7 @@ from minicpmv.evaluate.benchmark import Entry, Judge, Scores
 from minicpmv.evaluate.scoring import Scoring
 from minicpmv.evaluate.scoring.averages import opencompass_average
 from minicpmv.evaluate.scoring.boxes import refcoco
-from minicpmv.evaluate.scoring.choice import choice, choices_of, judge_of_choice
+from minicpmv.evaluate.scoring.choice import choice, choices_of, judge_of_choice, texts
 from minicpmv.evaluate.scoring.cutting import cut_choice, cut_value
 from minicpmv.evaluate.scoring.mathvista import judge_of_mathvista, mathvista
 from minicpmv.evaluate.scoring.mmhal import mmhal_score, rate
@@ -38,16 +38,6 @@ def find_scorer(case: Case) -> CaseScorer | None:
     """The scorer that a case names; None if there is none of that name."""
     name = str(case["scorer"]).strip()
     return next((scorer for pattern, scorer in SCORERS.items() if re.fullmatch(pattern, name, re.I | re.S)), None)
-
-
-def texts(reference: Any) -> list[str]:
-    """References: a list, one written as Python writes it, or a single text."""
-    if isinstance(reference, str) and reference.startswith("["):
-        try:
-            reference = ast.literal_eval(reference)
-        except (SyntaxError, ValueError):
-            return [str(reference)]
-    return [str(one) for one in reference] if isinstance(reference, list) else [str(reference)]
 
 
 def options(case: Case, *letters: str) -> dict[str, str]:
@@ -182,7 +172,7 @@ def expected_mlvu(case: Case) -> dict[str, Any]:
 def expected_mathvista(case: Case) -> dict[str, Any]:
     choices = case.get("choices")
     return {
-        "question_type": case["question_type"],
+        "question_type": case.get("question_type", "multi_choice" if choices else "free_form"),
         "answer_type": case.get("answer_type", "text"),
         "answer": case["reference"],
         "answer_option": case.get("answer_option"),

@@ -8,6 +8,7 @@ Known defects of the reference, kept:
 - where the judge is no help either, an option is drawn by lot. Here the lot is the same in every run.
 """
 
+import ast
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,16 @@ def choices_of(texts: Sequence[str]) -> dict[str, str]:
     return dict(zip(ascii_uppercase, texts, strict=False))
 
 
+def texts(answers: Any) -> list[str]:
+    """Answers as a list: given as one, written as one in Python, or a single text."""
+    if isinstance(answers, str) and answers.startswith("["):
+        try:
+            answers = ast.literal_eval(answers)
+        except (SyntaxError, ValueError):  # a text that begins with a bracket
+            return [answers]
+    return [str(one) for one in answers] if isinstance(answers, list) else [str(answers)]
+
+
 def as_choice(expected: Mapping[str, Any]) -> tuple[dict[str, str], str]:
     """Options and right letter; those of an open question, which has none, are its answer and "Other Answers"."""
     answer = str(expected["answer"])
@@ -121,8 +132,7 @@ def choice(answer: str, expected: Mapping[str, Any], *, scoring: Scoring = "curr
     """
     choices, letter = as_choice(expected)
     if strict and not expected.get("choices"):
-        answers = expected["answer"] if isinstance(expected["answer"], list) else [expected["answer"]]
-        right = any(_has_words(answer, str(one)) for one in answers)
+        right = any(_has_words(answer, one) for one in texts(expected["answer"]))
         return {"exact": float(right), "extracted": answer, "undecided": False}
     extracted = stated_choice(answer, choices) if strict else infer_choice(answer, choices, scoring)
     return {"exact": float(extracted == letter), "extracted": extracted, "undecided": extracted is None}

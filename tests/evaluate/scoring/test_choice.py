@@ -124,8 +124,9 @@ def test_an_open_question_is_a_choice_between_its_answer_and_others():
     assert choice("24.3", expected) == {"exact": 0.0, "extracted": None, "undecided": True}
 
 
-def test_a_strict_open_question_wants_one_of_its_answers():
-    expected = {"answer": ["24.32", "24.3"], "choices": {}}
+@pytest.mark.parametrize("answers", [["24.32", "24.3"], "['24.32', '24.3']"])
+def test_a_strict_open_question_wants_one_of_its_answers(answers):
+    expected = {"answer": answers, "choices": {}}
     assert choice("A", expected, strict=True)["exact"] == 0.0
     assert choice("It is 24.3.", expected, strict=True)["exact"] == 1.0
     assert choice("It is 124.3", expected, strict=True)["exact"] == 0.0
