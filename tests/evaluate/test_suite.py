@@ -203,7 +203,7 @@ def test_a_judge_decides_what_rules_leave_open_and_is_named(tmp_path):
         read=lambda reply, entry: {"exact": float(reply == "yes"), "judged": True},
         give_up=lambda entry: {"exact": 0.0},
     )
-    asked = benchmark(task=replace(TASK, judge=lambda scoring: judge))
+    asked = benchmark(task=replace(TASK, judge=lambda scoring, strict: judge))
     alone, _ = ask(tmp_path, lambda question: "blue", asked)
     assert (alone["rows"]["colors"]["judge"], alone["rows"]["colors"]["undecided"]) == ("rules only", 6)
     judged, parrot = ask(tmp_path, asked=asked, judge=Lenient())
