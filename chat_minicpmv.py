@@ -74,8 +74,7 @@ def read_conversations(
 ) -> tuple[list[list[dict]], bool]:
     """Bring the accepted forms of `msgs` to a list of conversations; also returns whether it was a batch.
 
-    Raises:
-        ChatError: names what is wrong with the messages.
+    Raises ChatError, which names what is wrong with the messages.
     """
     if isinstance(msgs, str):
         try:
@@ -121,9 +120,7 @@ def generation_names() -> frozenset[str]:
 class ChatSettings:
     """How to answer: the arguments of `chat()`, checked, as `template` for the processor and `decoding` for `generate`.
 
-    Raises:
-        TypeError: for a keyword that neither of them knows; names the nearest.
-        ChatError: for values and combinations that do not exist.
+    Raises TypeError for a keyword that neither of them knows, ChatError for values and combinations that do not exist.
     """
 
     def __init__(
@@ -144,7 +141,8 @@ class ChatSettings:
         if enable_thinking not in (True, False, "auto"):
             raise ChatError(f'enable_thinking={enable_thinking!r} does not exist: choose True, False or "auto".')
         self.thinking = enable_thinking if enable_thinking == "auto" else bool(enable_thinking)
-        self.thinking_budget, self.seed = thinking_budget, seed
+        self.thinking_budget = thinking_budget
+        self.seeds = seed if seed is None or isinstance(seed, (list, tuple)) else [f"{seed}/0"]  # one a conversation
         self.max_new_tokens, self.min_new_tokens = max_new_tokens, min_new_tokens
         self.template: dict[str, Any] = {"max_length": max_inp_length}
         given: dict[str, Any] = {}
@@ -183,7 +181,7 @@ class ChatSettings:
         if stream and self.beams > 1:
             raise ChatError(f"stream=True cannot follow {self.beams} beams: pass num_beams=1 or another decoding.")
         if seed is not None and self.beams > 1 and self.samples:
-            raise ChatError(f"seed={seed} cannot steer {self.beams} beams that sample: pass num_beams=1.")
+            raise ChatError(f"seed= cannot steer {self.beams} beams that sample: pass num_beams=1.")
         eos = (given.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id)
         stop_ids = next(ids for ids in eos if ids is not None)
         self.stop_ids = list(stop_ids) if isinstance(stop_ids, (list, tuple)) else [stop_ids]
@@ -193,10 +191,7 @@ class ChatSettings:
         """Those of one conversation of a batch, to be answered alone."""
         own = copy.copy(self)
         own.template = self.template | {"temporal_ids": temporal_ids}
-        if isinstance(self.seed, (list, tuple)):
-            own.seed = self.seed[row : row + 1]
-        elif row and self.seed is not None:
-            own.seed = f"{self.seed}/{row}"
+        own.seeds = self.seeds and self.seeds[row : row + 1]
         return own
 
 
@@ -277,13 +272,10 @@ class PromptMemory:
 
     With "auto" a call of `chat()` has one of its own; a session brings one for all its turns. A copy goes on from the
     same states, and neither changes those of the other.
-
-    Args:
-        media_cache: see `MiniCPMVProcessor.__call__`.
     """
 
     def __init__(self, media_cache: Any = None):
-        self.media_cache = media_cache or ReadOnce()
+        self.media_cache = media_cache or ReadOnce()  # of `MiniCPMVProcessor.__call__`
         self.keys: list[int] = []  # of the tokens whose states are known
         self._prompt: Prompt | None = None  # theirs; as long as it is there, its units do not share their numbers
         self._states: DynamicCache | None = None
@@ -460,11 +452,8 @@ class Turn:
         if thinking and settings.thinking_budget is not None:
             think_end, closing = tokenizer.convert_tokens_to_ids(THINK_END), tokenizer(CLOSING)["input_ids"]
             processors.append(ThoughtBudget(settings.thinking_budget, length, think_end, closing))
-        if settings.seed is not None and settings.samples:
-            seeds = settings.seed
-            if not isinstance(seeds, (list, tuple)):
-                seeds = [f"{seeds}/{row}" for row in range(len(prompt.input_ids))]
-            processors.append(SeededChoice(seeds, length))
+        if settings.seeds is not None and settings.samples:
+            processors.append(SeededChoice(settings.seeds, length))
         arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, self.watch])
         return arguments | ({"logits_processor": LogitsProcessorList(processors)} if processors else {})
 
@@ -480,30 +469,19 @@ class Turn:
         ids = ids[:limit]  # guessed decoding may come to more (transformers 4.57, 5.0)
         length = next((place for place, token in enumerate(ids) if token in self.settings.stop_ids), None)
         answer = ids[:length]
-        if length is not None:
-            finish_reason = "stop"
-        elif self.watch.cancelled.is_set():
+        generated = len(answer) + (length is not None)
+        finish_reason = "length" if length is None and len(ids) >= limit else "stop"  # also by a stop string
+        if length is None and self.watch.cancelled.is_set():
             finish_reason = "cancelled"
-        else:
-            finish_reason = "length" if len(ids) >= limit else "stop"  # "stop" by a stop string
-        raw_text = (OPENING if thinking else "") + tokenizer.decode(answer, skip_special_tokens=False)
-        reasoning, text, reasoning_tokens = None, raw_text, 0
+        mode, opening = ("deep", OPENING) if thinking else ("fast", "")
+        raw_text = opening + tokenizer.decode(answer, skip_special_tokens=False)
+        reasoning, text, reasoned = None, raw_text, 0
         if thinking:
             reasoning, text = self.processor.split_thought(raw_text)
             think_end = tokenizer.convert_tokens_to_ids(THINK_END)
-            reasoning_tokens = answer.index(think_end) + 1 if think_end in answer else len(answer)
-        return ChatOutput(
-            text=text,
-            reasoning=reasoning,
-            finish_reason=finish_reason,
-            prompt_tokens=prompt_tokens,
-            generated_tokens=len(answer) + (length is not None),
-            mode="deep" if thinking else "fast",
-            raw_text=raw_text,
-            reasoning_tokens=reasoning_tokens,
-            timings=dict(self.watch.timings),
-            **facts,
-        )
+            reasoned = answer.index(think_end) + 1 if think_end in answer else len(answer)
+        facts = facts | {"timings": dict(self.watch.timings)}
+        return ChatOutput(text, reasoning, finish_reason, prompt_tokens, generated, mode, raw_text, reasoned, **facts)
 
 
 # ---- methods of the model ----
@@ -580,24 +558,15 @@ class ChatMixin:
         processor = self.chat_processor(processor, tokenizer)
         conversations, is_batch = read_conversations(msgs, image, system_prompt)
         if stream and (is_batch or return_dict):
-            raise ChatError(
-                "stream=True gives the text of one conversation: pass one, and no return_dict (the stream has `output`)."
-            )
-        kwargs |= {"max_slice_nums": max_slice_nums, "use_image_id": use_image_id, "temporal_ids": temporal_ids}
-        kwargs |= {"thinking_budget": thinking_budget, "seed": seed, "decoding": decoding}
-        settings = ChatSettings(
-            self,
-            processor,
-            max_new_tokens,
-            min_new_tokens,
-            sampling,
-            max_inp_length,
-            stream,
-            enable_thinking,
-            **kwargs,
-        )
-        if isinstance(seed, (list, tuple)) and len(seed) != len(conversations):
+            raise ChatError("stream=True takes one conversation and no return_dict (the stream has `output`).")
+        if seed is not None and not isinstance(seed, (list, tuple)):
+            seed = [f"{seed}/{row}" for row in range(len(conversations))]
+        if seed is not None and len(seed) != len(conversations):
             raise ChatError(f"seed has {len(seed)} entries for {len(conversations)} conversations.")
+        kwargs |= {"max_slice_nums": max_slice_nums, "use_image_id": use_image_id, "temporal_ids": temporal_ids}
+        kwargs |= {"enable_thinking": enable_thinking, "thinking_budget": thinking_budget, "decoding": decoding}
+        kwargs |= {"seed": seed, "stream": stream}
+        settings = ChatSettings(self, processor, max_new_tokens, min_new_tokens, sampling, max_inp_length, **kwargs)
         begun = {messages[-1]["role"] == "assistant" for messages in conversations}
         if True in begun and (False in begun or settings.thinking):
             raise ChatError(
@@ -669,7 +638,7 @@ class ChatMixin:
         folder: str = self.config._name_or_path
         if not folder:
             raise ChatError(
-                "This model was not loaded from a folder. Pass processor=AutoProcessor.from_pretrained(...)."
+                "The model was not loaded from a folder: pass processor=AutoProcessor.from_pretrained(...)."
             )
         where: dict[str, Any] = {}
         if not os.path.isdir(folder):
@@ -678,10 +647,8 @@ class ChatMixin:
         try:  # the folder's code already runs as the model's, so it is trusted here too
             loaded = AutoProcessor.from_pretrained(folder, trust_remote_code=True, local_files_only=True, **where)
         except (OSError, ValueError) as error:  # ValueError: the folder has a config, but no processor
-            raise ChatError(
-                f"No processor is stored with the model in {folder!r}, and chat() does not download one. Pass "
-                "processor=AutoProcessor.from_pretrained(...)."
-            ) from error
+            what = f"{folder!r} holds no processor, and chat() does not download one"
+            raise ChatError(f"{what}: pass processor=AutoProcessor.from_pretrained(...).") from error
         self._own_processor = loaded
         return loaded
 
