@@ -14,6 +14,7 @@ What is special:
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -112,6 +113,7 @@ class Row:
     judge: Judge | None = None
     breakdowns: tuple[str, ...] = ()  # facts by whose values the metrics are also given
     points: tuple[str, ...] = ()  # metrics that are no shares
+    upload: Callable[[list[Entry], Path], None] | None = None  # writes a file for those who know the answers
     runs: int = 1  # how many seeds a run takes unless it is told
 
     def count(self, samples: int | None) -> int:

@@ -114,6 +114,9 @@ def measure(
     answered: dict[str, dict[int, list[Entry]]] = {}
     for row, keys in plan:
         answered.setdefault(row.id, {})[keys[0].seed] = [log.entries[key] for key in keys]
+    for row, _ in plan:
+        if row.upload:
+            row.upload([entry for entries in answered[row.id].values() for entry in entries], output)
     results = {
         "model": name,
         "settings": settings,

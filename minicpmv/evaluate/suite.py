@@ -27,6 +27,7 @@ from PIL import Image
 from minicpmv.errors import MiniCPMVError
 from minicpmv.evaluate.benchmark import (
     Benchmark,
+    Entry,
     Facts,
     Judge,
     Metrics,
@@ -164,7 +165,8 @@ class Task:
     breakdowns: tuple[str, ...] = ()
     points: tuple[str, ...] = ()
     lower_is_better: bool = False
-    judge: Callable[..., Judge] | None = None  # (scoring, strict)
+    judge: Callable[[Scoring, bool], Judge] | None = None  # of these rules, strict or not
+    upload: Callable[[list[Entry], Path], None] | None = None  # writes a file for those who know the answers
     is_video: bool = False
 
     def bind(self, data: Data, setting: Setting, packing: int | None = None) -> Row:
@@ -205,6 +207,7 @@ class Task:
             judge=self.judge and self.judge(setting.scoring, setting.strict),
             breakdowns=self.breakdowns,
             points=self.points,
+            upload=self.upload,
             runs=decoding.runs,
         )
 
@@ -237,6 +240,14 @@ class Suite:
         """The ids of its data sets."""
         return list(dict.fromkeys(task.data for task in self.tasks))
 
+    def plan(self, setting: Setting) -> list[tuple[str, Task, int | None]]:
+        """Its rows: id, task, and how many frames to a group, where that is compared."""
+        return [
+            (task.row_id(packing), task, packing)
+            for task in self.tasks
+            for packing in (setting.video.packings if task.is_video and setting.video.packings else (None,))
+        ]
+
     def open(
         self,
         setting: Setting | None = None,
@@ -257,14 +268,7 @@ class Suite:
             MiniCPMVError: the data are not there, or not what they should be.
         """
         setting = setting or Setting()
-        packings = setting.video.packings
-        if packings and not any(task.is_video for task in self.tasks):
-            raise SuiteError(f"{self.id} has no videos to be packed")
-        planned = [
-            (task.row_id(packing), task, packing)
-            for task in self.tasks
-            for packing in (packings if task.is_video and packings else (None,))
-        ]
+        planned = self.plan(setting)
         if unknown := [name for name in rows or () if name not in (known := [row for row, _, _ in planned])]:
             raise UnknownRowError(f"{self.id} has no row {', '.join(unknown)}; its rows are {', '.join(known)}")
         opened: dict[str, Data] = {}
@@ -279,7 +283,7 @@ class Suite:
             "data": {name: data.fingerprint for name, data in opened.items()},
         }
         if any(task.is_video for task in self.tasks):
-            settings["video"] = setting.video.options(None) | {"packings": list(packings)}
+            settings["video"] = setting.video.options(None) | {"packings": list(setting.video.packings)}
         if setting.max_new_tokens is not None:
             settings["max_new_tokens"] = setting.max_new_tokens
         scoring = {"version": setting.scoring, "strict": setting.strict}

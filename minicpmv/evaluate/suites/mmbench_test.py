@@ -3,12 +3,17 @@
 A run writes `mmbench_test_en.xlsx` and `mmbench_test_cn.xlsx`: the columns of the data without the pictures, and `prediction`.
 """
 
+from pathlib import Path
 from typing import Any
 
-from minicpmv.evaluate.benchmark import Scores
+from minicpmv.evaluate.benchmark import Entry, Scores
+from minicpmv.evaluate.spreadsheet import write_spreadsheet
 from minicpmv.evaluate.suite import Suite, Task
 from minicpmv.evaluate.suites.asking import PLAIN_CHOICE, THOUGHTFUL_CHOICE, choices, columns
 from minicpmv.evaluate.suites.mmbench import question_and_rotation
+
+
+COLUMNS = ("question", "hint", *"ABCD", "category", "l2-category", "split", "source")
 
 
 def unknown(answer: str, expected: Any, **rules: Any) -> Scores:
@@ -16,17 +21,31 @@ def unknown(answer: str, expected: Any, **rules: Any) -> Scores:
 
 
 def test_set(language: str, name: str) -> Task:
+    id = f"mmbench_test_{language}"
+
+    def upload(entries: list[Entry], folder: Path) -> None:
+        heading = ["index", *COLUMNS, "prediction"]
+        lines = [
+            [
+                entry["facts"]["id"],
+                *(entry["facts"].get(name.replace("-", "_"), "") for name in COLUMNS),
+                entry["answer"],
+            ]
+            for entry in entries
+        ]
+        write_spreadsheet(folder / f"{id}.xlsx", [heading, *lines])
+
     return Task(
-        id=f"mmbench_test_{language}",
+        id=id,
         title=f"multiple choice in {name}, to be uploaded; test set",
         data=f"mmbench_test_{language}",
         plain=PLAIN_CHOICE,
         published=THOUGHTFUL_CHOICE,
         expected=lambda sample: {"choices": choices(sample)},
-        facts=columns("question", "hint", *"ABCD", "category", "l2-category", "split", "source"),
+        facts=columns(*COLUMNS),
         scorer=unknown,
         order=question_and_rotation,
-        upload="xlsx",
+        upload=upload,
     )
 
 

@@ -1,0 +1,115 @@
+"""Several suites in one run: one folder each, one table over all, and the averages that are made of them.
+
+What is special:
+- all data are opened before the model is asked anything, so that what is missing is told at once;
+- each suite is a run of its own in its own folder: it goes on after an interruption, and can be asked alone into the same one.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minicpmv.evaluate import harness
+from minicpmv.evaluate.answerers import Answerer
+from minicpmv.evaluate.benchmark import Benchmark
+from minicpmv.evaluate.data_sets import MissingDataError
+from minicpmv.evaluate.scoring.averages import OPENCOMPASS, opencompass_average
+from minicpmv.evaluate.suite import Setting, SuiteError
+from minicpmv.evaluate.suites import GROUPS, load_suite
+from minicpmv.files import write_whole
+
+
+if TYPE_CHECKING:
+    from minicpmv.evaluate.judging import JudgeModel
+
+
+def open_group(
+    name: str, setting: Setting, *, folder: Path | None = None, fixtures: bool = False, rows: Sequence[str] | None = None
+) -> dict[str, Benchmark]:
+    """The benchmarks of a group by id, ready to be asked; with `rows` only those that have one of them.
+
+    Raises:
+        SuiteError: a row that no suite of the group has, or packings where none has videos.
+        MiniCPMVError: data are not there; the message names all that lack.
+    """
+    suites = [load_suite(suite) for suite in GROUPS[name][0]]
+    if setting.video.packings and not any(task.is_video for suite in suites for task in suite.tasks):
+        raise SuiteError(f"{name} has no videos to be packed")
+    known = {suite.id: [row for row, _, _ in suite.plan(setting)] for suite in suites}
+    if unknown := set(rows or ()) - {row for ids in known.values() for row in ids}:
+        raise SuiteError(f"{name} has no row {', '.join(sorted(unknown))}")
+    opened, missing = {}, []
+    for suite in suites:
+        chosen = None if rows is None else [row for row in rows if row in known[suite.id]]
+        if chosen == []:
+            continue
+        try:
+            opened[suite.id] = suite.open(setting, folder=folder, fixtures=fixtures, rows=chosen)
+        except MissingDataError as error:
+            missing.append(str(error))
+    if missing:
+        raise MissingDataError("; ".join(missing))
+    return opened
+
+
+def measure_group(
+    answerer: Answerer,
+    name: str,
+    benchmarks: Mapping[str, Benchmark],
+    output: Path,
+    *,
+    model: str,
+    samples: int | None = None,
+    seeds: Sequence[int] | None = None,
+    thinking: harness.Thinking = False,
+    judge: "JudgeModel | None" = None,
+) -> dict[str, Any]:
+    """Evaluate suite by suite; returns what `results.json` of the folder `output` holds.
+
+    Args:
+        samples: of each row, all of them where it has fewer; see [`minicpmv.evaluate.harness.measure`] for the others.
+
+    Returns:
+        As of a single run, with the rows of all suites; `suites` says for each where its folder is and its settings, and
+        `averages` holds those that the group has.
+    """
+    results: dict[str, Any] = {"model": model, "settings": {"benchmark": name, "version": 1}, "samples": samples}
+    rows: dict[str, Any] = {}
+    suites: dict[str, Any] = {}
+    seen: set[int] = set()
+    for suite, benchmark in benchmarks.items():
+        found = harness.measure(
+            answerer,
+            benchmark if samples is None else first_samples(benchmark, samples),
+            output / suite,
+            name=model,
+            seeds=seeds,
+            thinking=thinking,
+            judge=judge,
+        )
+        if found is None:
+            continue
+        suites[suite] = {"title": benchmark.title, "folder": suite, "settings": found["settings"]}
+        rows |= found["rows"]
+        seen.update(found["seeds"])
+        shared = {key: value for key, value in found["settings"].items() if key not in ("benchmark", "version", "data")}
+        results["settings"] |= {key: value for key, value in shared.items() if key != "video"}
+        results |= {"versions": found["versions"], "scoring": found["scoring"]}
+    results |= {"seeds": sorted(seen), "rows": rows, "suites": suites, "averages": averages(rows)}
+    write_whole(output / harness.RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def first_samples(benchmark: Benchmark, samples: int) -> Benchmark:
+    """The benchmark with at most so many questions a row."""
+    rows = tuple(replace(row, length=min(samples, row.length or samples)) for row in benchmark.rows)
+    return replace(benchmark, rows=rows)
+
+
+def averages(rows: Mapping[str, Any]) -> dict[str, float | None]:
+    """The averages whose parts are among the rows: None where a part has no figure."""
+    shares = {row: next(iter(summary["mean"].values())) for row, summary in rows.items()}
+    parts = {"mmbench_en", "mmbench_cn", *OPENCOMPASS} - {"mmbench"}
+    return {"opencompass": opencompass_average(shares)} if parts <= shares.keys() else {}

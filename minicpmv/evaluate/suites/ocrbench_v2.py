@@ -1,0 +1,45 @@
+"""OCRBench v2 (Fu et al. 2024): 10000 questions in English and Chinese: reading, finding, parsing, counting, reasoning.
+
+There is no published figure of MiniCPM-V 4.5. Prompt and decoding as published are those that the authors' class takes for every name
+that holds "OCRBench".
+"""
+
+from typing import Any
+
+from minicpmv.evaluate.scoring.ocrbench_v2 import ocrbench_v2, ocrbench_v2_score
+from minicpmv.evaluate.suite import Asking, Decoding, Sample, Suite, Task
+from minicpmv.evaluate.suites.asking import READ_CAREFULLY, REASONING, columns, pictures_then, question
+
+
+PLACEHOLDERS = {"eval": "without eval", "bbox": "without bbox", "content": "without content"}
+
+
+def expected(sample: Sample) -> dict[str, Any]:
+    answers = sample["answer"]
+    found = {name: sample[name] for name, absent in PLACEHOLDERS.items() if sample.get(name, absent) != absent}
+    return {
+        "type": sample["category"],
+        "question": sample["question"],
+        "answers": answers if isinstance(answers, list) else [answers],
+        **found,
+    }
+
+
+SUITE = Suite(
+    "ocrbench_v2",
+    "OCRBench v2",
+    1,
+    (
+        Task(
+            id="ocrbench_v2",
+            title="reading, finding and parsing text, English and Chinese",
+            data="ocrbench_v2",
+            plain=Asking(pictures_then(question), Decoding(max_new_tokens=2048)),
+            published=Asking(pictures_then(lambda sample: READ_CAREFULLY + sample["question"]), REASONING),
+            expected=expected,
+            facts=columns("category"),
+            scorer=ocrbench_v2,
+            aggregate=ocrbench_v2_score,
+        ),
+    ),
+)
