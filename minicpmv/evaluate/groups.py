@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 
 def open_group(
-    name: str, setting: Setting, *, folder: Path | None = None, fixtures: bool = False, rows: Sequence[str] | None = None
+    name: str,
+    setting: Setting,
+    *,
+    folder: Path | None = None,
+    fixtures: bool = False,
+    rows: Sequence[str] | None = None,
 ) -> dict[str, Benchmark]:
     """The benchmarks of a group by id, ready to be asked; with `rows` only those that have one of them.
 
@@ -94,7 +99,9 @@ def measure_group(
         suites[suite] = {"title": benchmark.title, "folder": suite, "settings": found["settings"]}
         rows |= found["rows"]
         seen.update(found["seeds"])
-        shared = {key: value for key, value in found["settings"].items() if key not in ("benchmark", "version", "data")}
+        shared = {
+            key: value for key, value in found["settings"].items() if key not in ("benchmark", "version", "data")
+        }
         results["settings"] |= {key: value for key, value in shared.items() if key != "video"}
         results |= {"versions": found["versions"], "scoring": found["scoring"]}
     results |= {"seeds": sorted(seen), "rows": rows, "suites": suites, "averages": averages(rows)}

@@ -1,0 +1,146 @@
+"""`minicpmv evaluate SUITE` and `minicpmv evaluate GROUP`: public benchmarks, one or several."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from minicpmv.commands import evaluate_options as shared
+from minicpmv.commands import options, terminal
+from minicpmv.errors import one_line_errors, require
+
+
+if TYPE_CHECKING:
+    from minicpmv.evaluate.suite import Setting
+
+FIXTURE_TOKENS = 32  # of an answer about fixtures, unless it is said
+RULE_PACKAGES = ("apted", "jieba", "lxml", "nltk", "pyarrow", "pylatexenc", "rapidfuzz", "scipy", "tqdm")
+
+
+def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> None:
+    @app.command(name, help=summary)
+    def run(
+        model: shared.Model = None,
+        revision: options.Revision = None,
+        trust_remote_code: options.TrustRemoteCode = False,
+        as_published: shared.AsPublished = False,
+        data: shared.Data = None,
+        fixtures: shared.Fixtures = False,
+        samples: shared.PublicSamples = None,
+        seeds: shared.PublicSeeds = None,
+        rows: shared.Rows = None,
+        thinking: shared.Thinking = "off",
+        max_new_tokens: shared.MaxNewTokens = None,
+        batch_size: shared.BatchSize = 16,
+        output: shared.Output = None,
+        json_file: shared.Json = None,
+        scoring: shared.Rules = shared.Scoring.current,
+        strict: shared.Strict = False,
+        judge_endpoint: shared.JudgeEndpoint = None,
+        judge_model: shared.JudgeModelName = None,
+        judge_key_env: shared.JudgeKeyEnv = None,
+        judge_prices: shared.JudgePrices = None,
+        judge_cache: shared.JudgeCache = None,
+        judge_yes: shared.JudgeYes = False,
+        fps: shared.Fps = 5,
+        max_num_frames: shared.MaxNumFrames = 180,
+        max_num_packing: shared.MaxNumPacking = 3,
+        packing: shared.Packing = None,
+        endpoint: shared.EndpointUrl = None,
+        api_key_env: shared.ApiKeyEnv = None,
+        concurrency: shared.Concurrency = 8,
+        retries: shared.Retries = 6,
+        timeout: shared.Timeout = 600,
+        clips: shared.ClipsAs = shared.Clips.frames,
+        frames: shared.Frames = 32,
+        frame_size: shared.FrameSize = None,
+        processor_options: shared.ProcessorOptions = False,
+        no_thinking_switch: shared.NoThinkingSwitch = False,
+        token_parameter: shared.TokenParameter = "max_tokens",
+        temperature: shared.Temperature = "question",
+        reasoning_effort: shared.ReasoningEffort = None,
+        detail: shared.Detail = None,
+        extra_body: shared.ExtraBody = None,
+    ) -> None:
+        all_seeds = shared.whole_numbers(seeds) if seeds else None
+        packings = tuple(shared.whole_numbers(packing)) if packing else ()
+        fields = shared.json_object(extra_body)
+        with one_line_errors(OSError):
+            require("evaluate", "matplotlib", *RULE_PACKAGES)
+            shared.check_endpoint(endpoint, model)
+            from minicpmv.evaluate.processes import Processes
+            from minicpmv.evaluate.suite import Setting, VideoSetting
+            from minicpmv.files import check_writable
+
+            processes = Processes()
+            judge = None
+            if processes.is_main:
+                if json_file is not None:
+                    check_writable(json_file)
+                judge = shared.open_judge(
+                    judge_endpoint, judge_model, judge_key_env, judge_prices, judge_cache, judge_yes
+                )
+            setting = Setting(
+                as_published=as_published,
+                scoring=scoring.value,
+                strict=strict,
+                video=VideoSetting(fps, max_num_frames, max_num_packing, packings),
+                max_new_tokens=max_new_tokens or (FIXTURE_TOKENS if fixtures else None),
+            )
+            benchmarks = open_benchmarks(name, is_group, setting, data, fixtures, shared.names(rows))
+            shown, answerer = shared.open_answerer(
+                model,
+                revision,
+                trust_remote_code,
+                batch_size,
+                processes.device,
+                endpoint,
+                api_key_env,
+                concurrency=concurrency,
+                retries=retries,
+                timeout=timeout,
+                clips=clips.value,
+                frames=frames,
+                frame_size=frame_size,
+                processor_options=processor_options,
+                thinking_switch=not no_thinking_switch,
+                token_parameter=token_parameter,
+                temperature=temperature,
+                reasoning_effort=reasoning_effort,
+                detail=detail,
+                extra_body=fields,
+            )
+            from minicpmv.evaluate import harness
+            from minicpmv.evaluate.groups import measure_group
+
+            thinks = shared.thinking_of(thinking)
+            if output is None:
+                settings = {key: harness.settings_of(answerer, each, thinks) for key, each in benchmarks.items()}
+                output = shared.DEFAULT_FOLDER / shared.run_name(name, shown, settings)
+            given: dict[str, Any] = {"samples": samples, "seeds": all_seeds, "thinking": thinks, "judge": judge}
+            if is_group:
+                results = measure_group(answerer, name, benchmarks, output, model=shared.full_name(shown), **given)
+            else:
+                results = harness.measure(answerer, benchmarks[name], output, name=shared.full_name(shown), **given)
+            if not processes.is_main:
+                return
+            if json_file is not None:
+                json_file.write_text(json.dumps(harness.figures(results), indent=1) + "\n", encoding="utf-8")
+            written = f"answers and results: {output}"
+            if is_group:
+                from minicpmv.evaluate.report import write_report
+
+                written += "".join(f"\n{file}" for file in write_report([output], output / "report.html"))
+            terminal.write(f"{shared.show_results(results)}{written}")
+
+
+def open_benchmarks(
+    name: str, is_group: bool, setting: "Setting", data: Any, fixtures: bool, rows: list[str] | None
+) -> dict[str, Any]:
+    """The benchmarks by id, with their data; what lacks is told before a model is loaded."""
+    from minicpmv.evaluate.groups import open_group
+    from minicpmv.evaluate.suites import load_suite
+
+    if is_group:
+        return open_group(name, setting, folder=data, fixtures=fixtures, rows=rows)
+    return {name: load_suite(name).open(setting, folder=data, fixtures=fixtures, rows=rows)}
