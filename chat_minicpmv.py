@@ -38,7 +38,6 @@ from .decoding_minicpmv import (
     DEFAULT_THRESHOLD,
     DRAFT_TOKENS,
     OPENING,
-    THINK_END,
     AnswerStream,
     AnswerStreamer,
     SeededChoice,
@@ -47,7 +46,7 @@ from .decoding_minicpmv import (
     least_certainty,
     need_to_think,
 )
-from .messages_minicpmv import read_part
+from .messages_minicpmv import THINK_END, read_part
 
 
 # What each way to decode means; None falls back to the library's own default.
@@ -624,8 +623,7 @@ class ChatMixin:
     def chat_processor(self, processor: ProcessorMixin | None = None, tokenizer: Any = None) -> ProcessorMixin:
         """The processor that was given, or the one in the model's own folder; with `tokenizer` in place of its own.
 
-        Raises:
-            ChatError: there is none on this machine.
+        Raises ChatError where there is none on this machine.
         """
         if processor is None:
             processor = getattr(self, "_own_processor", None) or self._load_processor()

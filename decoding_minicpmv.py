@@ -16,15 +16,16 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria, TextIteratorStreamer
 
+from .messages_minicpmv import THINK_END, THINK_START
 
-OPENING = "<think>\n"  # as the template opens a thought
-CLOSING = "\n</think>\n\n"  # and closes it
-THINK_END = "</think>"
+
+OPENING = f"{THINK_START}\n"  # as the template opens a thought
+CLOSING = f"\n{THINK_END}\n\n"  # and closes it
 DRAFT_TOKENS = 8  # tokens of the fast answer that "auto" looks at
 COMPLEXITY_SHARE = 0.2  # of the need to think; the rest is uncertainty
 DEFAULT_THRESHOLD = 0.5  # not calibrated: what pays differs between checkpoints and uses
@@ -52,16 +53,14 @@ def least_certainty(logits: Iterable[torch.Tensor]) -> float:
 # ---- which token comes next ----
 
 
+@dataclass(eq=False)
 class ThoughtBudget(LogitsProcessor):
-    """Closes a thought that is still open after `budget` tokens, in each row of a batch by itself.
+    """Closes a thought that is still open after `budget` tokens, in each row of a batch by itself."""
 
-    `prompt_length` counts the tokens (with padding) before the thought; `closing` are the ids that close it, with
-    `think_end`, the id of `</think>`, among them.
-    """
-
-    def __init__(self, budget: int, prompt_length: int, think_end: int, closing: Sequence[int]):
-        self.budget, self.prompt_length = budget, prompt_length
-        self.think_end, self.closing = think_end, closing
+    budget: int
+    prompt_length: int  # in tokens (with padding); then the thought begins
+    think_end: int  # id of "</think>"
+    closing: Sequence[int]  # ids that close the thought, `think_end` among them
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self.prompt_length - self.budget

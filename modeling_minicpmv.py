@@ -56,13 +56,11 @@ def flatten_visual_inputs(
 
     Returns the slices, their sizes, and the ids of each unit; a ValueError tells when their numbers differ.
     """
-    slices = []
     if isinstance(pixel_values, Tensor):
         slices = list(pixel_values.flatten(0, -4))
     else:
-        for sample in pixel_values:
-            is_slice = isinstance(sample, Tensor) and sample.dim() == 3
-            slices.extend([sample] if is_slice else [pixels for pixels in sample if pixels.dim() == 3])
+        samples = ([part] if isinstance(part, Tensor) and part.dim() == 3 else part for part in pixel_values)
+        slices = [pixels for sample in samples for pixels in sample if pixels.dim() == 3]
     parts = [torch.as_tensor(part).reshape(-1, 2).long() for part in tgt_sizes]
     # One transfer for all, should they lie on an accelerator.
     sizes = [tuple(size) for size in torch.cat(parts).tolist()] if parts else []
@@ -80,9 +78,9 @@ def flatten_visual_inputs(
         temporal_ids = temporal_ids.tolist()
     units = []
     for unit in chain.from_iterable(temporal_ids):
-        frames = torch.as_tensor(unit).flatten().tolist()
-        if frames := [frame for frame in frames if frame != TEMPORAL_PADDING_ID]:
-            units.append(frames)
+        ids = torch.as_tensor(unit).flatten().tolist()
+        units.append([frame for frame in ids if frame != TEMPORAL_PADDING_ID])
+    units = [unit for unit in units if unit]
     if sum(map(len, units)) != len(slices):
         raise ValueError(
             f"temporal_ids name {sum(map(len, units))} frames, but pixel_values hold {len(slices)} slices. Every slice "
@@ -394,8 +392,7 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
             kwargs.pop("input_ids", None)  # some callers pass the same ids under both names
         if (features := kwargs.pop("vision_hidden_states", None)) is not None:
             kwargs["mm_encoder_outputs"] = {"image": features}
-        absent = [name for name in VISUAL_INPUTS if kwargs.get(name) is None]
-        for name in (*UNUSED_INPUTS, *absent):
+        for name in (*UNUSED_INPUTS, *(name for name in VISUAL_INPUTS if kwargs.get(name) is None)):
             kwargs.pop(name, None)
         if (cache := take_cache(kwargs)) is not None:
             kwargs[CACHE_NAME] = cache

@@ -303,6 +303,8 @@ def _snapshot(given: Any) -> Any:
         return {name: _snapshot(value) for name, value in given.items()}
     if isinstance(given, (list, tuple)):
         return [_snapshot(value) for value in given]
+    if isinstance(given, PathLike):  # its copy() would be one of the file (Python 3.14)
+        return given
     for method in ("clone", "copy"):  # tensors; arrays, images and bytearrays
         if hasattr(given, method):
             return getattr(given, method)()

@@ -174,6 +174,19 @@ def test_every_way_to_give_a_picture_is_read_once(start, fed, tmp_path):
     assert fed["slices"] == slices
 
 
+def test_a_path_that_can_copy_its_file_is_a_path(start, tmp_path):
+    """As all of Python 3.14."""
+
+    class CopyingPath(type(tmp_path)):
+        def copy(self, target):
+            raise AssertionError("nobody wants a copy")
+
+    PICTURES[0].save(tmp_path / "wave.png")
+    session = start()
+    session.send([CopyingPath(tmp_path / "wave.png"), "what"])
+    assert session.history[0]["content"][0] == tmp_path / "wave.png"
+
+
 def test_a_file_that_was_written_anew_is_a_new_picture_or_clip(model, processor, start, fed, tmp_path):
     """As the snapshot of a camera, under the same name every time."""
     picture, clip = tmp_path / "now.png", tmp_path / "now.gif"
