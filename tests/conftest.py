@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -159,3 +160,44 @@ def small_model():
     model = name_seeded_model(small_config())
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = [889, 887], 887
     return model
+
+
+# ---- nano as GGUF ----
+
+GGUF_TYPES = ("f32", "f16", "q8_0", "q4_k_m")
+
+
+@pytest.fixture(scope="session")
+def ggufs(tmp_path_factory):
+    """A folder with nano in several types, not compared with anything."""
+    pytest.importorskip("xllamacpp")
+    from minicpmv.deploy.gguf import export
+
+    folder = tmp_path_factory.mktemp("gguf") / "nano"
+    export(NANO, folder, GGUF_TYPES, is_checked=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llamacpp(ggufs):
+    """A function (type) -> `(model, processor)` in llama.cpp, loaded once."""
+    from minicpmv import checkpoint
+
+    loaded = {}
+
+    def load(kind):
+        if kind not in loaded:
+            loaded[kind] = checkpoint.load(ggufs / f"nano-{kind.upper()}.gguf")
+        return loaded[kind]
+
+    return load
+
+
+@pytest.fixture
+def copied(ggufs, tmp_path):
+    """A copy of the folder with one language model, to be spoiled."""
+    shutil.copytree(ggufs, tmp_path / "copy", copy_function=os.link)
+    for kind in GGUF_TYPES:
+        if kind != "f16":
+            (tmp_path / "copy" / f"nano-{kind.upper()}.gguf").unlink()
+    return tmp_path / "copy"

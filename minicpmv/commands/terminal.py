@@ -102,9 +102,9 @@ def load_shown(console: Any, name: str, revision: str | None, trust_remote_code:
 
 
 def shown_name(model: str) -> str:
-    """What a model is called: the name of its folder, or its name on the Hub."""
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else model
+    """What a model is called: the name of its folder or file, or its name on the Hub."""
+    place = Path(model).expanduser()
+    return place.resolve().name if place.exists() else model
 
 
 def show_answer(stream: Any, processor: Any, console: Any, fold: bool = True) -> None:

@@ -1,0 +1,96 @@
+"""`minicpmv export TARGET`: a checkpoint for other software, held against PyTorch."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minicpmv.commands import terminal
+from minicpmv.errors import one_line_errors
+
+
+export_app = typer.Typer(help="Write a model for other software, and hold it against PyTorch.", no_args_is_help=True)
+
+
+class FileType(str, Enum):
+    """How the language model of a GGUF file is stored."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+    q6_k = "q6_k"
+    q5_k_m = "q5_k_m"
+    q4_k_m = "q4_k_m"
+    q4_0 = "q4_0"
+
+
+class TowerType(str, Enum):
+    """How the vision tower of a GGUF file is stored."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+
+
+Checkpoint = Annotated[str, typer.Option("--model", "-m", metavar="FOLDER", help="Folder of the checkpoint.")]
+Output = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files and their card.")]
+Samples = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Questions of each row of NanoBench, before and after; 0 asks none.")
+]
+NoCheck = Annotated[
+    bool,
+    typer.Option("--no-check", help="Do not compare with PyTorch, where the checkpoint does not fit into memory."),
+]
+
+
+@export_app.callback()
+def export() -> None:
+    """Write a model for other software, and hold it against PyTorch."""
+
+
+@export_app.command()
+def gguf(
+    model: Checkpoint,
+    output: Output,
+    type: Annotated[
+        list[FileType] | None, typer.Option(help="Type of the language model; repeatable. q4_k_m by default.")
+    ] = None,
+    mmproj_type: Annotated[TowerType, typer.Option(help="Type of the vision tower.")] = TowerType.f16,
+    samples: Samples = 10,
+    no_check: NoCheck = False,
+) -> None:
+    """Write a model as GGUF for llama.cpp: minicpmv ask, chat and evaluate run it, and so does llama-server.
+
+    Examples:
+
+    \b
+      minicpmv export gguf --model nano --output exports --type q8_0
+      minicpmv export gguf -m ~/MiniCPM-V-4_5 --output ~/gguf --type q4_k_m --type q8_0 --no-check
+      minicpmv ask cat.jpg "What is this?" -m exports/nano-Q8_0.gguf
+    """
+    from rich.console import Console
+
+    kinds = list(dict.fromkeys(kind.value for kind in type or [FileType.q4_k_m]))
+    console = Console(stderr=True, highlight=False)
+    with one_line_errors(OSError):
+        with console.status("Starting"):
+            from transformers.utils import logging
+
+            from minicpmv.deploy.gguf import export as export_gguf
+        if not console.is_terminal:
+            logging.disable_progress_bar()
+        files = export_gguf(
+            model,
+            output,
+            kinds,
+            mmproj_kind=mmproj_type.value,
+            samples=samples,
+            is_checked=not no_check,
+            note=lambda what: console.print(what, style="dim"),
+        )
+        for file in files:
+            terminal.write(str(file))
+        terminal.write(f"figures: {output / 'README.md'}")

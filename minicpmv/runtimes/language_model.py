@@ -1,0 +1,218 @@
+"""A language model in llama.cpp, as a module of PyTorch: it stands where the model's own `llm` stands.
+
+So everything above it stays as it is: prompts, packed videos, slices, sampling, thoughts, streams, sessions.
+
+What is special:
+- What has been read is kept in the caller's own cache, as embeddings; llama.cpp's states are a memory beside it, which is
+  used as far as it begins alike, and made anew where it does not. So a cache may be cropped, forked, reordered or
+  forgotten by those who know nothing of llama.cpp.
+- Embeddings of tokens are read from the file, a row at a time: the table takes no memory.
+"""
+
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from minicpmv.runtimes.gguf import GGUFError, open_gguf
+from minicpmv.runtimes.llamacpp import LlamaCpp, LlamaCppError, Part
+
+
+CELLS = 256  # room for tokens comes in multiples
+MOST_SEQUENCES = 256  # of llama.cpp
+CACHE_NAMES = ("past_key_values", "cache")  # before and since transformers 5.24
+CACHE_FIELD = next(name for name in reversed(CACHE_NAMES) if name in CausalLMOutputWithPast.__dataclass_fields__)
+
+
+class FileEmbedding(nn.Module):
+    """The embeddings of tokens, from their table in a file."""
+
+    def __init__(self, table: Any):
+        super().__init__()
+        self._table = table  # a tensor of gguf's reader: [V, bytes of a row], on the disk
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> float32 [..., D]."""
+        from gguf.quants import dequantize
+
+        distinct, places = torch.unique(ids.cpu(), return_inverse=True)
+        rows = dequantize(self._table.data[distinct.numpy()], self._table.tensor_type).astype(np.float32, copy=False)
+        return torch.from_numpy(rows)[places].to(ids.device)
+
+
+class Known(NamedTuple):
+    """What the states of a sequence in llama.cpp were made of."""
+
+    numbers: np.ndarray  # int64 [n], one for each row that was read
+    used: int  # the call that last asked for them
+
+
+class LlamaCppForCausalLM(nn.Module):
+    """The language model of a GGUF file; called as `Qwen3ForCausalLM` is, it returns logits and the cache.
+
+    Args:
+        file: the language model.
+        config: that of the whole model.
+        threads: those of the CPU; as many as torch takes for None.
+
+    Raises:
+        GGUFError: the file is damaged, or that of another model.
+        LlamaCppError: llama.cpp cannot load it.
+    """
+
+    def __init__(self, file: Path, config: Any, threads: int | None = None):
+        super().__init__()
+        reader = open_gguf(file)
+        self.file, self.config = file, config
+        self._tensors = reader.tensors
+        table = next((tensor for tensor in self._tensors if tensor.name == "token_embd.weight"), None)
+        if table is None:
+            raise GGUFError(f"{file} has no token_embd.weight: it is no language model")
+        self._model = LlamaCpp(file, threads or torch.get_num_threads())
+        found, wanted = (self._model.vocab_size, self._model.hidden_size), (config.vocab_size, config.hidden_size)
+        if found != wanted:
+            raise GGUFError(
+                f"{file} has {found[0]} tokens of width {found[1]}, but the config.json beside it says {wanted[0]} and "
+                f"{wanted[1]}: put it beside the files of its own checkpoint"
+            )
+        self.embed_tokens = FileEmbedding(table)
+        # Odd numbers by which a row becomes one: rows that differ in a bit differ in it, but for a chance of 2 ** -64.
+        odd = np.random.default_rng(0).integers(-(2**62), 2**62, config.hidden_size) * 2 + 1
+        self._odd = torch.from_numpy(odd)
+        self._known: list[Known] = []  # of each sequence
+        self._calls = 0
+        self._lock = threading.Lock()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> None:
+        return None  # they are in the file
+
+    def get_decoder(self) -> nn.Module:
+        raise LlamaCppError(f"{self.file.name} runs in llama.cpp, which cannot be trained: load the checkpoint itself")
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text by llama.cpp's own tokenizer, control tokens among them."""
+        return self._model.tokenize(text)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        # The file's own bytes, which tell one model from another.
+        for tensor in self._tensors:
+            destination[f"{prefix}{tensor.name}"] = torch.from_numpy(tensor.data)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One pass over a batch [B, L, D] behind what the cache holds; logits [B, kept, V].
+
+        `position_ids` are not read: positions count the tokens that `attention_mask` [B, cached + L] leaves.
+
+        Raises:
+            LlamaCppError: what llama.cpp cannot give is asked for, or it fails.
+        """
+        if labels is not None or output_attentions or output_hidden_states:
+            raise LlamaCppError(
+                f"{self.file.name} runs in llama.cpp, which gives logits alone: no loss, attentions or hidden states"
+            )
+        cache = past_key_values if cache is None else cache
+        if not (cache is None or isinstance(cache, DynamicCache)):
+            raise LlamaCppError(
+                f"{self.file.name} runs in llama.cpp, which keeps its own states: leave out cache_implementation "
+                f"({type(cache).__name__})"
+            )
+        rows = inputs_embeds.detach().float().cpu()  # [B, L, D]
+        numbers = self._numbers(rows)  # [B, L]
+        new = rows.shape[1]
+        if cache is not None:
+            # As one layer whose keys are the numbers of the rows and whose values are the rows: [B, 1, cached + L, ...].
+            keys, values = cache.update(numbers[:, None, :, None], rows[:, None], 0)
+            numbers, rows = keys[:, 0, :, 0], values[:, 0]
+        is_real = torch.ones(rows.shape[:2], dtype=torch.bool)
+        if attention_mask is not None:
+            if attention_mask.dim() != 2 or attention_mask.shape[1] < rows.shape[1]:
+                raise LlamaCppError(
+                    f"llama.cpp takes a mask of {tuple(rows.shape[:2])}, not {tuple(attention_mask.shape)}"
+                )
+            is_real = attention_mask[:, : rows.shape[1]].bool().cpu()
+        kept = torch.arange(rows.shape[1] - new, rows.shape[1])
+        kept = kept[-logits_to_keep:] if isinstance(logits_to_keep, int) else kept[logits_to_keep.cpu()]
+        is_kept = torch.zeros(rows.shape[1], dtype=torch.bool)
+        is_kept[kept] = True
+        with self._lock:
+            found = self._read(
+                [
+                    (rows[place, real].numpy(), numbers[place, real].numpy(), is_kept[real].numpy())
+                    for place, real in enumerate(is_real)
+                ]
+            )
+        logits = torch.zeros(*rows.shape[:2], self.config.vocab_size)
+        for place, part in enumerate(found):
+            logits[place, is_real[place] & is_kept] = torch.from_numpy(part)
+        logits = logits[:, kept].to(inputs_embeds.device)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE_FIELD: cache})
+
+    def _numbers(self, rows: Tensor) -> Tensor:
+        """One number for each row, int64 [B, L]."""
+        return (rows.contiguous().view(torch.int32).long() * self._odd).sum(-1)
+
+    def _read(self, histories: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+        """Logits of the wanted rows of histories (rows [n, D], numbers [n], wanted [n]), read as far as they are new."""
+        self._make_room(len(histories), max(len(rows) for rows, _, _ in histories))
+        self._calls += 1
+        parts: list[Part] = []
+        free = set(range(len(self._known)))
+        for rows, numbers, wanted in histories:
+            # The states that most of it begins with; of equals, those that nobody has asked for the longest.
+            common = {place: _common(self._known[place].numbers, numbers) for place in free}
+            sequence = max(free, key=lambda place: (common[place], -self._known[place].used))
+            free.remove(sequence)
+            asked = np.flatnonzero(wanted)
+            start = min(common[sequence], asked[0] if len(asked) else len(numbers))
+            parts.append(Part(sequence, int(start), rows[start:], wanted[start:]))
+        # Whatever fails on the way, states that are half made count for nothing.
+        for part in parts:
+            self._known[part.sequence] = Known(np.empty(0, np.int64), self._calls)
+        logits = self._model.read(parts)
+        for part, (_, numbers, _) in zip(parts, histories, strict=True):
+            self._known[part.sequence] = Known(numbers, self._calls)
+        return logits
+
+    def _make_room(self, sequences: int, tokens: int) -> None:
+        limit = self.config.max_position_embeddings
+        if tokens > limit or sequences > MOST_SEQUENCES:
+            raise LlamaCppError(
+                f"{sequences} conversations of {tokens} tokens are asked for; there is room for {MOST_SEQUENCES} of {limit}"
+            )
+        model = self._model
+        if sequences > model.sequences or tokens > model.cells:
+            cells = max(model.cells, -(-(tokens + CELLS) // CELLS) * CELLS)
+            if model.cells and tokens > model.cells:
+                cells = max(cells, 2 * model.cells)  # rather seldom, since all is read again then
+            sequences = max(sequences, model.sequences)
+            self._known = []
+            model.reserve(sequences, min(cells, -(-limit // CELLS) * CELLS))
+            self._known = [Known(np.empty(0, np.int64), 0)] * sequences
+
+
+def _common(ours: np.ndarray, wanted: np.ndarray) -> int:
+    """How many numbers both begin with."""
+    length = min(len(ours), len(wanted))
+    differs = np.flatnonzero(ours[:length] != wanted[:length])
+    return int(differs[0]) if len(differs) else length

@@ -1,0 +1,239 @@
+"""A model whose language model runs in llama.cpp does all that the model in PyTorch does, from the same cache objects."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import GREEDY, NANO, REPOSITORY, ground_floor
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minicpmv import checkpoint
+from minicpmv.chat import ChatSession
+from minicpmv.errors import MiniCPMVError
+from minicpmv.evaluate.fingerprint import weights_fingerprint
+from minicpmv.runtimes import llamacpp as binding
+from minicpmv.runtimes.gguf import (
+    TABLE_SIDE,
+    GGUFError,
+    cells_to_buckets,
+    find_mmproj,
+    gathered_positions,
+    spread_positions,
+)
+from minicpmv.runtimes.llamacpp import CONTEXT_DEFAULTS, MODEL_DEFAULTS, LlamaCppError, check_layout
+
+
+pytest.importorskip("xllamacpp")
+
+ASSETS = REPOSITORY / "assets"
+STAR = [ASSETS / "star.mp4", "Which way does the shape move?"]
+NUMBER = [ASSETS / "number.jpg", "What does it say?"]
+RECEIPT = [ASSETS / "receipt.jpg", "What is the TOTAL?"]
+
+
+@pytest.fixture(scope="module")
+def pair(nano, llamacpp):
+    """`(model, processor)` in PyTorch and in llama.cpp."""
+    return nano, llamacpp("f16")
+
+
+def asked(content):
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"msgs": [asked(STAR), asked(NUMBER), asked(RECEIPT)], **GREEDY},
+        {"msgs": asked(RECEIPT), "decoding": "beam"},
+        {"msgs": asked(NUMBER), "decoding": "sample", "seed": 3, "temperature": 1.5},
+        {"msgs": asked(NUMBER), "enable_thinking": True},
+        {"msgs": asked(RECEIPT), "enable_thinking": "auto"},
+        {"msgs": asked(RECEIPT), "prompt_lookup_num_tokens": 3},
+    ],
+    ids=["batch", "beams", "sampling", "thinking", "auto", "guessed tokens"],
+)
+def test_every_way_to_answer_gives_what_pytorch_gives(pair, options):
+    ours, theirs = (model.chat(processor=processor, max_new_tokens=40, **options) for model, processor in pair)
+    assert ours == theirs
+
+
+def test_a_conversation_about_a_video_and_an_image_goes_on_forks_and_is_taken_back_as_in_pytorch(pair):
+    def talk(model, processor):
+        session = ChatSession(model, processor, max_new_tokens=12, **GREEDY)
+        outputs = [session.send(STAR), session.send(NUMBER)]
+        fork = session.fork()
+        outputs += [session.send(STAR[1]), fork.send(RECEIPT)]
+        session.undo()
+        with session.send("What color is the shape?", stream=True) as stream:
+            text = "".join(stream)
+        return [(output.text, output.prompt_tokens, output.cached_tokens) for output in outputs], text
+
+    ours, theirs = (talk(*each) for each in pair)
+    assert ours == theirs
+    assert ours[0][1][2] > 200  # the video was not read again
+
+
+def test_logits_of_float32_weights_are_those_of_pytorch(nano, llamacpp):
+    ids = torch.tensor([[888, 5, 17, 300, 42, 886, 9]])
+    with torch.inference_mode():
+        ours, theirs = (model(ids).logits for model in (nano[0], llamacpp("f32")[0]))
+    assert (ours - theirs).norm() / ours.norm() < 1e-3  # llama.cpp keeps states in 16 bits
+
+
+def test_a_padded_batch_reads_each_row_alone(llamacpp):
+    model, _ = llamacpp("f32")
+    ids, mask = torch.tensor([[887, 887, 5, 17], [3, 9, 5, 17]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    with torch.inference_mode():
+        both = model(ids, attention_mask=mask).logits
+        alone = model(ids[:1, 2:]).logits
+    assert torch.allclose(both[:1, 2:], alone, atol=1e-2, rtol=0)
+
+
+def test_a_cache_that_was_cropped_is_believed(llamacpp):
+    from transformers import DynamicCache
+
+    model, _ = llamacpp("f32")
+    name = ground_floor("compat_minicpmv").CACHE_NAME
+    cache = DynamicCache(config=model.config)
+    ids = torch.tensor([[888, 5, 17, 300]])
+    with torch.inference_mode():
+        model(ids, **{name: cache})
+        cache.crop(-2)
+        model(torch.tensor([[7, 8, 9]]))  # something else takes the states in between
+        behind = model(torch.tensor([[17, 300]]), **{name: cache}).logits
+        whole = model(ids).logits[:, 2:]
+    assert cache.get_seq_length() == 4 and torch.allclose(behind, whole, atol=1e-2, rtol=0)
+
+
+def test_files_of_other_types_are_other_weights(llamacpp):
+    digits = {kind: weights_fingerprint(llamacpp(kind)[0]) for kind in ("f32", "f16", "q8_0")}
+    assert len(set(digits.values())) == 3
+
+
+def test_what_llama_cpp_cannot_do_is_refused(llamacpp):
+    model, _ = llamacpp("f16")
+    ids = torch.tensor([[5, 17]])
+    with pytest.raises(LlamaCppError, match="no loss, attentions or hidden states"):
+        model(ids, labels=ids)
+    with pytest.raises(LlamaCppError, match="leave out cache_implementation"):
+        model.generate(ids, cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(LlamaCppError, match="there is room for 256 of 4096"):
+        model(torch.zeros(1, 4097, dtype=torch.long))
+    with pytest.raises(LlamaCppError, match="cannot be trained"):
+        model.base_model(ids)
+
+
+@pytest.mark.parametrize("name", [*MODEL_DEFAULTS, *CONTEXT_DEFAULTS])
+def test_a_library_with_another_layout_is_refused(name):
+    found = MODEL_DEFAULTS | CONTEXT_DEFAULTS
+    check_layout(found)
+    with pytest.raises(LlamaCppError, match=f"another C interface.*{name} is 99"):
+        check_layout(found | {name: 99})
+
+
+def test_the_layout_is_looked_at_before_the_library_is_used(monkeypatch):
+    monkeypatch.setattr(binding, "found_defaults", lambda lib: {"n_gpu_layers": 5})
+    with pytest.raises(LlamaCppError, match="pip install -c constraints.txt xllamacpp"):
+        binding.library.__wrapped__()
+
+
+# ---- files ----
+
+
+def test_a_folder_with_one_language_model_is_a_model(copied):
+    model, _ = checkpoint.load(copied)
+    assert model.llm.file.name == "nano-F16.gguf"
+
+
+def test_a_folder_with_several_names_them(ggufs):
+    with pytest.raises(GGUFError, match=r"holds 4 models: name one of .*nano-F16\.gguf.*nano-Q8_0\.gguf"):
+        checkpoint.load(ggufs)
+
+
+@pytest.mark.parametrize(
+    "missing, message",
+    [
+        ("mmproj-nano-F16.gguf", "there is no mmproj-.*same folder"),
+        ("config.json", r"there is no config\.json"),
+        ("tokenizer.json", r"there is no tokenizer\.json"),
+    ],
+)
+def test_what_has_to_lie_beside_the_file_is_named_before_anything_is_imported(copied, monkeypatch, missing, message):
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    (copied / missing).unlink()
+    with pytest.raises(GGUFError, match=message):
+        checkpoint.load(copied / "nano-F16.gguf")
+
+
+def test_the_file_of_the_tower_is_no_model(ggufs):
+    with pytest.raises(GGUFError, match="is the vision tower of a model: name the file beside it"):
+        checkpoint.load(ggufs / "mmproj-nano-F16.gguf")
+
+
+def test_the_most_exact_tower_of_the_same_model_is_taken(tmp_path):
+    for name in ("mmproj-other-F32", "mmproj-nano-Q8_0", "mmproj-nano-F16", "mmproj-nano-BF16", "nano-Q4_K_M"):
+        (tmp_path / f"{name}.gguf").touch()
+    assert find_mmproj(tmp_path / "nano-Q4_K_M.gguf").name == "mmproj-nano-F16.gguf"
+
+
+def test_a_cut_file_is_refused(copied):
+    file = copied / "nano-F16.gguf"
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(MiniCPMVError, match=r"nano-F16\.gguf.*again"):
+        checkpoint.load(file)
+
+
+def test_a_model_beside_files_of_another_one_is_refused(copied):
+    config = (copied / "config.json").read_text()
+    (copied / "config.json").unlink()
+    (copied / "config.json").write_text(config.replace('"vocab_size": 1024', '"vocab_size": 1000'))
+    with pytest.raises(GGUFError, match="1024 tokens of width 256, but the config.json beside it says 1000"):
+        checkpoint.load(copied)
+
+
+def test_revisions_and_quantization_are_not_for_files(ggufs):
+    with pytest.raises(MiniCPMVError, match="which has no revision"):
+        checkpoint.load(ggufs / "nano-F16.gguf", revision="main")
+    with pytest.raises(MiniCPMVError, match="is quantized as it is"):
+        checkpoint.load(ggufs / "nano-F16.gguf", quantization_config=object())
+
+
+def test_weights_win_over_a_file_beside_them(copied):
+    shutil.copy(NANO / "model.safetensors", copied)
+    assert checkpoint.gguf_file(copied) is None
+    assert checkpoint.gguf_file(copied / "nano-F16.gguf") == copied / "nano-F16.gguf"
+
+
+# ---- the position table ----
+
+
+def buckets_of(side):
+    buckets = ground_floor("vision_minicpmv").position_buckets
+    return lambda count: buckets(count, side)
+
+
+@given(side=st.integers(2, TABLE_SIDE), seed=st.integers(0, 99))
+def test_a_table_that_was_spread_is_found_again(side, seed):
+    cells = cells_to_buckets(side, side // 2, buckets_of(side))
+    table = np.random.default_rng(seed).normal(size=(side * side, 2))
+    if set(cells) == set(range(side)):
+        assert np.array_equal(gathered_positions(spread_positions(table, cells), cells, side), table)
+    else:
+        with pytest.raises(GGUFError, match="cannot stand for one of"):
+            gathered_positions(spread_positions(table, cells), cells, side)
+
+
+def test_llama_cpp_reads_the_rows_of_a_small_table_that_we_read():
+    cells = cells_to_buckets(16, 8, buckets_of(16))
+    for count in range(1, 13):
+        theirs = cells[TABLE_SIDE * np.arange(count) // count]
+        assert np.array_equal(theirs, buckets_of(16)(count)), count
+
+
+def test_a_table_of_the_published_size_stays_as_it_is():
+    assert np.array_equal(cells_to_buckets(TABLE_SIDE, 32, buckets_of(TABLE_SIDE)), np.arange(TABLE_SIDE))
