@@ -13,6 +13,7 @@ from minicpmv.evaluate.scoring.averages import opencompass_average
 from minicpmv.evaluate.scoring.boxes import refcoco
 from minicpmv.evaluate.scoring.choice import choice, choices_of, judge_of_choice, texts
 from minicpmv.evaluate.scoring.cutting import cut_choice, cut_value
+from minicpmv.evaluate.scoring.document_cases import DOCUMENT_CASES
 from minicpmv.evaluate.scoring.mathvista import judge_of_mathvista, mathvista
 from minicpmv.evaluate.scoring.mmhal import mmhal_score, rate
 from minicpmv.evaluate.scoring.mmvet import judge_of_mmvet
@@ -312,4 +313,5 @@ SCORERS: dict[str, CaseScorer] = {
     r"aggregate over \d+ answers": mmhal_reviews,
     r"chair over extracted objects.*": object_lists,
     r"mean of eight\b.*|the same": opencompass_row,
+    **DOCUMENT_CASES,
 }
