@@ -14,10 +14,11 @@ import copy
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain, islice, takewhile
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -254,16 +255,10 @@ class Prompt(NamedTuple):
 # ---- generate ----
 
 
-class ReadOnce:
+def read_once() -> SimpleNamespace:
     """The `media_cache` of a single conversation: however often its prompt is written, its media are read once."""
-
-    def __init__(self) -> None:
-        self._made: dict[str, list] = {}
-
-    def get(self, kind: str, sources: list, make: Callable[[list], list]) -> list:
-        if kind not in self._made:
-            self._made[kind] = make(sources)
-        return self._made[kind]
+    made: dict[str, list] = {}
+    return SimpleNamespace(get=lambda kind, sources, make: made.get(kind) or made.setdefault(kind, make(sources)))
 
 
 class PromptMemory:
@@ -274,7 +269,7 @@ class PromptMemory:
     """
 
     def __init__(self, media_cache: Any = None):
-        self.media_cache = media_cache or ReadOnce()  # of `MiniCPMVProcessor.__call__`
+        self.media_cache = media_cache or read_once()  # of `MiniCPMVProcessor.__call__`
         self.keys: list[int] = []  # of the tokens whose states are known
         self._prompt: Prompt | None = None  # theirs; as long as it is there, its units do not share their numbers
         self._states: DynamicCache | None = None
