@@ -20,7 +20,9 @@ class NotAskedError(MiniCPMVError):
 
 
 def get(
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Data sets, such as mmstar or videomme.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME", help="Suites or groups, such as videomme or ocr; or data sets.")
+    ],
     data: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder for the files; by default $LMUData, else ~/.cache/minicpmv/data."),
@@ -33,18 +35,17 @@ def get(
 
     \b
       minicpmv evaluate get mmstar
-      minicpmv evaluate get videomme --data /data --yes
+      minicpmv evaluate get opencompass --data /data --yes
     """
     with one_line_errors(OSError):
         require("evaluate", "tqdm")
         from tqdm import tqdm
 
-        from minicpmv.evaluate.data_sets import find_data_set
         from minicpmv.evaluate.data_sets.download import fetch, in_units, plan
         from minicpmv.evaluate.data_sets.locate import cache_folder
 
         root = (data or cache_folder()).expanduser()
-        plans = [(data_set, plan(data_set, root)) for data_set in map(find_data_set, dict.fromkeys(names))]
+        plans = [(data_set, plan(data_set, root)) for data_set in data_sets_of(names)]
         for data_set, files in plans:
             terminal.write(described(data_set, files))
         missing = [file for _, files in plans for file in files if not file.is_here]
@@ -59,6 +60,22 @@ def get(
                 fetch(files, bar.update)
         for data_set, files in plans:
             terminal.write(f"{data_set.id}: {len(files)} file{'s' * (len(files) != 1)} in {root / data_set.folder}")
+
+
+def data_sets_of(names: list[str]) -> "list[DataSet]":
+    """What suites, groups and data sets of these names need, each once.
+
+    Raises:
+        UnknownDataSetError: there is none of a name.
+    """
+    from minicpmv.evaluate.data_sets import find_data_set
+    from minicpmv.evaluate.suites import GROUPS, SUITES, load_suite
+
+    ids: list[str] = []
+    for name in names:
+        suites = GROUPS[name][0] if name in GROUPS else (name,) if name in SUITES else ()
+        ids += [data for suite in suites for data in load_suite(suite).data] if suites else [name]
+    return list({data_set.id: data_set for data_set in map(find_data_set, ids)}.values())
 
 
 def described(data_set: "DataSet", files: "list[Download]") -> str:

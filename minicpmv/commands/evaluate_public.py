@@ -1,6 +1,8 @@
 """`minicpmv evaluate SUITE` and `minicpmv evaluate GROUP`: public benchmarks, one or several."""
 
 import json
+import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -11,6 +13,7 @@ from minicpmv.errors import one_line_errors, require
 
 
 if TYPE_CHECKING:
+    from minicpmv.evaluate.benchmark import Benchmark
     from minicpmv.evaluate.suite import Setting
 
 FIXTURE_TOKENS = 32  # of an answer about fixtures, unless it is said
@@ -88,6 +91,8 @@ def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> Non
                 max_new_tokens=max_new_tokens or (FIXTURE_TOKENS if fixtures else None),
             )
             benchmarks = open_benchmarks(name, is_group, setting, data, fixtures, shared.names(rows))
+            if processes.is_main and not fixtures:
+                tell_of_other_files(benchmarks.values())
             shown, answerer = shared.open_answerer(
                 model,
                 revision,
@@ -132,6 +137,16 @@ def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> Non
 
                 written += "".join(f"\n{file}" for file in write_report([output], output / "report.html"))
             terminal.write(f"{shared.show_results(results)}{written}")
+
+
+def tell_of_other_files(benchmarks: "Iterable[Benchmark]") -> None:
+    """One line on stderr for each data file that is not the one of published figures."""
+    from minicpmv.evaluate.data_sets import DATA_SETS, other_file
+
+    digests = {id: digest for benchmark in benchmarks for id, digest in benchmark.settings["data"].items()}
+    for id, digest in digests.items():
+        if note := other_file(DATA_SETS[id], digest):
+            print(f"minicpmv: {note}", file=sys.stderr)
 
 
 def open_benchmarks(

@@ -18,6 +18,7 @@ from minicpmv.evaluate.data_sets import (
     UnknownDataSetError,
     find_data_set,
     open_data,
+    other_file,
     read_subtitles,
 )
 from minicpmv.evaluate.data_sets.records import MISSING, JsonLines, Table, as_list
@@ -147,6 +148,13 @@ def test_a_data_set_is_found_by_either_name_and_unknown_ones_are_refused():
     assert find_data_set("MMBench_DEV_EN_V11") is find_data_set("mmbench-dev-en") is DATA_SETS["mmbench_dev_en"]
     with pytest.raises(UnknownDataSetError, match="no data set 'mmbanch'; there are mmbench_dev_en"):
         find_data_set("mmbanch")
+
+
+def test_another_file_than_that_of_published_figures_is_told():
+    known = DATA_SETS["mmstar"]
+    assert other_file(known, known.sources[0].md5) is None
+    assert "is not the file that others measured with" in other_file(known, "0" * 32)
+    assert other_file(DATA_SETS["videomme"], "0" * 32) is None  # nobody says which one that is
 
 
 def test_missing_data_says_where_it_looked_and_how_to_get_it(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from typer.testing import CliRunner
 
+from minicpmv.commands.evaluate_get import data_sets_of
 from minicpmv.commands.main import app
 from minicpmv.evaluate.data_sets import catalog
 from minicpmv.evaluate.data_sets.catalog import DATA_SETS, RemoteFile
@@ -190,6 +191,16 @@ def test_the_command_tells_size_and_license_and_fetches_nothing_without_being_as
 def test_the_command_names_data_sets_it_does_not_know(tmp_path):
     result = CliRunner().invoke(app, ["evaluate", "get", "nothing", "--data", str(tmp_path)])
     assert result.exit_code == 1 and "there is no data set 'nothing'" in result.stderr
+
+
+def test_suites_and_groups_name_their_data_sets():
+    assert [data_set.id for data_set in data_sets_of(["mmbench", "mmstar"])] == [
+        "mmbench_dev_en",
+        "mmbench_dev_cn",
+        "mmstar",
+    ]
+    ids = [data_set.id for data_set in data_sets_of(["video", "videomme", "Video-MME"])]
+    assert ids.count("videomme") == 1 and "lvbench" in ids
 
 
 def test_sizes_are_written_for_people():

@@ -242,5 +242,16 @@ def find_data_set(name: str) -> DataSet:
     raise UnknownDataSetError(f"there is no data set {name!r}; there are {', '.join(DATA_SETS)}")
 
 
+def other_file(data_set: DataSet, digest: str) -> str | None:
+    """What to know about a file with this MD5: a word where published figures were made with another one."""
+    known = [source.md5 for source in data_set.sources if isinstance(source, RemoteFile) and source.md5]
+    if not known or digest in known:
+        return None
+    return (
+        f"{data_set.annotation} is not the file that others measured with (its MD5 is {digest}, theirs {known[0]}): "
+        "figures are comparable among runs on this file only"
+    )
+
+
 def hub_repositories(data_set: DataSet) -> Sequence[str]:
     return [source.repository for source in data_set.sources if isinstance(source, HubFiles)]

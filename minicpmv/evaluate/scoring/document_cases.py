@@ -5,7 +5,7 @@ from typing import Any
 
 from minicpmv.evaluate.scoring import Scoring
 from minicpmv.evaluate.scoring import ocrbench_v2 as v2
-from minicpmv.evaluate.scoring.omnidocbench import KINDS, omnidocbench, omnidocbench_score
+from minicpmv.evaluate.scoring.omnidocbench import KINDS, omnidocbench, omnidocbench_distance
 
 
 Case = Mapping[str, Any]
@@ -52,7 +52,7 @@ def page(case: Case, scoring: Scoring) -> Mapping[str, Any]:
         (case["prediction"], case["reference"]) if several else ([case["prediction"]], [case["reference"]])
     )
     scores = [omnidocbench(reply, page, scoring=scoring) for reply, page in zip(replies, pages, strict=True)]
-    found = omnidocbench_score(scores)
+    found = omnidocbench_distance(scores)
     distances: dict[str, Any] = {kind: {"Edit_dist": found[kind]} for kind in KINDS}
     distances["table"] |= {"TEDS": found["teds"], "TEDS_structure_only": found["teds_structure"]}
     return {"expected": distances | {"overall": found["overall"]}}

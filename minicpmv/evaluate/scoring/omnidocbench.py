@@ -83,7 +83,7 @@ def omnidocbench(answer: str, expected: Any, *, scoring: Scoring = "current", st
     }
 
 
-def omnidocbench_score(scores: list[Scores]) -> Metrics:
+def omnidocbench_distance(scores: list[Scores]) -> Metrics:
     """Means over pages: `overall`, of the four edit distances, each of these, and `teds`; None where no page has the kind."""
 
     def mean(name: str) -> float | None:

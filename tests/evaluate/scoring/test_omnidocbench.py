@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minicpmv.evaluate.scoring.omnidocbench import omnidocbench, omnidocbench_score
+from minicpmv.evaluate.scoring.omnidocbench import omnidocbench, omnidocbench_distance
 from minicpmv.evaluate.scoring.page_markdown import comparable_formula, comparable_table, comparable_text, elements_of
 from minicpmv.evaluate.scoring.page_matching import quick_match, simple_match
 from minicpmv.evaluate.scoring.teds import teds
@@ -95,7 +95,7 @@ def test_pages_are_averaged_by_kind_and_the_four_make_the_figure():
     right = omnidocbench("Body text goes here.\n\n$$a=b$$\n\n" + HTML, page)
     wrong = omnidocbench("", page)
     assert right["language"] == "english" and right["score"] == 0
-    means = omnidocbench_score([right, wrong])
+    means = omnidocbench_distance([right, wrong])
     assert means == {
         "overall": 0.5,
         "text_block": 0.5,
@@ -105,7 +105,7 @@ def test_pages_are_averaged_by_kind_and_the_four_make_the_figure():
         "teds": 0.5,
         "teds_structure": 0.5,
     }
-    only_text = omnidocbench_score([omnidocbench("x", [text("x", 1)])])
+    only_text = omnidocbench_distance([omnidocbench("x", [text("x", 1)])])
     assert only_text["overall"] is None and only_text["text_block"] == 0
 
 
