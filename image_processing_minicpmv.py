@@ -430,7 +430,7 @@ for _alias, _name in _SETTING_ALIASES.items():
 
 
 def visual_features(
-    samples: Iterable[tuple[list[SlicedImage], list[list[int]]]], return_tensors: str | None
+    samples: Iterable[tuple[list[SlicedImage], list[list[int]]]], return_tensors: str | None = None
 ) -> NestedBatchFeature:
     """What both processors return, of the images or frames of each sample and their groups."""
     if return_tensors not in (None, "pt", "np"):

@@ -11,7 +11,8 @@ What is special:
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -31,10 +32,11 @@ from .image_loading_minicpmv import FramePackingError, ImageInputError
 from .image_processing_minicpmv import (
     ImageOptions,
     MiniCPMVImageProcessor,
+    SlicedImage,
     as_samples,
-    pack_frames,
     pad_visual_inputs,
     read_groups,
+    visual_features,
 )
 from .messages_minicpmv import (
     IMAGE_PLACEHOLDER,
@@ -49,7 +51,7 @@ from .messages_minicpmv import (
     write_thought,
 )
 from .video_decoding_minicpmv import FrameSamplingError, VideoInputError, flatten_videos
-from .video_processing_minicpmv import MiniCPMVVideoProcessor
+from .video_processing_minicpmv import MiniCPMVVideoProcessor, VideoReport, metadata_of_each
 
 
 logger = logging.get_logger(__name__)
@@ -84,28 +86,22 @@ class PromptTooLongError(MiniCPMVError):
 @dataclass(frozen=True)
 class _Options:
     images: ImageOptions
-    videos: dict[str, Any]  # of `MiniCPMVVideoProcessor.preprocess`
+    videos: dict[str, Any]  # of `MiniCPMVVideoProcessor.slice_video`
+    metadata: dict[int, Any]  # id of a video -> its `video_metadata`
     text: TextOptions
     read: Callable[[str, list, Callable[[list], list]], list]  # `get` of the media cache, or what asks none
 
 
 @dataclass
 class ExpandedPrompt:
-    """One prompt with slots in its text, and the visual inputs that fill them, in the same order."""
+    """One prompt with slots in its text, and the images and frames that fill them, in the same order."""
 
     text: str
-    pixel_values: list = field(default_factory=list)  # slices [3, P, P * patches]
-    tgt_sizes: list = field(default_factory=list)  # (rows, columns) of each slice
-    temporal_ids: list = field(default_factory=list)  # one list of ids a unit; [-1] for a still image
-    image_sizes: list = field(default_factory=list)  # (width, height) of each image and frame
-    video_metadata: list = field(default_factory=list)  # one report a video
-    spans: list = field(default_factory=list)  # (start, end) in `text` of what an assistant wrote
-
-    def add(self, pixel_values: list, tgt_sizes: list, temporal_ids: list, image_sizes: list) -> None:
-        self.pixel_values += pixel_values
-        self.tgt_sizes += tgt_sizes
-        self.temporal_ids += temporal_ids
-        self.image_sizes += image_sizes
+    frames: list[SlicedImage]
+    groups: list[list[int]]  # the temporal ids of the frames in each; [-1] for a still image
+    video_metadata: list[VideoReport]  # of each video
+    spans: list[tuple[int, int]]  # (start, end) in `text` of what an assistant wrote
+    num_slots: int = 0
 
 
 class MiniCPMVProcessor(ProcessorBase):
@@ -191,8 +187,8 @@ class MiniCPMVProcessor(ProcessorBase):
             pad_pixel_values: give the tensors of `pad_visual_inputs` instead of nested lists.
             media_cache: an object with `get(kind, sources, make)`, asked for the images, then for the videos of a
                 prompt before they are read: kind is "image" or "video", sources are what the caller gave, and
-                `make(new)` gives what this processor makes of some of them (for each a `SlicedImage`; the features of
-                a video). It returns that of all, made now or kept of an earlier call.
+                `make(new)` gives what this processor makes of some of them (a `SlicedImage` each; a `SampledVideo`).
+                It returns that of all, made now or kept of an earlier call.
 
         Returns:
             [`BatchFeature`] with `input_ids` and `attention_mask` [B, L]. With images or videos, one entry a prompt
@@ -221,7 +217,8 @@ class MiniCPMVProcessor(ProcessorBase):
         self, prompts: list[str], images: Any, videos: Any, temporal_ids: Any = None, spans: Any = None, **kwargs: Any
     ) -> NestedBatchFeature:
         """`__call__` on one list of images and one of videos a prompt (None: no such modality in the batch)."""
-        is_padded, options = kwargs.pop("pad_pixel_values", False), self._sort_options(kwargs)
+        is_padded = kwargs.pop("pad_pixel_values", False)
+        options = self._sort_options(kwargs, [*chain(*videos or ())])
         return_metadata = options.videos.pop("return_metadata", False)
         nothing: list[list] = [[]] * len(prompts)
         groups = read_groups(temporal_ids, [len(sample) for sample in images or nothing])
@@ -229,17 +226,17 @@ class MiniCPMVProcessor(ProcessorBase):
             self._expand(*inputs, options)
             for inputs in zip(prompts, images or nothing, videos or nothing, groups, spans or nothing, strict=True)
         ]
+        visual = visual_features([(sample.frames, sample.groups) for sample in samples]).data
         data = self._tokenize(samples, options.text, with_masks=spans is not None)
-        if images is not None or videos is not None:
-            data["pixel_values"] = [sample.pixel_values for sample in samples]
-            data["tgt_sizes"] = [torch.tensor(sample.tgt_sizes).reshape(-1, 2).long() for sample in samples]
-            data["image_sizes"] = [sample.image_sizes for sample in samples]
-            if any(unit != [-1] for sample in samples for unit in sample.temporal_ids):
-                data["temporal_ids"] = [sample.temporal_ids for sample in samples]
-            if is_padded:
-                data |= self.pad_visual_inputs([vars(sample) for sample in samples])
-        else:
+        if images is None and videos is None:
             data.pop("image_bound")
+        else:
+            if all(group == [-1] for sample in samples for group in sample.groups):
+                visual.pop("temporal_ids")
+            data |= visual
+            if is_padded:
+                rows = zip(*visual.values(), strict=True)
+                data |= self.pad_visual_inputs([dict(zip(visual, row, strict=True)) for row in rows])
         if return_metadata:
             data["video_metadata"] = [sample.video_metadata for sample in samples]
         return NestedBatchFeature(data)
@@ -256,7 +253,7 @@ class MiniCPMVProcessor(ProcessorBase):
         """Whether a keyword is an option of this processor (else it may be a variable of the chat template)."""
         return name in CALL_OPTIONS | TOLERATED_OPTIONS or any(name in names for names in self.option_names.values())
 
-    def _sort_options(self, kwargs: dict[str, Any]) -> _Options:
+    def _sort_options(self, kwargs: dict[str, Any], videos: list) -> _Options:
         """The keywords of a call by the part they concern, like `option_names`."""
         parts, cache = self.option_names, kwargs.pop("media_cache", None)
         options = {part: dict(kwargs.pop(f"{part}_kwargs", None) or {}) for part in (*parts, "common")}
@@ -276,8 +273,10 @@ class MiniCPMVProcessor(ProcessorBase):
         images, text = (
             {name: options[part][name] for name in options[part].keys() & parts[part]} for part in ("images", "text")
         )
-        read = _read_anew if cache is None else cache.get
-        return _Options(ImageOptions(**images), options["videos"], TextOptions(**text), read)
+        clocks = metadata_of_each(videos, options["videos"].pop("video_metadata", None))
+        metadata = dict(zip(map(id, videos), clocks, strict=True))
+        read = cache.get if cache is not None else lambda kind, sources, make: make(sources)
+        return _Options(ImageOptions(**images), options["videos"], metadata, TextOptions(**text), read)
 
     def _expand(
         self, prompt: str, images: list, videos: list, groups: list[list[int]], spans: list, options: _Options
@@ -294,19 +293,23 @@ class MiniCPMVProcessor(ProcessorBase):
             sliced = iter(self.image_processor.slice_all_to_patches(unsliced, limit, data_format))
             return [image if hasattr(image, "tgt_sizes") else next(sliced) for image in new]
 
-        def sample_videos(new: list) -> list:
-            process = self.video_processor.preprocess
-            return [process(video, return_metadata=True, **options.videos) for video in new]
+        def slice_videos(new: list) -> list:
+            slice_video, metadata = self.video_processor.slice_video, options.metadata
+            return [slice_video(video, metadata[id(video)], **options.videos) for video in new]
 
-        frames = iter(options.read("image", images, slice_images))
-        features = iter(options.read("video", videos, sample_videos))
+        stills = iter(options.read("image", images, slice_images))
+        sampled = iter(options.read("video", videos, slice_videos))
         groups_left = iter(groups)
-        sample, parts, place, number = ExpandedPrompt(""), [texts[0]], 0, 0
+        sample = ExpandedPrompt("", [], [], [], [])
+        parts, place, number = [texts[0]], 0, 0
         moves = [(0, 0)]  # (start in the prompt, start in the result) of the pieces of text
         while place < len(kinds):
             if kinds[place] == VIDEO_PLACEHOLDER:
-                units = self._add_video(sample, next(features), options)
-                following = place + 1
+                video, following = next(sampled), place + 1
+                members, packs = video.frames, video.temporal_ids
+                sample.video_metadata.append(video.metadata)
+                size = members[0].image_size
+                slots = self.video_processor.get_video_placeholder(size, len(packs), **options.videos)
             else:
                 group = next(groups_left)
                 following = place + len(group)
@@ -314,20 +317,22 @@ class MiniCPMVProcessor(ProcessorBase):
                 if VIDEO_PLACEHOLDER in kinds[place:following] or between.strip():
                     found = f"do not stand together in the prompt: {between.strip()[:40]!r} or a video is between them"
                     raise FramePackingError(f"The frames of group {group} {found}. Put them next to each other.")
-                members = [next(frames) for _ in group]
+                members, packs = [next(stills) for _ in group], [group]
                 for frame in members:
                     if self.image_processor.get_sliced_grid(frame.image_size, limit) != frame.grid:
                         found = f"encoded in slices {frame.grid}, but max_slice_nums={limit} cuts it otherwise"
                         raise ImageInputError(f"An image was {found}. Give encode_images the same max_slice_nums.")
-                sample.add(*pack_frames(members, [group]), [frame.image_size for frame in members])
-                units = self.image_processor.get_slice_image_placeholder(
+                slots = self.image_processor.get_slice_image_placeholder(
                     members[0].image_size, number, limit, options.images.use_image_id
                 )
                 number += len(group)
                 if group != [-1] and following < len(kinds) and not texts[following].strip():
                     texts[following] = "\n"
-            moves.append((places[following - 1].end(), moves[-1][1] + len(parts[-1]) + len(units)))
-            parts += [units, texts[following]]
+            moves.append((places[following - 1].end(), moves[-1][1] + len(parts[-1]) + len(slots)))
+            parts += [slots, texts[following]]
+            sample.num_slots += slots.count(self.image_token)
+            sample.frames += members
+            sample.groups += packs
             place = following
 
         def moved(place: int) -> int:
@@ -337,15 +342,6 @@ class MiniCPMVProcessor(ProcessorBase):
         sample.text, sample.spans = "".join(parts), [(moved(start), moved(end)) for start, end in spans]
         return sample
 
-    def _add_video(self, sample: ExpandedPrompt, features: Any, options: _Options) -> str:
-        """Add the sampled frames of one video; returns the text with its slots, a line for each group."""
-        (report,) = features["video_metadata"]
-        sizes = features["tgt_sizes"][0].tolist()
-        sample.add(features["pixel_values"][0], sizes, features["temporal_ids"][0], features["image_sizes"][0])
-        sample.video_metadata.append(report)
-        limits = {name: options.videos.get(name) for name in ("max_slice_nums", "use_image_id")}
-        return self.video_processor.get_video_placeholder(sample.image_sizes[-1], report.num_groups, **limits)
-
     def _tokenize(self, samples: list[ExpandedPrompt], options: TextOptions, with_masks: bool) -> dict[str, Any]:
         """Ids, mask and slot bounds of expanded prompts; with `with_masks` also what the assistant wrote."""
         encoded = [encode_prompt(self.tokenizer, sample.text) for sample in samples]
@@ -353,8 +349,8 @@ class MiniCPMVProcessor(ProcessorBase):
         rows = []
         for index, (sample, (ids, offsets)) in enumerate(zip(samples, encoded, strict=True)):
             slots = [place for place, token in enumerate(ids) if token == slot]
-            if len(slots) != query_num * len(sample.temporal_ids):
-                taken = f"{len(slots)} {self.image_token} tokens, but its images take {query_num * len(sample.temporal_ids)}"
+            if len(slots) != sample.num_slots:
+                taken = f"{len(slots)} {self.image_token} tokens, but its images take {sample.num_slots}"
                 raise MiniCPMVError(f"Prompt {index} has {taken}. Mark images by {IMAGE_PLACEHOLDER} only.")
             limit = options.max_length
             if limit is not None and len(ids) > limit:
@@ -412,7 +408,7 @@ class MiniCPMVProcessor(ProcessorBase):
         """Turn messages into a prompt, and with `tokenize=True` into the inputs of the model.
 
         Args:
-            conversation: a list of messages `{"role", "content"}`, or a list of such lists. Content is a string, a
+            conversation: a list of messages `{"role", "content"}`, or a list of such lists. Content is a string, an
                 image, or a list of parts: strings, images (PIL, pathlib.Path, bytes, array, tensor), videos
                 (pathlib.Path with a video's suffix) and dicts: `{"type": "text", "text": ...}`, `{"type": "image"}` with
                 "image", "url", "path" or "base64", OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`, and
@@ -497,10 +493,6 @@ class MiniCPMVProcessor(ProcessorBase):
         files = super().save_pretrained(save_directory, *args, **kwargs)
         self.image_processor.save_pretrained(save_directory)
         return files
-
-
-def _read_anew(kind: str, sources: list, make: Callable[[list], list]) -> list:
-    return make(sources)
 
 
 def _is_text(value: Any) -> bool:

@@ -204,9 +204,17 @@ class VideoReport:
 class SampledVideo:
     """Chosen frames in time order, their temporal ids in groups, and the report."""
 
-    frames: list[Image.Image]
+    frames: list  # images of `sample_video`, `SlicedImage`s of `slice_video`
     temporal_ids: list[list[int]]
     metadata: VideoReport
+
+
+def metadata_of_each(videos: Sequence, given: Mapping | Sequence[Mapping | None] | None) -> list[Mapping | None]:
+    """`video_metadata` as a list with one for each video."""
+    metadata = [given] * len(videos) if given is None or isinstance(given, Mapping) else list(given)
+    if len(metadata) != len(videos):
+        raise VideoInputError(f"{len(metadata)} video_metadata for {len(videos)} videos; give one for each")
+    return metadata
 
 
 class MiniCPMVVideoProcessor(BaseVideoProcessor):
@@ -258,6 +266,13 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
         frames, groups, report = self._sample(video, video_metadata, self.options(**options))
         return SampledVideo(list(frames), groups, report)
 
+    def slice_video(self, video: Any, video_metadata: Mapping | None = None, **options: Any) -> SampledVideo:
+        """`sample_video`, with each frame sliced as soon as it is decoded."""
+        settings = self.options(**options)
+        frames, groups, report = self._sample(video, video_metadata, settings)
+        sliced = self.image_processor.slice_all_to_patches(frames, settings.max_slice_nums)
+        return SampledVideo(sliced, groups, report)
+
     def preprocess(  # type: ignore[override]
         self,
         videos: Any,
@@ -266,30 +281,22 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
         return_tensors: str | None = None,
         **options: Any,
     ) -> NestedBatchFeature:
-        """Sample, decode and slice videos; each frame is sliced as soon as it is decoded.
+        """Sample, decode and slice videos.
 
         Args:
             videos: one video (see `sample_video`), a list of videos, or one list of videos per conversation.
-            video_metadata: of the one video, or a list with one (or None) for each.
+            video_metadata: of every video, or a list with one (or None) for each.
             return_metadata: adds `video_metadata`, one `VideoReport` per video.
             return_tensors: None or "pt" give torch tensors, "np" numpy arrays, in nested lists either way.
 
         Returns what `MiniCPMVImageProcessor.preprocess` does, one entry a video; raises as `sample_video`.
         """
-        settings = self.options(**options)
         videos = flatten_videos(videos)
-        if video_metadata is None or isinstance(video_metadata, Mapping):
-            video_metadata = [video_metadata] * len(videos)
-        if len(video_metadata) != len(videos):
-            raise VideoInputError(f"{len(video_metadata)} video_metadata for {len(videos)} videos; give one for each")
-        samples, reports = [], []
-        for video, metadata in zip(videos, video_metadata, strict=True):
-            frames, groups, report = self._sample(video, metadata, settings)
-            samples.append((self.image_processor.slice_all_to_patches(frames, settings.max_slice_nums), groups))
-            reports.append(report)
-        features = visual_features(samples, return_tensors)
+        pairs = zip(videos, metadata_of_each(videos, video_metadata), strict=True)
+        sliced = [self.slice_video(video, metadata, **options) for video, metadata in pairs]
+        features = visual_features([(video.frames, video.temporal_ids) for video in sliced], return_tensors)
         if return_metadata:
-            features["video_metadata"] = reports
+            features["video_metadata"] = [video.metadata for video in sliced]
         return features
 
     def get_video_placeholder(self, image_size: Sequence[int], num_groups: int, **options: Any) -> str:

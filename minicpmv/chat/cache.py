@@ -6,7 +6,7 @@ What is special:
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
@@ -17,7 +17,7 @@ class KnownMedia(NamedTuple):
 
     @property
     def slices(self) -> list:
-        return self.made["pixel_values"][0] if isinstance(self.made, Mapping) else self.made.pixel_values
+        return [part for image in getattr(self.made, "frames", [self.made]) for part in image.pixel_values]
 
 
 class MediaCache:

@@ -396,6 +396,16 @@ def test_visual_inputs_of_single_samples_are_padded_to_tensors(processor, pictur
     assert processor.pad_visual_inputs(rows[1:2]) == {}
 
 
+def test_each_of_several_videos_has_its_own_metadata(processor, picture):
+    videos, clocks = [[picture] * 6, [picture] * 6], [{"fps": 1}, {"fps": 3}]
+    text = "(<video>./</video>)(<image>./</image>)(<video>./</video>)"
+    for prompts, images in ((text, [picture]), (["(<video>./</video>)"] * 2, None)):
+        data = processor(prompts, images, videos=videos, video_metadata=clocks, return_metadata=True)
+        assert [report.fps for reports in data["video_metadata"] for report in reports] == [1, 3]
+    with pytest.raises(processor.VideoInputError, match="1 video_metadata for 2 videos"):
+        processor(text, [picture], videos=videos, video_metadata=clocks[:1])
+
+
 @pytest.mark.parametrize("text", ["a\ud800", "\udfff<|im_end|>"])
 def test_text_that_is_no_unicode_is_refused_by_name(processor, text):
     with pytest.raises(ValueError, match=r"surrogate pair.*errors='replace'") as error:
