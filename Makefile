@@ -40,6 +40,10 @@ pytest: $(VENV)/dev.stamp tokenizer.json ## all tests but those of the web page,
 web: $(WEB)/stamp ## the tests of the web page, which need a browser
 	OMP_NUM_THREADS=1 $(WEB)/bin/python -m pytest tests/web --durations=5 $(PYTEST_ARGS)
 
+runners: .venvs/lmms-eval/stamp .venvs/vlmevalkit/stamp tokenizer.json ## nano under lmms-eval and VLMEvalKit, each in an environment of its own
+	OMP_NUM_THREADS=1 .venvs/lmms-eval/bin/python -m pytest tests/evaluate/adapters/test_lmms_eval.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venvs/vlmevalkit/bin/python -m pytest tests/evaluate/adapters/test_vlmevalkit.py $(PYTEST_ARGS)
+
 web-screenshots: $(WEB)/stamp ## take the screenshots of the web page in docs/ anew
 	$(WEB)/bin/python tests/web/make_screenshots.py
 
@@ -97,6 +101,18 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	.venvs/$*/bin/python $(PIP_INSTALL) -c .venvs/$*/constraints.txt -e ".[matrix]" "transformers==$*"
 	@touch $@
 .PRECIOUS: .venvs/%/stamp
+
+# Both want other versions of some packages than the pinned ones, and torchvision, which without CUDA may not load:
+# no question here needs the operators that then lack.
+.venvs/lmms-eval/stamp: RUNNER := lmms-eval==0.7.3
+.venvs/vlmevalkit/stamp: RUNNER := ms-vlmeval==0.0.20
+.venvs/lmms-eval/stamp .venvs/vlmevalkit/stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	grep -E '^(accelerate|huggingface_hub|numpy|pillow|tokenizers|torch|transformers)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python $(PIP_INSTALL) -c $(@D)/constraints.txt -e . "$(RUNNER)" pytest
+	$(@D)/bin/python -c "import torchvision" 2>/dev/null || cp tests/evaluate/adapters/torchvision_without_cuda.pth \
+		"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@
 
 .venvs/docs/stamp: docs/requirements.txt
 	$(PYTHON) -m venv .venvs/docs

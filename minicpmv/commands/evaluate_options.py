@@ -221,7 +221,10 @@ JudgePrices = Annotated[
 JudgeCache = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder of the judge's replies; ~/.cache/minicpmv/judge by default.")
 ]
-JudgeYes = Annotated[bool, typer.Option("--judge-yes", help="Ask the judge without telling the cost first.")]
+JudgeYes = Annotated[
+    bool,
+    typer.Option("--judge-yes", help="Agree to what asking the judge costs; without it, a run ends by telling that."),
+]
 
 
 def names(text: str | None) -> list[str] | None:

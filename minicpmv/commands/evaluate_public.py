@@ -137,6 +137,8 @@ def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> Non
 
                 written += "".join(f"\n{file}" for file in write_report([output], output / "report.html"))
             terminal.write(f"{shared.show_results(results)}{written}")
+            if judge is not None:
+                judge.refuse_if_owing()
 
 
 def tell_of_other_files(benchmarks: "Iterable[Benchmark]") -> None:

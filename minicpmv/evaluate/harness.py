@@ -29,6 +29,7 @@ from minicpmv.evaluate.benchmark import (
 from minicpmv.evaluate.gallery import keep_picture
 from minicpmv.evaluate.processes import Processes
 from minicpmv.evaluate.sample_log import SampleKey, SampleLog, write_scores
+from minicpmv.evaluate.statistics import bootstrap_metrics
 from minicpmv.files import write_whole
 
 
@@ -79,7 +80,8 @@ def measure(
 
     Returns:
         What `results.json` holds: settings, and for each row `n` answered samples, the metrics of each seed, their
-        `mean` and their `std` (sample standard deviation; None for one seed), and the mean of the generated `tokens`.
+        `mean`, their `std` (sample standard deviation; None for one seed), their 95 % `interval` (bootstrap over
+        questions), and the mean of the generated `tokens`.
         For public benchmarks also how answers were scored (`scoring`), and for each row the metrics `by` category, who
         decided (`judge`), how many answers stayed `undecided` or were `cut_off`, the means of `prompt_tokens` and
         `seconds`, and which metrics are `points` instead of shares.
@@ -241,6 +243,7 @@ def _summary(row: Row, answered: Mapping[int, Sequence[Entry]], judge: "JudgeMod
         "tokens": _mean(entries, "generated_tokens"),
         "mean": {name: _of_all(fmean, values) for name, values in columns.items()},
         "std": {name: _of_all(stdev, values) if len(values) > 1 else None for name, values in columns.items()},
+        "interval": _intervals(row, answered),
         "seeds": by_seed,
     }
     if row.facts is None:
@@ -249,7 +252,8 @@ def _summary(row: Row, answered: Mapping[int, Sequence[Entry]], judge: "JudgeMod
         "prompt_tokens": _mean(entries, "prompt_tokens"),
         "seconds": _mean(entries, "seconds"),
         "points": list(row.points),
-        "judge": None if row.judge is None else judge.name if judge else "rules only",
+        "judge": _judged_by(row, entries, judge),
+        "judge_returned": sorted({entry["scores"]["judge"] for entry in entries if entry["scores"].get("judge")}),
         "undecided": sum(
             1 for entry in entries if row.judge and row.judge.applies(entry) and not entry["scores"].get("judged")
         ),
@@ -258,10 +262,27 @@ def _summary(row: Row, answered: Mapping[int, Sequence[Entry]], judge: "JudgeMod
     }
 
 
+def _judged_by(row: Row, entries: Sequence[Entry], judge: "JudgeModel | None") -> str | None:
+    """Who decided beside the rules; None where a row's rules decide all."""
+    if row.judge is None:
+        return None
+    return judge.name if judge and any(entry["scores"].get("judged") for entry in entries) else "rules only"
+
+
+def _intervals(row: Row, answered: Mapping[int, Sequence[Entry]]) -> dict[str, list[float]]:
+    """Between which values each metric lies with 95 % confidence."""
+    found = bootstrap_metrics(
+        {seed: [_with_facts(row, entry) for entry in entries] for seed, entries in answered.items()}, row.aggregate
+    )
+    return {name: [interval.low, interval.high] for name, interval in found.items()}
+
+
 def _metrics(row: Row, entries: Sequence[Entry]) -> Metrics:
-    if row.facts is None:
-        return row.aggregate([entry["scores"] for entry in entries])
-    return row.aggregate([entry["scores"] | {"facts": entry["facts"]} for entry in entries])
+    return row.aggregate([_with_facts(row, entry) for entry in entries])
+
+
+def _with_facts(row: Row, entry: Entry) -> Scores:
+    return entry["scores"] if row.facts is None else entry["scores"] | {"facts": entry["facts"]}
 
 
 def _by_fact(row: Row, answered: Mapping[int, Sequence[Entry]], fact: str) -> dict[str, dict[str, Any]]:

@@ -4,14 +4,14 @@ What is special:
 - what is asked, and what a reply says, belongs to the row (`Judge`); this asks, keeps and counts;
 - every reply is kept on disk under its request: another run, another machine with the same folder, or a run that was stopped
   asks for none of them twice. A further try at the same question is a request of its own;
-- what it will cost is told first, and nothing is asked before that is confirmed;
+- what it will cost is told first, for all of a run, and nothing is asked before that is confirmed;
 - the name that the server says has answered is kept: one name stands for other models over the years.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import get_ident
@@ -30,7 +30,7 @@ Pair = tuple[Row, Entry]
 
 
 class JudgeError(MiniCPMVError):
-    """A judge was not asked: the message says what it would cost, and how to agree to it."""
+    """Answers wait for a judge: the message says what asking it would cost, and how to agree to that."""
 
 
 def cache_folder() -> Path:
@@ -48,6 +48,19 @@ class Estimate:
     reply_tokens: int  # at most, of one try for each
     cost: float | None = None  # of one try for each, in the unit of the prices that were given
 
+    def __add__(self, other: "Estimate") -> "Estimate":
+        costs = [cost for cost in (self.cost, other.cost) if cost is not None]
+        return Estimate(
+            self.answers + other.answers,
+            self.most_requests + other.most_requests,
+            self.prompt_tokens + other.prompt_tokens,
+            self.reply_tokens + other.reply_tokens,
+            sum(costs) if costs else None,
+        )
+
+    def __bool__(self) -> bool:
+        return self.answers > 0
+
     def __str__(self) -> str:
         text = (
             f"{self.answers} request{'s' * (self.answers != 1)} (at most {self.most_requests} with further tries), about {self.prompt_tokens} tokens "
@@ -56,13 +69,17 @@ class Estimate:
         return text if self.cost is None else f"{text}, about {self.cost:.2f} at your prices"
 
 
+NOTHING = Estimate(0, 0, 0, 0)
+
+
 class JudgeModel:
     """Scores answers by asking a language model, as the rows say.
 
     Args:
         client: of the model that judges.
         cache: folder of the replies.
-        confirmed: whether the cost has been agreed to; without it, only what the folder knows is judged.
+        confirmed: whether the cost has been agreed to. Without it, only what the folder knows is judged, and the rest is
+            put on the bill: see `refuse_if_owing`.
         prices: of a million tokens to read and of a million to write; any currency.
     """
 
@@ -77,6 +94,7 @@ class JudgeModel:
         self.client, self.cache = client, cache or cache_folder()
         self.confirmed, self.prices = confirmed, prices
         self.name = client.model
+        self._owing: list[Estimate] = []
 
     def settings(self) -> dict[str, Any]:
         """Who judges and how it is asked, for JSON."""
@@ -84,7 +102,9 @@ class JudgeModel:
 
     def estimate(self, pairs: Iterable[Pair]) -> Estimate:
         """What `judge` would ask for these answers."""
-        open_questions = [question for question in self._questions(pairs) if not question.known()]
+        return self._estimate([question for question in self._questions(pairs) if not question.known()])
+
+    def _estimate(self, open_questions: Sequence["_Question"]) -> Estimate:
         tokens = sum(token_count(message["content"]) for question in open_questions for message in question.messages)
         replies = sum(question.judge.max_tokens for question in open_questions)
         cost = None
@@ -105,20 +125,29 @@ class JudgeModel:
             try said nothing.
 
         Raises:
-            JudgeError: something has to be asked, and that was not confirmed.
             EndpointError: the judge does not answer. What it said before is kept.
             DamagedFileError: a kept reply cannot be read.
         """
         questions = self._questions(pairs)
         if not self.confirmed:
-            estimate = self.estimate(pairs := [(question.row, question.entry) for question in questions])
-            if estimate.answers:
-                raise JudgeError(
-                    f"the answers are stored; to judge them, {self.name} would get {estimate}: run the same command with "
-                    "--judge-yes"
-                )
+            known = [question.known() for question in questions]
+            self._owing.append(
+                self._estimate([each for each, is_known in zip(questions, known, strict=True) if not is_known])
+            )
+            questions = [each for each, is_known in zip(questions, known, strict=True) if is_known]
         for question, scores in side_by_side(_Question.ask, questions, self.client.concurrency):
             yield question.entry, scores
+
+    def refuse_if_owing(self) -> None:
+        """End a run in which answers were left to a judge that nobody agreed to pay.
+
+        Raises:
+            JudgeError: with the cost of all of them.
+        """
+        if bill := sum(self._owing, start=NOTHING):
+            raise JudgeError(
+                f"the answers are stored; to judge them, {self.name} would get {bill}: run the same command with --judge-yes"
+            )
 
     def _questions(self, pairs: Iterable[Pair]) -> list["_Question"]:
         """What is put to the judge, given all answers."""

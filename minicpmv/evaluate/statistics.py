@@ -7,20 +7,23 @@ What is special:
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
 from minicpmv.errors import MiniCPMVError
+from minicpmv.evaluate.benchmark import Metrics, Scores
 
 
-RESAMPLES, SEED = 2000, 0  # the same questions give the same interval, whenever they are asked
+RESAMPLES, SEED = 1000, 0  # the same questions give the same interval, whenever they are asked
+FEWEST_RESAMPLES, AFFORDABLE = 200, 3_000_000  # of large data sets: answers that are aggregated in some seconds
 CONFIDENCE = 0.95
-
-T = TypeVar("T")
+# What questions share that were not drawn independently: rotations of one question, pairs about one picture, the figures
+# of a set, questions about one video.
+TOGETHER = ("group", "picture", "set", "video")
 
 
 class StatisticsError(MiniCPMVError):
@@ -33,37 +36,65 @@ class Interval:
     high: float
 
 
-def bootstrap(
-    values: Sequence[T],
-    statistic: Callable[[Sequence[T]], float | None],
+def bootstrap_metrics(
+    by_seed: Mapping[Any, Sequence[Scores]],
+    aggregate: Callable[[list[Scores]], Metrics],
     *,
-    groups: Sequence[Hashable] | None = None,
-    resamples: int = RESAMPLES,
+    resamples: int | None = None,
     confidence: float = CONFIDENCE,
-) -> Interval | None:
-    """The interval of a statistic over resampled values.
+) -> dict[str, Interval]:
+    """The intervals of a row's metrics, of which `aggregate` may make anything, over resampled questions.
 
     Args:
-        values: one entry a question.
-        statistic: of a list of values; None where these have none.
-        groups: of each value; a group is drawn whole. None: every value is a group of its own.
+        by_seed: the scores of each run over the same questions in the same order, with "facts" where the row has them.
+            Questions that share one of the facts in `TOGETHER` are drawn together.
+        aggregate: of one run's scores; the figure is the mean over runs.
+        resamples: how often; by default as often as some seconds allow.
 
     Returns:
-        None where the statistic has no value for any resample. An interval of no width says that all values are alike, not
-        that the figure is certain.
+        An interval for each metric that has a value in every resample. One of no width says that all answers scored alike,
+        not that the figure is certain.
 
     Raises:
-        StatisticsError: there are no values, or not a group for each.
+        StatisticsError: there are no answers.
     """
-    members = _members(len(values), groups)
+    runs = list(by_seed.values())
+    first = runs[0] if runs else []
+    name = next((name for name in TOGETHER if name in first[0].get("facts", {})), None) if first else None
+    groups = [_group(score, name) for score in first] if name else None
+    members = _members(len(first), groups)
+    if resamples is None:
+        resamples = min(RESAMPLES, max(FEWEST_RESAMPLES, AFFORDABLE // len(first)))
     generator = np.random.default_rng(SEED)
-    found = []
+    found: dict[str, list[float | None]] = {}
     for _ in range(resamples):
         drawn = generator.integers(len(members), size=len(members))
-        value = statistic([values[place] for group in drawn for place in members[group]])
-        if value is not None:
-            found.append(value)
-    return _percentiles(found, confidence) if found else None
+        metrics = []
+        for scores in runs:
+            again = [
+                _renamed(scores[place], name, number) if name else scores[place]
+                for number, group in enumerate(drawn)
+                for place in members[group]
+            ]
+            metrics.append(aggregate(again))
+        for metric in metrics[0]:
+            values = [each[metric] for each in metrics]
+            known = [value for value in values if value is not None]
+            found.setdefault(metric, []).append(fmean(known) if len(known) == len(values) else None)
+    return {
+        metric: _percentiles([value for value in values if value is not None], confidence)
+        for metric, values in found.items()
+        if None not in values and len(values) == resamples
+    }
+
+
+def _group(score: Scores, name: str) -> Hashable:
+    return score["facts"].get("category"), score["facts"].get("l2_category"), str(score["facts"].get(name))
+
+
+def _renamed(score: Scores, name: str, number: int) -> Scores:
+    """A score of a group that may be drawn more than once: each time it is another group to those who look at groups."""
+    return score | {"facts": score["facts"] | {name: f"{score['facts'].get(name)} (draw {number})"}}
 
 
 def bootstrap_mean(
@@ -73,10 +104,13 @@ def bootstrap_mean(
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
 ) -> Interval:
-    """What `bootstrap` gives for the mean, in a fraction of its time.
+    """The interval of a mean.
+
+    Args:
+        groups: of each value; a group is drawn whole. None: every value is a group of its own.
 
     Raises:
-        StatisticsError: as `bootstrap`.
+        StatisticsError: there are no values, or not a group for each.
     """
     members = _members(len(values), groups)
     sums = np.array([math.fsum(values[place] for place in group) for group in members])
@@ -141,7 +175,7 @@ def pair(
 
     Args:
         first, second: the scores (0 to 1) of the same questions in the same order.
-        groups: as in `bootstrap`.
+        groups: as in `bootstrap_mean`.
         right: an answer counts as right from this score on, where scores are not just 0 and 1.
 
     Raises:

@@ -46,7 +46,9 @@ def judge_of(server, cache, row=ROW, entries=None, confirmed=True, prices=None, 
     client = ChatClient(server.url, "m", **options)
     model = JudgeModel(client, cache, confirmed=confirmed, prices=prices)
     found = model.judge([(row, one) for one in entries or [entry(0), entry(1)]])
-    return {one["index"]: scores for one, scores in found}
+    scores = {one["index"]: scores for one, scores in found}
+    model.refuse_if_owing()
+    return scores
 
 
 def saying(*texts):
@@ -94,6 +96,16 @@ def test_nothing_is_asked_before_its_cost_is_agreed_to(tmp_path):
         judge_of(server, tmp_path, entries=[entry(0)])
         with pytest.raises(JudgeError, match=r"m would get 1 request .*about 1.66 at your prices"):
             judge_of(server, tmp_path, confirmed=False, prices=(10_000, 100_000))
+
+
+def test_what_is_known_is_judged_at_once_and_the_rest_of_all_benchmarks_makes_one_bill(tmp_path):
+    with serving(saying("A")) as server:
+        judge_of(server, tmp_path, entries=[entry(0)])
+        model = JudgeModel(ChatClient(server.url, "m"), tmp_path)
+        assert [one["index"] for one, _ in model.judge([(ROW, entry(0)), (ROW, entry(1))])] == [0]
+        assert list(model.judge([(ROW, entry(2))])) == [] and model.estimate([(ROW, entry(3))]).answers == 1
+        with pytest.raises(JudgeError, match="m would get 2 requests"):
+            model.refuse_if_owing()
 
 
 def test_rotations_of_a_question_that_is_lost_are_not_judged(tmp_path):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from minicpmv.evaluate.statistics import StatisticsError, bootstrap, bootstrap_mean, mcnemar, pair
+from minicpmv.evaluate.benchmark import mean_of_each
+from minicpmv.evaluate.statistics import StatisticsError, bootstrap_mean, bootstrap_metrics, mcnemar, pair
 
 
 scores = st.lists(st.floats(0, 1), min_size=1, max_size=30)
@@ -24,11 +25,10 @@ def test_an_interval_lies_within_the_scores_and_is_the_same_every_time(values):
 
 @settings(deadline=None)
 @given(scores)
-def test_the_short_way_for_means_gives_what_the_general_way_gives(values):
-    groups = [place % 3 for place in range(len(values))]
-    general = bootstrap(values, lambda drawn: sum(drawn) / len(drawn), groups=groups, resamples=30)
-    quick = bootstrap_mean(values, groups=groups, resamples=30)
-    assert general.low == pytest.approx(quick.low) and general.high == pytest.approx(quick.high)
+def test_metrics_that_are_means_have_the_interval_of_a_mean(values):
+    found = bootstrap_metrics({0: [{"exact": value} for value in values]}, mean_of_each, resamples=30)
+    quick = bootstrap_mean(values, resamples=30)
+    assert found["exact"].low == pytest.approx(quick.low) and found["exact"].high == pytest.approx(quick.high)
 
 
 def test_ninety_five_of_a_hundred_intervals_hold_the_true_share():
@@ -47,8 +47,37 @@ def test_questions_that_hang_together_make_the_interval_wider():
     assert together.high - together.low > 3 * (apart.high - apart.low)
 
 
-def test_a_statistic_without_a_value_has_no_interval():
-    assert bootstrap([1.0, 2.0], lambda drawn: None, resamples=5) is None
+def circular(scores):
+    """Of questions in rotations: all have to be right."""
+    groups = {}
+    for score in scores:
+        groups.setdefault(score["facts"]["group"], []).append(score["exact"])
+    return {
+        "accuracy": sum(map(min, groups.values())) / len(groups),
+        "rotations": sum(score["exact"] for score in scores) / len(scores),
+    }
+
+
+def test_a_group_that_is_drawn_twice_counts_twice():
+    plain = [{"exact": float(number % 2), "facts": {}} for number in range(20)]
+    groups = [score | {"facts": {"group": number // 2}} for number, score in enumerate(plain)]
+    one_right = [score | {"exact": 1.0} if score["facts"]["group"] else score for score in groups]
+    found = bootstrap_metrics({0: one_right}, circular)
+    apart = bootstrap_mean([0.0] + [1.0] * 9)
+    assert (found["accuracy"].low, found["accuracy"].high) == (apart.low, apart.high)
+
+
+def test_several_runs_over_the_same_questions_narrow_the_interval_of_their_mean():
+    generator = np.random.default_rng(2)
+    runs = {seed: [{"exact": float(value)} for value in generator.random(100) < 0.5] for seed in range(4)}
+    one = bootstrap_metrics({0: runs[0]}, mean_of_each)["exact"]
+    four = bootstrap_metrics(runs, mean_of_each)["exact"]
+    assert 1.5 < (one.high - one.low) / (four.high - four.low) < 2.6
+
+
+def test_a_metric_without_a_value_has_no_interval():
+    found = bootstrap_metrics({0: [{"exact": 1.0}] * 3}, lambda scores: {"exact": 1.0, "score": None}, resamples=5)
+    assert set(found) == {"exact"}
 
 
 @pytest.mark.parametrize(("values", "groups"), [([], None), ([1.0], ["a", "b"])])
