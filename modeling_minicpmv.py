@@ -346,6 +346,8 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
         """
         visual = {"pixel_values": pixel_values, "tgt_sizes": tgt_sizes, "temporal_ids": temporal_ids}
         rows = self._take_features(visual | {"mm_encoder_outputs": mm_encoder_outputs})
+        # By the older name too, which newer versions answer with a warning of their own.
+        caches = {CACHE_NAME: cache} if past_key_values is None else {"past_key_values": past_key_values}
         return self.llm(
             inputs_embeds=self._embed(input_ids, inputs_embeds, rows),
             attention_mask=attention_mask,
@@ -353,7 +355,7 @@ class MiniCPMV(ChatMixin, MiniCPMVPreTrainedModel, CompatGenerationMixin):
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            **{CACHE_NAME: past_key_values if cache is None else cache},
+            **caches,
             **kwargs,
         )
 
