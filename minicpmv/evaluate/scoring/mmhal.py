@@ -124,7 +124,7 @@ def rate(review: str) -> Scores:
         "rating": float(rating or 0),
         "hallucination": float((rating or 0) < WITHOUT_HALLUCINATION),
         "extracted": None,
-        "undecided": rating is None,
+        "undecided": False,
         "judged": True,
     }
 
@@ -141,7 +141,7 @@ def mmhal_score(scores: list[Scores]) -> Metrics:
 
 
 def judge_of_mmhal(scoring: Scoring = "current", strict: bool = False) -> Judge:
-    """The judge that reviews, once; whatever it writes counts."""
+    """The judge that reviews, once. Whatever it writes counts; `strict`: only if it gives one rating."""
 
     def messages(entry: Entry) -> list[dict[str, Any]]:
         expected = entry["expected"]
@@ -153,12 +153,15 @@ def judge_of_mmhal(scoring: Scoring = "current", strict: bool = False) -> Judge:
         )
         return [{"role": "user", "content": request}]
 
+    def read(reply: str, entry: Entry) -> Scores | None:
+        return None if strict and read_rating(reply) is None else rate(reply)
+
     return Judge(
         model="gpt-4-1106-preview",
         applies=is_undecided,
         messages=messages,
-        read=lambda reply, entry: rate(reply),
-        give_up=lambda entry: rate(""),
+        read=read,
+        give_up=lambda entry: mmhal("", entry["expected"]) | {"judged": True} if strict else rate(""),
         tries=1,
         max_tokens=1024,
         required=True,

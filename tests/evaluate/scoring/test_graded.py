@@ -81,3 +81,10 @@ def test_the_reviewer_is_shown_what_the_image_holds_and_its_review_counts_whatev
         assert part in request
     assert judge.read("no rating at all", entry)["hallucination"] == 1.0
     assert mmhal_score([mmhal("A crane.", expected)]) == {"score": None, "hallucination_rate": None}
+
+
+def test_a_strict_review_counts_only_with_a_rating():
+    judge, entry = judge_of_mmhal(strict=True), {"answer": "A crane.", "expected": {}}
+    assert judge.read("no rating at all", entry) is None
+    assert judge.read("Rating: 1", entry)["rating"] == 1.0
+    assert mmhal_score([judge.give_up(entry)])["hallucination_rate"] is None
