@@ -2,19 +2,23 @@
 
 What is special:
 - images are sent as they are: files byte for byte, drawn ones as PNG; a clip as evenly spaced frames or as a file;
+- subtitles are those of the frames that are sent;
 - what the model does with them (slices, packing of frames) is the endpoint's own affair, unless it understands
   `mm_processor_kwargs`. Rows that take slices or times away mean nothing where it does not.
 """
 
 import base64
+import hashlib
 import io
 import mimetypes
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from minicpmv.evaluate.answerers import Answer, Mode, Question
+from minicpmv.evaluate.answerers import Answer, Mode, Question, is_video
+from minicpmv.evaluate.benchmark import Subtitles
 from minicpmv.evaluate.client import ChatClient, EndpointError, side_by_side
 
 
@@ -27,11 +31,15 @@ DECODING = (
     "repetition_penalty",
     "seed",
 )  # options of chat() that APIs know too
-LOST = ("temporal_ids", "use_image_id", "think_prefix")  # there is no way to send these
+# There is no way to send these.
+LOST = ("temporal_ids", "use_image_id", "think_prefix", "max_num_frames", "max_inp_length")
+BEAMS = ("num_beams", "no_repeat_ngram_size")  # nor these, which are left out where the run sets a temperature
 # What vLLM and `minicpmv serve` take as mm_processor_kwargs.
 PROCESSOR_OPTIONS = ("max_slice_nums", "fps", "num_frames", "max_num_packing", "force_packing", "start", "end")
 QUESTIONS_A_LANE = 8  # held in memory for each request in flight, so that none waits for images to be drawn
 FRAME_QUALITY = 90  # of frames that are sent as JPEG
+
+Media = dict[str, Any]  # see `Answer.media`
 
 
 class Endpoint:
@@ -108,19 +116,28 @@ class Endpoint:
             if not question.answered
         ]
 
-        def ask(item: tuple[Question, dict[str, Any]]) -> Answer:
-            question, request = item
-            return _answer(self.client.complete(_name(question), request), bool(mode))
+        def ask(item: tuple[Question, tuple[dict[str, Any], Media | None]]) -> Answer:
+            question, (request, media) = item
+            started = time.perf_counter()
+            reply = self.client.complete(_name(question), request)
+            return _answer(reply, bool(mode), media, time.perf_counter() - started)
 
         for (question, _), answer in side_by_side(ask, asked, self.client.concurrency):
             yield question, answer
 
-    def _request(self, question: Question, mode: Mode, max_new_tokens: int) -> dict[str, Any]:
+    def _request(self, question: Question, mode: Mode, max_new_tokens: int) -> tuple[dict[str, Any], Media | None]:
+        """The body of a request, and what is to be known about the frames of its video."""
         prompt = question.prompt
         options = {name: value for name, value in prompt.options.items() if name not in LOST}
         processing = {name: options.pop(name) for name in PROCESSOR_OPTIONS if name in options}
         decoding = {name: options.pop(name) for name in DECODING if name in options}
+        if isinstance(decoding.get("seed"), str):
+            decoding["seed"] = int.from_bytes(hashlib.sha256(decoding["seed"].encode()).digest()[:4], "big") // 2
         is_greedy = options.pop("decoding", "greedy") == "greedy"
+        if self.client.temperature != "question":
+            options = {name: value for name, value in options.items() if name not in BEAMS}
+        elif options.get("num_beams") == 1:
+            del options["num_beams"]
         if is_greedy:
             decoding["temperature"] = 0
         elif "temperature" not in decoding and self.client.temperature == "question":
@@ -136,12 +153,33 @@ class Endpoint:
             more["chat_template_kwargs"] = {"enable_thinking": bool(mode)}
         if self.processor_options and processing:
             more["mm_processor_kwargs"] = processing
-        content = [part for parts in map(self._parts, prompt.content) for part in parts]
+        shown, media = self._with_frames(prompt.content)
+        content = [part for parts in map(self._parts, shown) for part in parts]
         if self.detail is not None:
             for part in content:
                 if part["type"] == "image_url":
                     part["image_url"]["detail"] = self.detail
-        return self.client.request([{"role": "user", "content": content}], max_new_tokens, decoding, **more)
+        return self.client.request([{"role": "user", "content": content}], max_new_tokens, decoding, **more), media
+
+    def _with_frames(self, content: Sequence[Any]) -> tuple[list[Any], Media | None]:
+        """The content with the frames of its video in the video's place where frames are sent, and its subtitles as text."""
+        videos = [
+            part["video"] for part in content if is_video(part) and isinstance(part["video"], (str, os.PathLike))
+        ]
+        if len(videos) != 1 or str(videos[0]).startswith(("http://", "https://", "data:")):
+            return list(content), None
+        times, frames = zip(*timed_frames(videos[0], self.frames), strict=True)
+        shown: list[Any] = []
+        for part in content:
+            if is_video(part) and self.clips == "frames":
+                shown.append({"type": "video", "video": list(frames)})
+            elif isinstance(part, Subtitles):
+                shown += [text] if (text := part.shown_at(times)) else []
+            else:
+                shown.append(part)
+        if self.clips == "video_url":  # the endpoint chooses its own frames
+            return shown, {"timestamps": list(times)}
+        return shown, {"frames": len(frames), "packing": 1, "timestamps": list(times)}
 
     def _parts(self, part: Any) -> list[dict[str, Any]]:
         """A part of a message in OpenAI's form; a clip may be several."""
@@ -153,6 +191,8 @@ class Endpoint:
                 return [{"type": "text", "text": part["text"]}]
             source = part.get(kind, part.get(f"{kind}_url"))
             source = source["url"] if isinstance(source, Mapping) else source
+        elif isinstance(part, Subtitles):
+            raise EndpointError("subtitles need one video in a file, to know which frames are shown")
         else:
             kind = "image"
             if isinstance(part, os.PathLike) and (mimetypes.guess_type(part)[0] or "").startswith("video"):
@@ -160,19 +200,19 @@ class Endpoint:
             source = part
         if kind == "image":
             return [_address("image_url", source)]
-        if isinstance(source, (list, tuple)):  # frames that were cut before
-            return [_address("image_url", frame) for frame in source]
-        if self.clips == "video_url":
-            return [_address("video_url", source)]
-        frames = even_frames(source, self.frames)
+        if not isinstance(source, (list, tuple)):
+            if self.clips == "video_url":
+                return [_address("video_url", source)]
+            source = even_frames(source, self.frames)
         if self.frame_size is None:
-            return [_address("image_url", frame) for frame in frames]
+            return [_address("image_url", frame) for frame in source]
+        frames = [frame.copy() for frame in source]
         for frame in frames:
             frame.thumbnail((self.frame_size, self.frame_size))
         return [_address("image_url", frame, "JPEG", quality=FRAME_QUALITY) for frame in frames]
 
 
-def _answer(reply: Any, thinks: bool) -> Answer:
+def _answer(reply: Any, thinks: bool, media: Media | None, seconds: float) -> Answer:
     choice, usage = reply.choices[0], reply.usage
     text, thought = choice.message.content or "", None
     if thinks:
@@ -188,22 +228,30 @@ def _answer(reply: Any, thinks: bool) -> Answer:
         prompt_tokens=usage and usage.prompt_tokens,
         generated_tokens=usage and usage.completion_tokens,
         mode="deep" if thinks else "fast",
+        media=media,
+        seconds=seconds,
     )
 
 
 def even_frames(clip: str | os.PathLike, count: int) -> list[Any]:
     """`count` frames of a clip as images, evenly spaced from the first to the last; all of them where there are fewer."""
+    return [frame for _, frame in timed_frames(clip, count)]
+
+
+def timed_frames(clip: str | os.PathLike, count: int) -> list[tuple[float, Any]]:
+    """Even frames, each with the seconds from the first one at which it is shown."""
     import av
 
     with av.open(os.fspath(clip)) as container:
-        total = sum(1 for _ in container.decode(video=0))
+        times = [frame.time or 0.0 for frame in container.decode(video=0)]
+    total = len(times)
     last = max(total - 1, 0)
     wanted = (
         set(range(total)) if total <= count else {round(place * last / max(count - 1, 1)) for place in range(count)}
     )
     with av.open(os.fspath(clip)) as container:
         frames = enumerate(container.decode(video=0))
-        return [frame.to_image() for place, frame in frames if place in wanted]
+        return [(round(times[place] - times[0], 2), frame.to_image()) for place, frame in frames if place in wanted]
 
 
 def _address(kind: str, source: Any, encoding: str = "PNG", **options: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from minicpmv.commands.evaluate import evaluate_app
 from minicpmv.evaluate import Endpoint, LocalModel, figures, load_benchmark, measure
 from minicpmv.evaluate.answerers import Question
-from minicpmv.evaluate.benchmark import Benchmark, Prompt, Row
+from minicpmv.evaluate.benchmark import Benchmark, Prompt, Row, Subtitles
 from minicpmv.evaluate.endpoint import EndpointError, even_frames
 from minicpmv.evaluate.sample_log import SampleKey, read_entries
 from minicpmv.evaluate.scoring.drawn import exact_match
@@ -166,6 +166,42 @@ def test_a_clip_is_sent_as_even_frames_or_as_its_file():
     assert all((pixels(part) == np.asarray(frame)).all() for part, frame in zip(frames, expected, strict=False))
     kind, data = whole[0]["video_url"]["url"].split(";base64,")
     assert kind == "data:video/mp4" and base64.b64decode(data) == CLIP.read_bytes()
+
+
+def test_subtitles_are_those_of_the_frames_that_are_sent():
+    lines = tuple((second, second + 0.4, f"line {second}") for second in range(10))
+    parts = [{"type": "video", "video": str(CLIP)}, Subtitles(lines, before="Subtitles:\n"), "What?"]
+    with serving() as server:
+        answer = one_answer(
+            server, *parts, frames=2, options={"fps": 5, "max_num_frames": 180, "max_inp_length": 9999}
+        )
+    content = server.requests[0]["messages"][0]["content"]
+    assert [part["type"] for part in content] == ["image_url"] * 2 + ["text"] * 2
+    first, last = answer.media["timestamps"]
+    assert first == 0 and last > 1 and answer.media["frames"] == 2 and answer.seconds > 0
+    expected = Subtitles(lines, before="Subtitles:\n").shown_at([first, last])
+    assert content[2]["text"] == expected and expected.startswith("Subtitles:\nline 0")
+    with serving() as server, pytest.raises(EndpointError, match="subtitles need one video"):
+        one_answer(server, parts[1], "What?")
+
+
+def test_beams_of_a_row_give_way_to_the_temperature_of_the_run():
+    beams = {"decoding": "beam", "num_beams": 3, "repetition_penalty": 1.2}
+    with serving() as server:
+        with pytest.raises(EndpointError, match="num_beams=3.*cannot be told"):
+            one_answer(server, options=beams)
+        one_answer(server, options=beams, temperature=0.0)
+    (request,) = server.requests
+    assert request["temperature"] == 0 and "num_beams" not in request and "repetition_penalty" not in request
+
+
+def test_a_seed_in_words_is_sent_as_a_number_of_its_own():
+    sampled = {"decoding": "sample", "temperature": 0.7, "num_beams": 1}
+    with serving() as server:
+        for seed in ("mmstar/0/1", "mmstar/0/2", "mmstar/0/1"):
+            one_answer(server, options=sampled | {"seed": seed})
+    first, second, again = (request["seed"] for request in server.requests)
+    assert first == again != second and 0 <= first < 2**31
 
 
 def test_options_of_a_request_can_be_chosen():
