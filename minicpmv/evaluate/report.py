@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from minicpmv.errors import MiniCPMVError
 from minicpmv.evaluate.harness import RESULTS_FILE
-from minicpmv.evaluate.sample_log import SAMPLES_FILE, read_entries
+from minicpmv.evaluate.sample_log import read_scored
 from minicpmv.files import DamagedFileError, check_writable, read_json
 
 
@@ -210,7 +210,7 @@ def notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 def mistakes(folder: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The first wrong answers of each row that has an exact expected answer."""
     found: dict[str, list[dict[str, Any]]] = {row: [] for row in run["rows"]}
-    for entry in sorted(read_entries(folder / SAMPLES_FILE), key=lambda entry: (entry["seed"], entry["index"])):
+    for entry in sorted(read_scored(folder), key=lambda entry: (entry["seed"], entry["index"])):
         if entry["row"] in found and entry["scores"].get("exact") == 0 and len(found[entry["row"]]) < MISTAKES:
             found[entry["row"]].append(entry)
     return [{"id": row, "entries": entries} for row, entries in found.items() if entries]

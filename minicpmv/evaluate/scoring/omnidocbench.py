@@ -62,7 +62,7 @@ def omnidocbench(answer: str, expected: Any, *, scoring: Scoring = "current", st
             the list of its elements.
 
     Returns:
-        `score`, the mean of the page's edit distances; each of them by its name, None where the page has none of the kind;
+        `score`, 1 minus the mean of the page's edit distances; each of these by its name, None where the page has none of the kind;
         `teds` and `teds_structure`, means over the page's tables; `language`.
     """
     page = expected if isinstance(expected, Mapping) else {"layout_dets": expected}
@@ -75,7 +75,7 @@ def omnidocbench(answer: str, expected: Any, *, scoring: Scoring = "current", st
     known = [distance for distance in distances.values() if distance is not None]
     attributes = page.get("page_info", {}).get("page_attribute", {})
     return {
-        "score": fmean(known) if known else None,
+        "score": 1 - fmean(known) if known else None,
         **distances,
         "teds": fmean(teds(*pair) for pair in tables) if tables else None,
         "teds_structure": fmean(teds(*pair, structure_only=True) for pair in tables) if tables else None,

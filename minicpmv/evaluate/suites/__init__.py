@@ -43,6 +43,8 @@ SUITES = {
     "chartqa": "ChartQA test: values and words in charts.",
     "docvqa": "DocVQA val: questions about scanned pages.",
     "textvqa": "TextVQA val: text in photographs.",
+    "ocrbench_v2": "OCRBench v2: reading, finding and parsing text, English and Chinese.",
+    "omnidocbench": "OmniDocBench V1.0: pages to Markdown, English and Chinese.",
     "videomme": "Video-MME: short, medium and long videos, without and with subtitles.",
     "lvbench": "LVBench: videos of an hour.",
     "mlvu": "MLVU dev: seven tasks about long videos.",
@@ -60,7 +62,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], str]] = {
         "The eight suites of the OpenCompass average, and the average.",
     ),
     "ocr": (
-        ("ocrbench", "chartqa", "docvqa", "textvqa"),
+        ("ocrbench", "ocrbench_v2", "chartqa", "docvqa", "textvqa", "omnidocbench"),
         "The suites about text, charts and documents.",
     ),
     "video": (

@@ -7,7 +7,7 @@ from typing import Any
 
 from minicpmv.evaluate.scoring.choice import choices_of, judge_of_choice
 from minicpmv.evaluate.scoring.video_choice import mean_of_tasks, mlvu
-from minicpmv.evaluate.suite import Asking, Sample, Suite, Task
+from minicpmv.evaluate.suite import Asking, Sample, Suite, SuiteError, Task
 from minicpmv.evaluate.suites.watching import GREEDY, expected_choice
 
 
@@ -26,8 +26,13 @@ def ask(sample: Sample) -> list[Any]:
 
 def expected(sample: Sample) -> dict[str, Any]:
     choices = choices_of(sample["candidates"])
-    letter = next(letter for letter, text in choices.items() if text == sample["answer"])
-    return expected_choice(letter, choices, sample)
+    letters = [letter for letter, text in choices.items() if text == sample["answer"]]
+    if not letters:
+        raise SuiteError(
+            f"mlvu: the answer {sample['answer']!r} to {sample['question']!r} about {sample['video']} is none of its "
+            "candidates: fetch the file anew"
+        )
+    return expected_choice(letters[0], choices, sample)
 
 
 SUITE = Suite(

@@ -25,7 +25,7 @@ def formula(latex, order=1):
 def test_blanks_and_punctuation_do_not_count():
     scores = omnidocbench("Hello brave world.", [text("Hello brave new world.", 1)])
     assert scores["text_block"] == pytest.approx(3 / 18) and scores["reading_order"] == 0
-    assert scores["score"] == pytest.approx(1.5 / 18) and scores["table"] is None
+    assert scores["score"] == pytest.approx(1 - 1.5 / 18) and scores["table"] is None
 
 
 def test_the_order_counts_apart_from_the_text():
@@ -94,7 +94,7 @@ def test_pages_are_averaged_by_kind_and_the_four_make_the_figure():
     page = {"layout_dets": boxes, "page_info": {"page_attribute": {"language": "english"}}}
     right = omnidocbench("Body text goes here.\n\n$$a=b$$\n\n" + HTML, page)
     wrong = omnidocbench("", page)
-    assert right["language"] == "english" and right["score"] == 0
+    assert right["language"] == "english" and right["score"] == 1
     means = omnidocbench_distance([right, wrong])
     assert means == {
         "overall": 0.5,
