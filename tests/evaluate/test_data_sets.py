@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from minicpmv.evaluate.data_sets import (
     other_file,
     read_subtitles,
 )
+from minicpmv.evaluate.data_sets.catalog import hub_repositories
 from minicpmv.evaluate.data_sets.records import MISSING, JsonLines, Table, as_list
 
 
@@ -155,6 +157,17 @@ def test_another_file_than_that_of_published_figures_is_told():
     assert other_file(known, known.sources[0].md5) is None
     assert "is not the file that others measured with" in other_file(known, "0" * 32)
     assert other_file(DATA_SETS["videomme"], "0" * 32) is None  # nobody says which one that is
+
+
+def test_the_documentation_lists_every_data_set_with_its_license():
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = {
+        cells[1].strip("` "): cells for line in page.splitlines() if len(cells := line.split("|")) == 7 and "`" in line
+    }
+    for id, data_set in DATA_SETS.items():
+        _, _, name, count, source, license, _ = (cell.strip() for cell in rows[id])
+        assert (name, count, license) == (data_set.name, str(data_set.rows or "?"), data_set.license)
+        assert all(repository in source for repository in hub_repositories(data_set))
 
 
 def test_missing_data_says_where_it_looked_and_how_to_get_it(tmp_path, monkeypatch):

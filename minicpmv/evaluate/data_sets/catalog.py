@@ -112,14 +112,6 @@ DATA_SETS = {
         table("chartqa", "VLMEval/ChartQA_TEST.tsv", "c902e0aa9be5582a7aad6dcf52734b42", "GPL-3.0 (unverified)", 2500),
         table("docvqa", "VLMEval/DocVQA_VAL.tsv", "d5ee77e1926ff10690d469c56b73eabf", UNSTATED, 5349),
         table(
-            "docvqa_test",
-            "VLMEval/DocVQA_TEST.tsv",
-            "6a2f28cac26ef2d3447374e8c6f6c8e9",
-            UNSTATED,
-            5188,
-            note=NO_ANSWERS,
-        ),
-        table(
             "textvqa", "VLMEval/TextVQA_VAL.tsv", "b233b31f551bbf4056f2f955da3a92cd", "CC-BY-4.0 (unverified)", 5000
         ),
         table(
