@@ -132,7 +132,7 @@ def read(
                         draw_boxes(page.image, page.boxes).save(drawn)
                         boxes = [asdict(box) for box in page.boxes]
                         found["regions"].append(
-                            {"page": page.number, "picture": str(drawn), "boxes": boxes, "notices": page.notices}
+                            {"page": page.number, "image": str(drawn), "boxes": boxes, "notices": page.notices}
                         )
                 if transcribes:
                     found["pages"] = []

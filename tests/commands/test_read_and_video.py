@@ -69,7 +69,7 @@ def test_read_writes_what_is_known_about_every_page(nano_model, nano_processor, 
     assert seen["text"] == ask_nano(nano_model, nano_processor, page.image, prompt, max_new_tokens=2048)
     assert (seen["page"], seen["width"], seen["height"], seen["language"]) == (1, 278, 278, None)
     assert found["answers"][0]["question"] == "Who?" and found["files"] == [str(nano_pdf)]
-    assert Image.open(found["regions"][0]["picture"]).size == (278, 278)
+    assert Image.open(found["regions"][0]["image"]).size == (278, 278)
     assert "minicpmv: note: page 1: no regions" in result.stderr
 
 

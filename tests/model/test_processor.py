@@ -396,6 +396,15 @@ def test_visual_inputs_of_single_samples_are_padded_to_tensors(processor, pictur
     assert processor.pad_visual_inputs(rows[1:2]) == {}
 
 
+def test_an_array_of_frames_fills_the_places_of_as_many_images(processor, picture):
+    frames = np.stack([np.asarray(picture)] * 3)
+    expected = processor("(<image>./</image>)" * 3, [picture] * 3)
+    for images in ([frames], frames, [[frames]]):
+        inputs = processor("(<image>./</image>)" * 3, images)
+        assert torch.equal(inputs["input_ids"], expected["input_ids"])
+        assert all(map(torch.equal, inputs["pixel_values"][0], expected["pixel_values"][0]))
+
+
 def test_each_of_several_videos_has_its_own_metadata(processor, picture):
     videos, clocks = [[picture] * 6, [picture] * 6], [{"fps": 1}, {"fps": 3}]
     text = "(<video>./</video>)(<image>./</image>)(<video>./</video>)"
