@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from minicpmv.errors import MissingPackageError, require
+from minicpmv.errors import MiniCPMVError, require
 from minicpmv.evaluate.benchmark import Entry, Judge, Metrics, Scores
 from minicpmv.evaluate.scoring import Scoring
 from minicpmv.evaluate.scoring.choice import is_undecided, scored_text
@@ -33,6 +33,11 @@ ANIMALS = (
     *("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe"),
     *("animal", "cub"),
 )
+
+
+class MissingTaggerError(MiniCPMVError):
+    """The model of spaCy that tags words is not there."""
+
 
 Tagger = Callable[[str], list[tuple[str, bool]]]  # a text -> its words: (lemma, whether it is a noun)
 
@@ -241,13 +246,15 @@ def spacy_tagger() -> Tagger:
     """The reference's tagger.
 
     Raises:
-        MissingPackageError: spaCy or its model is not installed; the message says how to get both.
+        MissingPackageError, MissingTaggerError: spaCy or its model is not installed; the message says how to get it.
     """
     require("hallucination", "spacy")
     import spacy
 
     if not spacy.util.is_package(SPACY_MODEL):
-        raise MissingPackageError("hallucination", f"{SPACY_MODEL} (python -m spacy download {SPACY_MODEL})")
+        raise MissingTaggerError(
+            f"spaCy has no {SPACY_MODEL}: python -m spacy download {SPACY_MODEL} (what PyPI has under that name is not it)"
+        )
     language = spacy.load(SPACY_MODEL)
 
     def tag(text: str) -> list[tuple[str, bool]]:

@@ -1,6 +1,9 @@
 """Object HalBench: from a description to COCO objects, and how many of them are not there."""
 
 import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 
 from minicpmv.errors import MissingPackageError
 from minicpmv.evaluate.scoring.objects import (
+    MissingTaggerError,
     chair,
     coco_names,
     coco_objects,
@@ -113,6 +117,35 @@ def test_a_judged_description_is_counted_by_the_listed_objects():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("spacy") is not None, reason="spaCy is installed")
-def test_the_reference_s_tagger_says_what_it_lacks():
+def test_the_reference_s_tagger_says_that_spacy_is_not_there():
     with pytest.raises(MissingPackageError, match="spacy"):
+        spacy_tagger()
+
+
+@pytest.fixture
+def spacy(monkeypatch):
+    """A stand-in for spaCy, whose model knows one word."""
+
+    def tagged(text):
+        kinds = {"giraffes": ("giraffe", "NNS")}
+        return [
+            SimpleNamespace(lemma_=lemma, tag_=tag) for lemma, tag in (kinds.get(w, (w, "DT")) for w in text.split())
+        ]
+
+    module = ModuleType("spacy")
+    module.__spec__ = ModuleSpec("spacy", None)
+    module.util = SimpleNamespace(is_package=lambda name: True)
+    module.load = lambda name: tagged
+    monkeypatch.setitem(sys.modules, "spacy", module)
+    return module
+
+
+def test_the_reference_s_tagger_takes_lemmas_and_nouns_from_its_model(spacy):
+    assert spacy_tagger()("a giraffes") == [("a", False), ("giraffe", True)]
+    assert words_of(["giraffes"], spacy_tagger()) == ["giraffe"]
+
+
+def test_the_reference_s_tagger_says_how_to_get_its_model(spacy):
+    spacy.util.is_package = lambda name: False
+    with pytest.raises(MissingTaggerError, match="spacy download en_core_web_trf"):
         spacy_tagger()
