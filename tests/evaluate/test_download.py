@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import socket
 import tarfile
 import threading
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from minicpmv.commands.evaluate_get import data_sets_of
 from minicpmv.commands.main import app
 from minicpmv.evaluate.data_sets import catalog
-from minicpmv.evaluate.data_sets.catalog import DATA_SETS, RemoteFile
+from minicpmv.evaluate.data_sets.catalog import DATA_SETS, HubFiles, RemoteFile
 from minicpmv.evaluate.data_sets.download import Download, DownloadError, fetch, in_units, plan
 
 
@@ -33,7 +34,13 @@ class Files(BaseHTTPRequestHandler):
 
     def reply(self, body):
         self.server.asked.append((self.command, self.headers.get("Range")))
-        content = self.server.files.get(self.path)
+        self.server.tokens.append(self.headers.get("Authorization"))
+        content = self.server.files.get(self.path.partition("?")[0])
+        if content is None and self.path.startswith("/api/"):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if content is None:
             return self.send_error(404)
         if content == "gated":
@@ -56,7 +63,7 @@ class Files(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Files)
-    server.files, server.asked, server.cut, server.ranges = {"/t.tsv": CONTENT}, [], None, True
+    server.files, server.asked, server.tokens, server.cut, server.ranges = {"/t.tsv": CONTENT}, [], [], None, True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -211,3 +218,66 @@ def test_sizes_are_written_for_people():
         "2.5 MB",
         "158.0 GB",
     ]
+
+
+@pytest.fixture
+def hub(server, monkeypatch):
+    """The server as the Hub, with one repository of data."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "secret")
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    siblings = [
+        {"rfilename": "video_info.meta.jsonl", "size": 3, "blobId": "1" * 40},
+        {"rfilename": "deep/a b.mp4", "size": len(CONTENT), "blobId": "2" * 40}
+        | {"lfs": {"sha256": digest, "size": len(CONTENT), "pointerSize": 130}},
+        {"rfilename": "README.md", "size": 5, "blobId": "3" * 40},
+    ]
+    info = {"id": "zai-org/LVBench", "sha": "abc", "siblings": siblings, "private": False}
+    server.files = {
+        "/api/datasets/zai-org/LVBench": json.dumps(info).encode(),
+        "/datasets/zai-org/LVBench/resolve/abc/video_info.meta.jsonl": b"{}\n",
+        "/datasets/zai-org/LVBench/resolve/abc/deep/a%20b.mp4": CONTENT,
+    }
+    return replace(DATA_SETS["lvbench"], sources=(HubFiles("zai-org/LVBench", ("*.jsonl", "*.mp4")),))
+
+
+def test_files_of_the_hub_are_listed_with_their_sizes_and_checked_by_its_digests(server, hub, tmp_path):
+    files = plan(hub, tmp_path)
+    folder = tmp_path / "LVBench"
+    assert [(file.path, file.size) for file in files] == [
+        (folder / "video_info.meta.jsonl", 3),
+        (folder / "deep" / "a b.mp4", len(CONTENT)),
+    ]
+    fetch(files)
+    assert (folder / "deep" / "a b.mp4").read_bytes() == CONTENT
+    assert server.tokens[-1] == "Bearer secret"
+
+    (folder / "deep" / "a b.mp4").unlink()
+    server.files["/datasets/zai-org/LVBench/resolve/abc/deep/a%20b.mp4"] = CONTENT[::-1]
+    with pytest.raises(DownloadError, match="its SHA256 is"):
+        fetch(plan(hub, tmp_path))
+
+
+def test_files_that_the_hub_no_longer_has_are_named(server, hub, tmp_path):
+    with pytest.raises(DownloadError, match=r"zai-org/LVBench has no \*\.tar any more"):
+        plan(replace(hub, sources=(HubFiles("zai-org/LVBench", ("*.tar",)),)), tmp_path)
+
+
+def test_a_repository_that_the_hub_does_not_show_names_the_gate(server, hub, tmp_path):
+    with pytest.raises(DownloadError, match="accept the terms at huggingface.co/datasets/MLVU/MVLU"):
+        plan(DATA_SETS["mlvu"], tmp_path)
+
+
+def test_a_file_that_is_gated_names_what_has_to_be_done(server, hub, tmp_path):
+    files = plan(replace(hub, gate="accept the terms, then `hf auth login`"), tmp_path)
+    server.files["/datasets/zai-org/LVBench/resolve/abc/video_info.meta.jsonl"] = "gated"
+    with pytest.raises(DownloadError, match=r"video_info.*not handed out to you \(403\): accept the terms"):
+        fetch(files)
+
+
+def test_without_a_network_the_hub_is_named_as_out_of_reach(tmp_path):
+    with pytest.raises(DownloadError, match="lvbench: zai-org/LVBench cannot be reached"):
+        plan(DATA_SETS["lvbench"], tmp_path)

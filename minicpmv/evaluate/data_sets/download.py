@@ -18,7 +18,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -32,6 +32,7 @@ BLOCK = 1 << 20
 TIMEOUT = 60  # seconds without a byte
 ARCHIVE_PART = re.compile(r"(?P<archive>.+\.tar)\.part\.\w+")
 UNPACKED = ".unpacked"
+LOG_IN = "log in with `hf auth login`"
 
 
 class DownloadError(MiniCPMVError):
@@ -42,13 +43,15 @@ class DownloadError(MiniCPMVError):
 class Download:
     """One file to fetch.
 
-    path: where it goes; size: in bytes, None where the source does not say; digest: "md5:..." or "sha256:...", or None.
+    path: where it goes; size: in bytes, None where the source does not say; digest: "md5:..." or "sha256:...", or None;
+    gate: what to do where the source does not hand it out.
     """
 
     path: Path
     url: str
     size: int | None
     digest: str | None
+    gate: str | None = None
 
     @property
     def part(self) -> Path:
@@ -88,8 +91,8 @@ def plan(data_set: DataSet, root: Path) -> list[Download]:
 def _remote_file(source: RemoteFile, folder: Path, data_set: DataSet) -> Download:
     url = source.url.replace(HUB, _hub_address(), 1) if source.url.startswith(HUB) else source.url
     digest = f"md5:{source.md5}" if source.md5 else None
-    file = Download(folder / source.path, url, None, digest)
-    return file if file.is_here else Download(file.path, url, remote_size(url, data_set), digest)
+    file = Download(folder / source.path, url, None, digest, data_set.gate)
+    return file if file.is_here else replace(file, size=remote_size(url, data_set.gate))
 
 
 def _hub_files(source: HubFiles, folder: Path, data_set: DataSet) -> list[Download]:
@@ -99,9 +102,8 @@ def _hub_files(source: HubFiles, folder: Path, data_set: DataSet) -> list[Downlo
     try:
         info = HfApi(endpoint=_hub_address()).dataset_info(source.repository, files_metadata=True)
     except RepositoryNotFoundError as error:
-        gate = data_set.gate or "log in with `hf auth login`"
         raise DownloadError(
-            f"{data_set.id}: the Hub does not show {source.repository} to you, or it is gone: {gate}"
+            f"{data_set.id}: the Hub does not show {source.repository} to you, or it is gone: {data_set.gate or LOG_IN}"
         ) from error
     except (HTTPError, OSError) as error:
         raise DownloadError(_unreachable(data_set.id, source.repository, error)) from error
@@ -111,6 +113,7 @@ def _hub_files(source: HubFiles, folder: Path, data_set: DataSet) -> list[Downlo
             f"{_hub_address()}/datasets/{source.repository}/resolve/{info.sha}/{quote(file.rfilename)}",
             file.size,
             f"sha256:{file.lfs.sha256}" if file.lfs else None,
+            data_set.gate,
         )
         for file in info.siblings or ()
         if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in source.patterns)
@@ -139,19 +142,19 @@ def _unreachable(what: str, where: str, error: BaseException) -> str:
     )
 
 
-def remote_size(url: str, data_set: DataSet | None = None) -> int | None:
+def remote_size(url: str, gate: str | None = None) -> int | None:
     """Bytes of the file at `url`, or None where the server does not say.
 
     Raises:
         DownloadError: it is not there, or the server cannot be reached.
     """
-    with _opened(urllib.request.Request(url, method="HEAD"), url, data_set) as response:
+    with _opened(urllib.request.Request(url, method="HEAD"), url, gate) as response:
         length = response.headers.get("Content-Length")
     return int(length) if length else None
 
 
 @contextmanager
-def _opened(request: urllib.request.Request, name: str, data_set: DataSet | None = None) -> Iterator[HTTPResponse]:
+def _opened(request: urllib.request.Request, name: str, gate: str | None) -> Iterator[HTTPResponse]:
     if urlsplit(request.full_url).hostname == urlsplit(_hub_address()).hostname:
         from huggingface_hub import get_token
 
@@ -162,8 +165,7 @@ def _opened(request: urllib.request.Request, name: str, data_set: DataSet | None
             yield response
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
-            gate = (data_set.gate if data_set else None) or "log in with `hf auth login`"
-            raise DownloadError(f"{name} is not handed out to you ({error.code}): {gate}") from error
+            raise DownloadError(f"{name} is not handed out to you ({error.code}): {gate or LOG_IN}") from error
         raise DownloadError(
             f"{name}: the server answers {error.code} {error.reason}: if the file has moved, fetch it by hand and name "
             "its folder with --data"
@@ -218,7 +220,7 @@ def _fetch(file: Download, seen: Callable[[int], None]) -> None:
         here = 0
     if file.size is None or here < file.size:
         request = urllib.request.Request(file.url, headers={"Range": f"bytes={here}-"} if here else {})
-        with _opened(request, file.path.name) as response:
+        with _opened(request, file.path.name, file.gate) as response:
             resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {here}-")
             length = response.headers.get("Content-Length")
             whole = (int(length) if length else 0) + (here if resumed else 0) if length else file.size
