@@ -91,8 +91,7 @@ def read_conversations(
     for index, (messages, own) in enumerate(zip(conversations, images, strict=True)):
         for message in messages:
             if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-                roles = f"{', '.join(ROLES[:-1])} or {ROLES[-1]}"
-                raise ChatError(f"A message is a dict with 'content' and a 'role' of {roles}, not {message!r}.")
+                raise ChatError(f"A message is a dict with 'content' and one of the roles {ROLES}, not {message!r}.")
         first = next((place for place, message in enumerate(messages) if message["role"] != "system"), None)
         if first is None:
             raise ChatError(f"Conversation {index} has no message of a user.")
@@ -164,8 +163,9 @@ class ChatSettings:
             hint = f"max_new_tokens={max_new_tokens} bounds thought and answer together, and closing takes {closing}"
             check_whole("thinking_budget", thinking_budget, 0, max_new_tokens - closing - 1, hint, ChatError)
         if decoding is not None and (decoding not in DECODINGS or sampling is not None):
-            known = ", ".join(DECODINGS)
-            raise ChatError(f"decoding={decoding!r}: choose one of {known}, and leave away its older name sampling=.")
+            raise ChatError(
+                f"decoding={decoding!r}: choose one of {', '.join(DECODINGS)}, not its older name sampling=."
+            )
 
         config, tokenizer = model.generation_config, processor.tokenizer
         asks_to_sample = any(given.get(name) is not None for name in ("temperature", "top_p", "top_k"))
@@ -173,8 +173,7 @@ class ChatSettings:
             decoding = "beam" if sampling is False else "sample"
         self.decoding: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "tokenizer": tokenizer}
         if decoding is not None:
-            thinks = self.thinking is True and decoding == "sample"
-            self.decoding |= SAMPLE_THINKING if thinks else DECODINGS[decoding]
+            self.decoding |= SAMPLE_THINKING if (self.thinking, decoding) == (True, "sample") else DECODINGS[decoding]
         self.decoding |= ({"num_beams": 1} if sampling is False and stream else {}) | given
         self.beams = self.decoding.get("num_beams") or config.num_beams or 1
         self.samples = self.decoding.get("do_sample", config.do_sample)
@@ -337,10 +336,9 @@ class Turn:
         features: Any = None,
         watch: Watch | None = None,
     ):
-        is_auto = settings.thinking == "auto"
         self.model, self.processor, self.settings = model, processor, settings
         self.watch = watch or Watch(exact=True)
-        self._memory = PromptMemory() if memory is None and is_auto else memory
+        self._memory = PromptMemory() if memory is None and settings.thinking == "auto" else memory
         self._conversations, self._features = conversations, features
         self.prompt = self._write(thinking=settings.thinking is True)
         self.watch.note("inputs")
@@ -349,9 +347,7 @@ class Turn:
     def run(self, streamer: AnswerStreamer | None = None) -> list[ChatOutput]:
         """Let the model answer; one output for each conversation."""
         settings, watch, prompt = self.settings, self.watch, self.prompt
-        facts: dict[str, Any] = {}
-        if self._memory is not None:
-            facts["cached_tokens"] = self._memory.cached_tokens(prompt.keys)
+        facts: dict[str, Any] = {"cached_tokens": self._memory.cached_tokens(prompt.keys) if self._memory else 0}
         features = self._read_images()
         thinking: Any = settings.thinking
         draft: list[int] = []
@@ -517,8 +513,8 @@ class ChatMixin:
             image: older style: the image (in a batch: one a conversation) that stands before a first message
                 whose content is a string.
             msgs: list of messages `{"role", "content"}`, a list of such lists (a batch), or either as a JSON string.
-                Content: see `MiniCPMVProcessor.apply_chat_template`, and [`encode_images`]. An
-                answer that ends the conversation is unfinished: the model goes on with it, without a thought.
+                Content: see `MiniCPMVProcessor.apply_chat_template`, and [`encode_images`]. An answer that ends the
+                conversation is unfinished: the model goes on with it, without a thought.
             tokenizer, processor: those in the model's own folder where they are not given. Nothing is downloaded.
             vision_hidden_states: features [units, query_num, D] of each conversation, in place of encoding the
                 images again; the images are still needed, for the prompt.
@@ -596,8 +592,7 @@ class ChatMixin:
             processor: that in the model's own folder where it is not given.
             max_slice_nums: see `MiniCPMVProcessor.__call__`; calls that use the images need the same.
 
-        Returns:
-            `SlicedImage`, for a list a list of them: they stand in messages to this model as images do.
+        Returns a `SlicedImage`, for a list a list of them: they stand in messages to this model as images do.
         """
         processor = self.chat_processor(processor)
         given = list(images) if isinstance(images, (list, tuple)) else [images]
@@ -611,9 +606,8 @@ class ChatMixin:
     # ---- what sessions, training and serving are built on ----
 
     read_conversations = staticmethod(read_conversations)
-    # Called with the model as first argument: the first two.
-    chat_settings, chat_turn, answer_stream = ChatSettings, Turn, AnswerStream
-    prompt_memory, seeded_choice = PromptMemory, SeededChoice
+    chat_settings, chat_turn = ChatSettings, Turn  # called with the model as first argument
+    answer_stream, prompt_memory, seeded_choice = AnswerStream, PromptMemory, SeededChoice
 
     def chat_processor(self, processor: ProcessorMixin | None = None, tokenizer: Any = None) -> ProcessorMixin:
         """The processor that was given, or the one in the model's own folder; with `tokenizer` in place of its own.

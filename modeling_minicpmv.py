@@ -76,10 +76,8 @@ def flatten_visual_inputs(
         return slices, sizes, [[STILL_IMAGE_ID]] * len(slices)
     if isinstance(temporal_ids, Tensor):
         temporal_ids = temporal_ids.tolist()
-    units = []
-    for unit in chain.from_iterable(temporal_ids):
-        ids = torch.as_tensor(unit).flatten().tolist()
-        units.append([frame for frame in ids if frame != TEMPORAL_PADDING_ID])
+    rows = [torch.as_tensor(unit).flatten().tolist() for unit in chain.from_iterable(temporal_ids)]
+    units = [[frame for frame in row if frame != TEMPORAL_PADDING_ID] for row in rows]
     units = [unit for unit in units if unit]
     if sum(map(len, units)) != len(slices):
         raise ValueError(
