@@ -9,8 +9,12 @@ The settings behind the figures are known in part only. The authors' code does n
 are marked †, and thinks on MMBench, which is not; frames, rate and packing of the video rows are not public.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from minicpmv.evaluate.data_sets.catalog import DATA_SETS, other_file
 
 
 OURS = "MiniCPM-V 4.5"
@@ -21,6 +25,15 @@ MARKS = {
     "†": "with deep thinking; of MiniCPM-V 4.5, the mean of three runs",
     "*": "evaluated by the authors of MiniCPM-V 4.5",
     "‡": "GPT-4o-latest, from the OpenCompass leaderboard; GPT-4o's other figures are those of version 1120",
+}
+
+
+# Rows of the table that are two metrics of one row of ours: (row, metric).
+SAME_ROW = {
+    "objhal_chair_s": ("objhal", "chair_s"),
+    "objhal_chair_i": ("objhal", "chair_i"),
+    "mmhal_score": ("mmhal", "score"),
+    "mmhal_rate": ("mmhal", "hallucination_rate"),
 }
 
 
@@ -47,6 +60,29 @@ class PublishedRow:
     title: str
     lower_is_better: bool = False
 
+    def own(self, results: Mapping[str, Any]) -> str | None:
+        """The figure of a run, in the way in which the published one is printed; None where the run has none.
+
+        Args:
+            results: what `results.json` of a suite or a group holds.
+        """
+        if self.id == "opencompass":
+            share = results.get("averages", {}).get("opencompass")
+            return None if share is None else f"{100 * share:.1f}"
+        names = ("mmbench_en", "mmbench_cn") if self.id == "mmbench" else (SAME_ROW.get(self.id, (self.id, ""))[0],)
+        rows = [results["rows"].get(name) for name in names]
+        if any(row is None for row in rows):
+            return None
+        metric = SAME_ROW.get(self.id, ("", None))[1] or next(iter(rows[0]["mean"]))
+        values = [row["mean"].get(metric) for row in rows]
+        if any(value is None for value in values):
+            return None
+        value = fmean(values)
+        if metric not in rows[0].get("points", ()):
+            return f"{100 * value:.1f}"
+        digits = len(COLUMNS[0].figures[self.id].printed.partition(".")[2]) if self.id in COLUMNS[0].figures else 1
+        return f"{value:.{digits}f}"
+
 
 @dataclass(frozen=True)
 class Column:
@@ -58,6 +94,7 @@ class Column:
     figures: dict[str, Figure]
 
 
+VIDEO_ROWS = ("videomme", "lvbench", "mlvu", "longvideobench", "motionbench", "favorbench")
 # Row, title, then MiniCPM-V 4.5, Qwen2.5-VL-7B, Qwen2.5-VL-72B, InternVL3-8B, GLM-4.1V-9B-Thinking, GPT-4o.
 MAIN_MODELS = (OURS, "Qwen2.5-VL-7B", "Qwen2.5-VL-72B", "InternVL3-8B", "GLM-4.1V-9B-Thinking", "GPT-4o")
 MAIN_TABLE = """
@@ -84,7 +121,7 @@ objhal_chair_i ↓   | Object HalBench CHAIRi     | 5.2†  | 7.7*  | 8.9*  | 6.
 mmhal_score        | MMHal-Bench score (0 to 6) | 5.0†  | 4.1*  | 4.2*  | 4.2*   | 4.6*   | -
 mmhal_rate ↓       | MMHal-Bench rate           | 19.4† | 31.6* | 38.2* | 24.3*  | 22.9*  | -
 mantis             | Mantis                     | 82.5† | 74.7* | 81.1* | 70.1   | 78.8†  | -
-mmt                | MMT-Bench                  | 68.3  | 63.6  | -     | 65.0   | 67.6   | 66.7*
+mmtbench           | MMT-Bench                  | 68.3  | 63.6  | -     | 65.0   | 67.6   | 66.7*
 realworldqa        | RealWorldQA                | 72.1† | 68.5  | 75.7  | 70.8   | 70.7†  | 76.8*
 mm_ifeval          | MM-IFEval                  | 66.0  | 51.3* | 73.8* | 53.2*  | 58.4†  | 64.6
 videomme           | Video-MME without subtitles | 67.9 | 65.1  | 73.3  | 66.3   | 68.2   | 71.9
@@ -151,3 +188,31 @@ ROWS, _main = _read(MAIN_TABLE, [(model, "† thinks, the others do not", PAPER)
 _peer_rows, _peers = _read(PEER_TABLE, PEERS)
 ALL_ROWS = ROWS + [row for row in _peer_rows if row.id not in {known.id for known in ROWS}]
 COLUMNS: list[Column] = [*_main, *_peers]
+
+
+def caveats(results: Mapping[str, Any]) -> list[str]:
+    """Why a run's figures may not be comparable with the published ones, a sentence each."""
+    parts = [each.get("settings", {}) for each in results.get("suites", {}).values()] or [results["settings"]]
+    found = []
+    others = [
+        name
+        for part in parts
+        for name, digest in (part.get("data") or {}).items()
+        if name in DATA_SETS and other_file(DATA_SETS[name], digest)
+    ]
+    if others:
+        found.append(f"Other files than those that are published, such as fixtures: {', '.join(others)}.")
+    if results.get("samples") is not None:
+        found.append(f"No more than {results['samples']} questions of each row were asked.")
+    if not all(part.get("as_published") for part in parts):
+        found.append("Plain setting: neither the authors' prompts nor their decoding (--as-published).")
+    if results.get("scoring", {}).get("strict"):
+        found.append("Strict rules, which mend the reference's defects.")
+    rows = results["rows"]
+    if unjudged := [name for name, row in rows.items() if row.get("judge") == "rules only" and row.get("undecided")]:
+        found.append(f"Rules only, without a judge: {', '.join(unjudged)}.")
+    if {"mmbench_en", "mmbench_cn"} & rows.keys():
+        found.append("MMBench is the dev set; the published figure is taken to be that of the test set.")
+    if any(name.startswith(VIDEO_ROWS) for name in rows):
+        found.append("Frames, rate and packing of the published video figures are not known.")
+    return found

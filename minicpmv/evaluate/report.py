@@ -1,21 +1,29 @@
-"""Runs side by side in HTML or Markdown, with tables, charts and the first mistakes of each.
+"""Runs side by side in HTML, Markdown or CSV: figures with their intervals, published ones beside them, what they cost,
+which questions flipped, charts, and the first mistakes of each.
 
 What is special:
-- an HTML report is one file: the charts stand in it as SVG;
-- runs are compared as they are; where they were asked about other samples, the report says so;
+- an HTML report is one file: charts and images stand in it;
+- runs are compared as they are; where they were asked about other samples, or not as the published figures were made, the
+  report says so;
 - what models wrote, and what files of runs hold, is shown as text: no link, image or tag in it comes alive.
 """
 
 import base64
+import csv
+import glob
 import io
 import math
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minicpmv.errors import MiniCPMVError
+from minicpmv.evaluate.benchmark import main_score
 from minicpmv.evaluate.harness import RESULTS_FILE
+from minicpmv.evaluate.pairing import PairingError, pair_runs
+from minicpmv.evaluate.published import ALL_ROWS, COLUMNS, MARKS, caveats
 from minicpmv.evaluate.sample_log import read_scored
 from minicpmv.files import DamagedFileError, check_writable, read_json
 
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MISTAKES = 3  # shown for each row and run
+PICTURES = "pictures"  # the folder of a run's, and of a Markdown report's
 LONGEST_LABEL = 40  # characters in a chart
 # What results.json has to hold, for the whole run and for each row.
 RUN_FIELDS: dict[str, type] = {"model": str, "settings": dict, "seeds": list, "versions": dict, "rows": dict}
@@ -44,16 +53,23 @@ def title_of(run: Mapping[str, Any]) -> str:
     return f"{run['settings'].get('benchmark')}, version {run['settings'].get('version')}"
 
 
+def shown(value: float | None, spread: float | None = None, points: bool = False) -> str:
+    """A figure: a share as a percentage, points as they are."""
+    if not points or value is None:
+        return percent(value, spread)
+    return f"{value:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
+
+
 def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
-    """Compare runs in an .html file, or an .md file with its charts as .png files; returns the files written.
+    """Compare runs in an .html file, an .md file with its images beside it, or a .csv file; returns the files written.
 
     Raises:
         ReportError: a folder holds no finished run, or the runs are not of one benchmark.
         DamagedFileError: a run's file cannot be read.
         UnwritableFileError: the report cannot be written there.
     """
-    if output.suffix not in (".html", ".md"):
-        raise ReportError(f"{output}: a report is an .html or an .md file")
+    if output.suffix not in (".html", ".md", ".csv"):
+        raise ReportError(f"{output}: a report is an .html, an .md or a .csv file")
     check_writable(output)
     runs = [read_run(folder) for folder in folders]
     benchmarks = {title_of(run) for run in runs}
@@ -61,15 +77,21 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
         raise ReportError(
             f"runs of {' and '.join(sorted(benchmarks))} cannot be compared: choose those of one version"
         )
+    labels = labels_of(folders, runs)
+    if output.suffix == ".csv":
+        output.write_text(as_csv(labels, runs), encoding="utf-8", newline="")
+        return [output]
     from minicpmv.evaluate import charts
 
-    labels = labels_of(folders, runs)
     context: dict[str, Any] = {
         "title": benchmarks.pop(),
         "labels": labels,
         "runs": [{"label": label, **facts(run)} for label, run in zip(labels, runs, strict=True)],
         "rows": compare(runs),
         "notes": notes(runs),
+        "published": beside_published(runs),
+        "costs": costs(runs),
+        "pairs": pairs(labels, folders),
         "mistakes": [
             {"label": label, "rows": mistakes(folder, run)}
             for label, folder, run in zip(labels, folders, runs, strict=True)
@@ -85,6 +107,7 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
             for name, figure in figures.items():
                 files.append(output.with_name(f"{output.stem}-{name}.png"))
                 figure.savefig(files[-1], dpi=120)
+    files += place_pictures(context["mistakes"], output)
     output.write_text(render(output.suffix, context), encoding="utf-8")
     return files
 
@@ -165,6 +188,11 @@ def main_metric(runs: Sequence[Mapping[str, Any]], row: str) -> tuple[str, bool]
     return next(iter(summary["mean"])), summary["lower_is_better"]
 
 
+def is_points(runs: Sequence[Mapping[str, Any]], row: str, metric: str) -> bool:
+    """Whether a metric is no share."""
+    return any(metric in run["rows"].get(row, {}).get("points", ()) for run in runs)
+
+
 def compare(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The lines of the comparison: id, title, metric, texts of the cells and which of them are the best."""
     lines = []
@@ -173,6 +201,7 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         main, lower_is_better = main_metric(runs, row)
         for metric in summary["mean"]:
             values, spreads = cells(runs, row, metric, "mean"), cells(runs, row, metric, "std")
+            points = metric in summary.get("points", ())
             known = [value for value in values if value is not None]
             best = (min if lower_is_better else max)(known) if len(set(known)) > 1 and metric == main else None
             lines.append(
@@ -183,21 +212,152 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "metric": metric,
                     "is_main": metric == main,
                     "cells": [
-                        {"text": percent(value, spread), "best": best is not None and value == best}
-                        for value, spread in zip(values, spreads, strict=True)
+                        {
+                            "text": shown(value, spread, points),
+                            "interval": interval_of(run, row, metric, points),
+                            "best": best is not None and value == best,
+                        }
+                        for run, value, spread in zip(runs, values, spreads, strict=True)
                     ],
                 }
             )
     return lines
 
 
+def interval_of(run: Mapping[str, Any], row: str, metric: str, points: bool) -> str:
+    """"81.0 to 87.1", or nothing where a run has no interval."""
+    found = run["rows"].get(row, {}).get("interval", {}).get(metric)
+    return " to ".join(shown(value, None, points) for value in found) if found else ""
+
+
+def beside_published(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The figures of the runs, and those that are published for the same rows; None where there are none."""
+    rows = [(row, [row.own(run) for run in runs]) for row in ALL_ROWS]
+    rows = [(row, own) for row, own in rows if any(own)]
+    if not rows:
+        return None
+    columns = [column for column in COLUMNS if any(row.id in column.figures for row, _ in rows)]
+    used = "".join(figure.mark for column in columns for row, _ in rows if (figure := column.figures.get(row.id)))
+    return {
+        "columns": [{"model": column.model, "mode": column.mode} for column in columns],
+        "rows": [
+            {
+                "title": row.title,
+                "lower_is_better": row.lower_is_better,
+                "own": [value or "-" for value in own],
+                "figures": [str(column.figures.get(row.id, "-")) for column in columns],
+            }
+            for row, own in rows
+        ],
+        "notes": [
+            *dict.fromkeys(sentence for run in runs for sentence in caveats(run)),
+            *(f"{mark} {meaning}." for mark, meaning in MARKS.items() if mark in used),
+            *(f"{source}: {', '.join(models)}." for source, models in sources(columns).items()),
+        ],
+    }
+
+
+def sources(columns: Sequence[Any]) -> dict[str, list[str]]:
+    """The models of each source, each once."""
+    found: dict[str, list[str]] = {}
+    for column in columns:
+        models = found.setdefault(column.source, [])
+        if column.model not in models:
+            models.append(column.model)
+    return found
+
+
+COSTS = {
+    "tokens": "tokens written",
+    "prompt_tokens": "tokens read",
+    "seconds": "seconds",
+    "cut_off": "cut off",
+    "undecided": "undecided",
+    "judge": "judge",
+}
+
+
+def costs(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a question of each row took, and who decided, run by run: a list of cells for each of `COSTS`."""
+
+    def text(run: Mapping[str, Any], row: str, name: str) -> str:
+        value = run["rows"].get(row, {}).get(name)
+        if value is None:
+            return "-"
+        if name == "judge" and (returned := run["rows"][row].get("judge_returned")):
+            return ", ".join(dict.fromkeys([value, *returned]))
+        return f"{value:.3g}" if name == "seconds" else f"{value:.0f}" if isinstance(value, (int, float)) else str(value)
+
+    return [
+        {"id": row, "cells": [[text(run, row, name) for name in COSTS] for run in runs]} for row in row_ids(runs)
+    ]
+
+
+def pairs(labels: Sequence[str], folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Each further run against the first, question by question."""
+    found = []
+    for label, folder in list(zip(labels, folders, strict=True))[1:]:
+        try:
+            rows = pair_runs(folders[0], folder)
+        except PairingError:
+            continue
+        found.append({"first": labels[0], "second": label, "rows": [pair_cells(row) for row in rows]})
+    return found
+
+
+def pair_cells(row: Any) -> dict[str, str]:
+    """The cells of a row that two runs share, heading by heading."""
+    pairing = row.pairing
+    return {
+        "row": row.row,
+        "questions": str(pairing.questions),
+        "first": percent(pairing.first),
+        "second": percent(pairing.second),
+        "difference": f"{100 * pairing.difference:+.1f}",
+        "95 %": f"{100 * pairing.interval.low:+.1f} to {100 * pairing.interval.high:+.1f}",
+        "only first right": str(len(pairing.only_first)),
+        "only second right": str(len(pairing.only_second)),
+        "p": f"{pairing.p:.2g}",
+    }
+
+
+CSV_COLUMNS = ("run", "model", "row", "metric", "unit", "value", "low", "high", "std", "n", *COSTS, "published")
+
+
+def as_csv(labels: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each run, row and metric; shares from 0 to 1."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    table.writeheader()
+    published = COLUMNS[0].figures
+    for label, run in zip(labels, runs, strict=True):
+        for row, summary in run["rows"].items():
+            for metric, value in summary["mean"].items():
+                low, high = summary.get("interval", {}).get(metric) or (None, None)
+                line = {"run": label, "model": run["model"], "row": row, "metric": metric, "value": value}
+                line |= {"low": low, "high": high, "std": summary["std"].get(metric), "n": summary["n"]}
+                line |= {"unit": "points" if metric in summary.get("points", ()) else "share"}
+                line |= {name: summary.get(name) for name in COSTS}
+                if row in published and metric == next(iter(summary["mean"])):
+                    line["published"] = str(published[row])
+                table.writerow({name: inert_cell(value) for name, value in line.items()})
+    return text.getvalue()
+
+
+def inert_cell(value: Any) -> Any:
+    """A spreadsheet takes text that begins like a formula for one."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
+
+
 def notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader has to know before believing a difference."""
     asked = max(1, min((row["n"] for run in runs for row in run["rows"].values()), default=1))
     found = [
-        f"All figures are percentages. A share of right answers out of {asked} has a standard error of up to "
-        f"{50 / math.sqrt(asked):.1f} points."
+        f"Figures are percentages, unless they are said to be points. A share of right answers out of {asked} has a standard "
+        f"error of up to {50 / math.sqrt(asked):.1f} points."
     ]
+    if any(row.get("interval") for run in runs for row in run["rows"].values()):
+        found.append("In small print: 95 % intervals, bootstrapped over questions.")
     if any(len(run["seeds"]) > 1 for run in runs):
         found.append("±: standard deviation over the seeds.")
     if len({(*sample_counts(run), "seeds", *run["seeds"]) for run in runs}) > 1:
@@ -208,12 +368,43 @@ def notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def mistakes(folder: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The first wrong answers of each row that has an exact expected answer."""
+    """The first wrong answers of each row, those with an image first."""
     found: dict[str, list[dict[str, Any]]] = {row: [] for row in run["rows"]}
     for entry in sorted(read_scored(folder), key=lambda entry: (entry["seed"], entry["index"])):
-        if entry["row"] in found and entry["scores"].get("exact") == 0 and len(found[entry["row"]]) < MISTAKES:
-            found[entry["row"]].append(entry)
-    return [{"id": row, "entries": entries} for row, entries in found.items() if entries]
+        if entry["row"] in found and main_score(entry["scores"]) == 0 and not entry["scores"].get("undecided"):
+            found[entry["row"]].append(entry | {"picture": picture_of(folder, entry)})
+    return [
+        {"id": row, "entries": sorted(entries, key=lambda entry: entry["picture"] is None)[:MISTAKES]}
+        for row, entries in found.items()
+        if entries
+    ]
+
+
+def picture_of(folder: Path, entry: Mapping[str, Any]) -> Path | None:
+    """The image that a run kept of a question, in its own folder or in that of one of its suites."""
+    if not isinstance(entry.get("picture"), str):
+        return None
+    name = Path(entry["picture"]).name  # wherever a log points to, nothing outside is read
+    places = [folder / PICTURES / name, *sorted(folder.glob(f"*/{PICTURES}/{glob.escape(name)}"))]
+    return next((path for path in places if path.suffix == ".jpg" and path.is_file()), None)
+
+
+def place_pictures(runs: Sequence[Mapping[str, Any]], output: Path) -> list[Path]:
+    """Give the entries of the gallery an address for their image; returns the files that were copied for that."""
+    copies = []
+    for number, run in enumerate(runs):
+        for entry in (entry for row in run["rows"] for entry in row["entries"]):
+            path = entry["picture"]
+            entry["address"] = None
+            if path is not None and output.suffix == ".html":
+                entry["address"] = "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
+            elif path is not None:
+                copy = output.with_name(f"{output.stem}-{PICTURES}") / f"{number}-{path.name}"
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
+                copies.append(copy)
+                entry["address"] = f"{copy.parent.name}/{copy.name}"
+    return copies
 
 
 def draw(labels: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> "dict[str, Figure]":
@@ -222,13 +413,14 @@ def draw(labels: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> "dict[str,
 
     labels = [label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…" for label in labels]
     mains = [(row, *main_metric(runs, row)) for row in row_ids(runs)]
+    mains = [(row, metric, lower) for row, metric, lower in mains if not is_points(runs, row, metric)]
     bars = [
         (row[:LONGEST_LABEL] + " ↓" * lower, cells(runs, row, metric, "mean"), cells(runs, row, metric, "std"))
         for row, metric, lower in mains
     ]
     spokes = [(row, cells(runs, row, metric, "mean")) for row, metric, lower in mains if not lower]
     whole = [(row, [value for value in values if value is not None]) for row, values in spokes if None not in values]
-    figures = {"bars": charts.bars(labels, bars)}
+    figures = {"bars": charts.bars(labels, bars)} if bars else {}
     if len(whole) >= 3:
         figures["radar"] = charts.radar(labels, whole)
     return figures
@@ -262,5 +454,6 @@ def render(suffix: str, context: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["code"] = as_code
+    environment.globals["cost_names"] = list(COSTS.values())
     template = "report.html.jinja" if suffix == ".html" else "report.md.jinja"
     return environment.get_template(template).render(context)

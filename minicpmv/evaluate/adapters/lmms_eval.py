@@ -134,7 +134,8 @@ class MiniCPMV45(lmms):
         options = dict(batch[0][0])
         until = options.pop("until")
         options["max_new_tokens"] += self.thought_tokens if self.thinking else 0
-        conversations, excerpt = [], {}
+        conversations: list[Any] = []
+        excerpt: dict[str, float] = {}
         for _, messages, _ in batch:
             conversation, excerpt = as_conversation(messages)
             conversations.append(conversation)
