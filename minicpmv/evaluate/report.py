@@ -225,7 +225,7 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def interval_of(run: Mapping[str, Any], row: str, metric: str, points: bool) -> str:
-    """"81.0 to 87.1", or nothing where a run has no interval."""
+    """ "81.0 to 87.1", or nothing where a run has no interval."""
     found = run["rows"].get(row, {}).get("interval", {}).get(metric)
     return " to ".join(shown(value, None, points) for value in found) if found else ""
 
@@ -277,8 +277,9 @@ COSTS = {
 }
 
 
-def costs(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What a question of each row took, and who decided, run by run: a list of cells for each of `COSTS`."""
+def costs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What a question of each row took, and who decided, run by run; None where no run tells."""
+    known = [name for name in COSTS if any(row.get(name) is not None for run in runs for row in run["rows"].values())]
 
     def text(run: Mapping[str, Any], row: str, name: str) -> str:
         value = run["rows"].get(row, {}).get(name)
@@ -286,11 +287,12 @@ def costs(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             return "-"
         if name == "judge" and (returned := run["rows"][row].get("judge_returned")):
             return ", ".join(dict.fromkeys([value, *returned]))
-        return f"{value:.3g}" if name == "seconds" else f"{value:.0f}" if isinstance(value, (int, float)) else str(value)
+        if isinstance(value, (int, float)):
+            return f"{value:.3g}" if name == "seconds" else f"{value:.0f}"
+        return str(value)
 
-    return [
-        {"id": row, "cells": [[text(run, row, name) for name in COSTS] for run in runs]} for row in row_ids(runs)
-    ]
+    rows = [{"id": row, "cells": [[text(run, row, name) for name in known] for run in runs]} for row in row_ids(runs)]
+    return {"names": [COSTS[name] for name in known], "rows": rows} if known else None
 
 
 def pairs(labels: Sequence[str], folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -454,6 +456,5 @@ def render(suffix: str, context: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["code"] = as_code
-    environment.globals["cost_names"] = list(COSTS.values())
     template = "report.html.jinja" if suffix == ".html" else "report.md.jinja"
     return environment.get_template(template).render(context)

@@ -1,6 +1,7 @@
 """Reports: what they compare, that they open, and that their charts show something."""
 
 import base64
+import csv
 import json
 import os
 import subprocess
@@ -137,7 +138,7 @@ def test_the_best_main_figure_of_a_row_is_marked_low_ones_where_low_is_better(ru
 def test_mistakes_are_shown_with_the_thought_and_right_answers_are_not(runs, tmp_path):
     report.write_report(runs, tmp_path / "report.html")
     rows = Page((tmp_path / "report.html").read_text(encoding="utf-8")).rows
-    assert ["count", "0/7", "What | is <it>?", "red", "a `blue`\none (cut off)I <see>."] in rows
+    assert ["count", "0/7", "", "What | is <it>?", "red", "a `blue`\none (cut off)I <see>."] in rows
     assert "right one" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -155,15 +156,116 @@ def test_a_markdown_report_has_tables_of_even_width_and_charts_beside_it(runs, t
     lines = files[0].read_text(encoding="utf-8").splitlines()
     tables = "\n".join(line.replace("\\|", "") if line.startswith("|") else "" for line in lines).split("\n\n")
     tables = [table.strip().splitlines() for table in tables if table.strip()]
-    assert len(tables) == 4
+    assert len(tables) == 5
     for table in tables:
         assert len({line.count("|") for line in table}) == 1 and set(table[1]) <= set("|-:")
     assert "| `count` | `exact` | **90.0** | 80.0 ± 14.1 |" in lines
-    assert "| `count 0/7` | `What \\| is <it>?` | `red` | ``a `blue` one`` (cut off) |" in lines
+    assert "| `count 0/7` | | `What \\| is <it>?` | `red` | ``a `blue` one`` (cut off) |" in lines
     for file in files[1:]:
         assert f"]({file.name})" in "\n".join(lines)
         with Image.open(file) as picture:
             assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+
+PUBLIC_ROWS = {
+    "mmstar": {"mean": {"exact": 0.721}, "interval": {"exact": [0.62, 0.81]}, "tokens": 812.4, "seconds": 1.234},
+    "mme": {"mean": {"total": 2468.2}, "points": ["total"], "judge": "judge-1", "judge_returned": ["judge-1-2026"]},
+    "mmbench_en": {"mean": {"accuracy": 0.8}},
+    "mmbench_cn": {"mean": {"accuracy": 0.9}},
+    "mmhal": {
+        "mean": {"score": 4.96, "hallucination_rate": 0.194},
+        "points": ["score"],
+        "judge": "rules only",
+        "undecided": 3,
+    },
+}
+
+
+def store_public_run(folder, model="nano", wrong=(0, 1), pictures=True, **settings):
+    """A finished run of a group, with its log in a folder of its suite."""
+    rows = {}
+    for name, row in PUBLIC_ROWS.items():
+        spread = {"std": dict.fromkeys(row["mean"]), "title": name, "lower_is_better": False, "n": 4}
+        rows[name] = {"points": [], **spread, **row}
+    log = SampleLog(folder / "mmstar", SETTINGS)
+    for index in range(4):
+        entry = {"row": "mmstar", "seed": 0, "index": index, "question": f"q{index}", "expected": "A"}
+        entry |= {"answer": f"a{index}", "scores": {"exact": float(index not in wrong)}, "facts": {"id": str(index)}}
+        if pictures and index == 1:
+            (folder / "mmstar" / "pictures").mkdir()
+            Image.new("RGB", (40, 20), "red").save(folder / "mmstar" / "pictures" / "mmstar-0-1.jpg")
+            entry["picture"] = "pictures/mmstar-0-1.jpg"
+        log.append([{"finish_reason": "stop", "thought": None, **entry}])
+    results = {"model": model, "settings": {"benchmark": "published", "version": 1} | settings, "samples": None}
+    results |= {"seeds": [0], "versions": {}, "rows": rows, "averages": {"opencompass": 0.7704}}
+    results["suites"] = {"mmstar": {"folder": "mmstar", "settings": {"as_published": False, "data": {"mmstar": "0"}}}}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_figures_stand_beside_the_published_ones_in_their_own_units(tmp_path):
+    run = report.read_run(store_public_run(tmp_path / "run"))
+    found = report.beside_published([run])
+    own = {row["title"]: (row["own"][0], row["figures"][0]) for row in found["rows"]}
+    assert own == {
+        "OpenCompass average": ("77.0", "77.0†"),
+        "MMStar": ("72.1", "72.1†"),
+        "MME": ("2468", "2500"),
+        "MMBench V1.1": ("85.0", "84.2"),
+        "MMBench V1.1 EN": ("80.0", "-"),
+        "MMBench V1.1 CN": ("90.0", "-"),
+        "MMHal-Bench score (0 to 6)": ("5.0", "5.0†"),
+        "MMHal-Bench rate": ("19.4", "19.4†"),
+    }
+    told = " ".join(found["notes"])
+    for part in ("Plain setting", "Rules only, without a judge: mmhal", "mmstar", "MMBench is the dev set", "† with"):
+        assert part in told
+    assert report.beside_published([report.read_run(store_run(tmp_path / "drawn", "nano", FIRST))]) is None
+
+
+def test_a_public_report_shows_intervals_costs_the_judge_and_images_of_mistakes(tmp_path):
+    run = store_public_run(tmp_path / "run")
+    report.write_report([run], tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    rows = {row[0]: row for row in page.rows if row}
+    assert ["mmstar", "exact", "72.162.0 to 81.0", "mmstar"] in page.rows
+    assert ["mme", "total", "2468", "mme"] in page.rows
+    assert rows["mme"] and ["mmstar", "812", "1.23", "-", "-"] in page.rows
+    assert ["mme", "-", "-", "-", "judge-1, judge-1-2026"] in page.rows
+    assert sum(address.startswith("data:image/jpeg") for address in page.pictures) == 1
+    wrong = [row for row in page.rows if len(row) == 6 and row[1].startswith("0/")]
+    assert [row[1] for row in wrong] == ["0/1", "0/0"]  # those with an image first
+    files = report.write_report([run], tmp_path / "report.md")
+    assert [file.name for file in files[-1:]] == ["0-mmstar-0-1.jpg"] and files[-1].is_file()
+    assert "(report-pictures/0-mmstar-0-1.jpg)" in files[0].read_text(encoding="utf-8")
+
+
+def test_a_log_cannot_name_an_image_outside_of_its_run(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.jpg")
+    run = store_public_run(tmp_path / "run")
+    for picture in ("../../secret.jpg", str(tmp_path / "secret.jpg"), "pictures/../../../secret.jpg", "*.jpg", 3):
+        assert report.picture_of(run, {"picture": picture}) is None
+
+
+def test_runs_on_the_same_questions_are_compared_question_by_question(tmp_path):
+    first = store_public_run(tmp_path / "full", "nano")
+    second = store_public_run(tmp_path / "int4", "nano-int4", wrong=(1, 2, 3), pictures=False)
+    report.write_report([first, second], tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    (line,) = [row for row in page.rows if row[:2] == ["mmstar", "4"]]
+    assert line[2:5] == ["50.0", "25.0", "-25.0"] and line[6:] == ["2", "1", "1"]
+
+
+def test_a_table_for_spreadsheets_has_a_line_for_each_metric_and_no_formulas(tmp_path):
+    run = store_public_run(tmp_path / "run", model="=HYPERLINK(1)")
+    report.write_report([run], tmp_path / "report.csv")
+    with open(tmp_path / "report.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 6 and {line["model"] for line in lines} == {"'=HYPERLINK(1)"}
+    assert [(line["value"], line["low"], line["published"]) for line in lines[:2]] == [
+        ("0.721", "0.62", "72.1†"),
+        ("2468.2", "", "2500"),
+    ]
 
 
 LIVELY = (
@@ -199,7 +301,7 @@ def test_nothing_that_a_run_holds_comes_alive_in_markdown(lively_run, tmp_path):
     assert sum("evil.example" in token.content for token in inline if token.type == "code_inline") >= 10
     rows = [token.map for token in tokens if token.type == "tr_open"]
     cells = [token.type for token in tokens].count("td_open") + [token.type for token in tokens].count("th_open")
-    assert (len(rows), cells) == (6, 2 * 8 + 2 * 3 + 2 * 4)
+    assert (len(rows), cells) == (6, 2 * 8 + 2 * 3 + 2 * 5)
 
 
 def test_nothing_that_a_run_holds_comes_alive_in_html(lively_run, tmp_path):
@@ -268,7 +370,7 @@ def message(*arguments):
 def test_a_mistake_is_one_line_that_names_the_remedy(runs, tmp_path):
     (tmp_path / "killed").mkdir()
     assert "run the same command again" in message(tmp_path / "killed", "--output", tmp_path / "r.html")
-    assert "an .html or an .md file" in message(*runs, "--output", tmp_path / "r.pdf")
+    assert "an .html, an .md or a .csv file" in message(*runs, "--output", tmp_path / "r.pdf")
     other = store_run(tmp_path / "other", "nano", FIRST, version=2)
     assert "version 1 and nanobench, version 2" in message(*runs, other, "--output", tmp_path / "r.html")
 
