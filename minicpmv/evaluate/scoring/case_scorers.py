@@ -1,7 +1,6 @@
 """The scorers that cases name, by the names that they are given there."""
 
 import ast
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
@@ -43,7 +42,7 @@ def find_scorer(case: Case) -> CaseScorer | None:
 
 def options(case: Case, *letters: str) -> dict[str, str]:
     """Options by letter; without texts where the case says none, at least A to D and those named here."""
-    given = case.get("choices")
+    given = case.get("choices", case.get("options"))
     if isinstance(given, str):
         given = ast.literal_eval(given)
     if given:
@@ -54,8 +53,8 @@ def options(case: Case, *letters: str) -> dict[str, str]:
 def judge_replies(case: Case) -> list[str] | None:
     """What the judge says, one reply after the other: in a field, or written out in the scorer's name."""
     given = case.get("judge_reply", case.get("judge_replies"))
-    if given is None and (written := re.search(r"judge repl(?:y|ies) (\[.*\]|\".*\")", str(case["scorer"]))):
-        given = json.loads(written[1])
+    if given is None and (written := re.search(r"judge repl(?:y|ies) (\[.*\]|\".*\"|'.*')", str(case["scorer"]))):
+        given = ast.literal_eval(written[1])
     return [given] if isinstance(given, str) else given
 
 
@@ -110,7 +109,7 @@ def by_letter(read: Callable[[str], str | None]) -> CaseScorer:
 
 def expected_choice(case: Case) -> dict[str, Any]:
     answer = str(case["reference"])
-    if not case.get("choices") and "open question" in case["scorer"]:
+    if not (case.get("choices") or case.get("options")) and "open question" in case["scorer"]:
         return {"answer": answer, "choices": {}, "question": str(case.get("question", ""))}
     return {"answer": answer, "choices": options(case, answer), "question": str(case.get("question", ""))}
 

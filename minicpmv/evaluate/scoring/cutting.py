@@ -34,8 +34,3 @@ def cut_value(reply: str) -> str:
     """
     found = VALUE.search(reply)
     return found[1] if found else reply
-
-
-def cut_last_value(reply: str) -> str:
-    """Everything after the last `Answer:`, without the blanks around it: `cut_value` set right."""
-    return reply.rpartition("Answer:")[2].strip() if "Answer:" in reply else reply

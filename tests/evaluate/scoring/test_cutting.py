@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minicpmv.evaluate.scoring.cutting import cut_choice, cut_last_value, cut_thought, cut_value
+from minicpmv.evaluate.scoring.cutting import cut_choice, cut_thought, cut_value
 
 
 def test_a_choice_is_the_letter_after_the_last_answer():
@@ -19,7 +19,6 @@ def test_a_letter_that_begins_a_word_is_no_choice():
 def test_a_value_is_everything_after_the_first_answer():
     assert cut_value("We count.\nAnswer: 12 cm\n") == "12 cm\n"
     assert cut_value("Answer: 3? No.\nAnswer: 4") == "3? No.\nAnswer: 4"
-    assert cut_last_value("Answer: 3? No.\nAnswer: 4 \n") == "4"
 
 
 def test_a_thought_is_cut_at_its_last_end():
@@ -29,7 +28,7 @@ def test_a_thought_is_cut_at_its_last_end():
 
 @given(st.text(alphabet=st.characters(exclude_characters=":")))
 def test_a_reply_without_answer_is_not_cut(reply):
-    assert cut_choice(reply) == cut_value(reply) == cut_last_value(reply) == reply
+    assert cut_choice(reply) == cut_value(reply) == reply
 
 
 @given(st.text(), st.sampled_from("ABCDEFGHI"))
