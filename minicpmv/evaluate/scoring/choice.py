@@ -33,8 +33,11 @@ PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 ANSWER_IS = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
 CHINESE = re.compile("[\u4e00-\u9fff]")
 
-STATED = re.compile(r"(?i:\b(?:answer|option|choice)(?:\s+is)?\s*[:：]?)[\s*(\[\"'`]*([A-Z])(?![\w'])(?!\s+[a-z])")
-FIRST = re.compile(r"[\s*(\[\"'`]*([A-Z])(?:[\s*\])\"'`]*$|[*\])\"'`]*[.):：,])")
+STATED = re.compile(
+    r"(?:(?i:\b(?:answer|option|choice)(?:\s+is)?)|答案[是为]?|选项?)\s*[:：]?[\s*(\[\"'`]*"
+    r"([A-Z])(?![0-9A-Za-z_'])(?!\s+[a-z])"
+)
+FIRST = re.compile(r"[\s*(\[\"'`]*([A-Z])(?:[\s*\])\"'`]*$|[*\])\"'`]*[.):：,、。])")
 LAST = re.compile(r"(?:^|[\s:：(*\[])([A-Z])[\W_]*$")
 
 
@@ -96,7 +99,12 @@ def stated_choice(reply: str, choices: Mapping[str, str]) -> str | None:
 
 
 def _has_words(text: str, words: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(words.strip())}(?!\w)", text, re.IGNORECASE) is not None
+    """Whether a text holds these words, in any case: not as parts of others, nor a number as a part of another one."""
+    words = words.strip()
+    before = r"(?<![-.])" if words[:1].isdigit() else ""
+    after = r"(?!\.\d)" if words[-1:].isdigit() else ""
+    pattern = rf"(?<![0-9A-Za-z_]){before}{re.escape(words)}{after}(?![0-9A-Za-z_])"
+    return re.search(pattern, text, re.IGNORECASE) is not None
 
 
 def choices_of(texts: Sequence[str]) -> dict[str, str]:

@@ -105,6 +105,8 @@ def test_a_letter_at_the_end_counts_whatever_words_stand_before_it(letter, befor
         ("it is a ripe mango", "A"),
         ("so it must be D", "D"),
         (LONG, "C"),
+        ("答案是B吧", "B"),
+        ("应该选C，因为它最大", "C"),
     ],
 )
 def test_the_strict_reading_takes_what_is_stated(reply, read):
@@ -114,6 +116,10 @@ def test_the_strict_reading_takes_what_is_stated(reply, read):
 def test_the_strict_reading_takes_the_longer_of_options_that_contain_each_other():
     assert stated_choice("it turns left twice", {"A": "turns left", "B": "turns left twice"}) == "B"
     assert stated_choice("it turns leftward", {"A": "turns left", "B": "stands"}) is None
+
+
+def test_the_strict_reading_finds_words_of_languages_without_blanks():
+    assert stated_choice("图中是一只猫。", {"A": "猫", "B": "狗"}) == "A"
 
 
 def test_an_open_question_is_a_choice_between_its_answer_and_others():
@@ -129,7 +135,8 @@ def test_a_strict_open_question_wants_one_of_its_answers(answers):
     expected = {"answer": answers, "choices": {}}
     assert choice("A", expected, strict=True)["exact"] == 0.0
     assert choice("It is 24.3.", expected, strict=True)["exact"] == 1.0
-    assert choice("It is 124.3", expected, strict=True)["exact"] == 0.0
+    for other in ("It is 124.3", "-24.3", "24.35", "24.3.1"):
+        assert choice(other, expected, strict=True)["exact"] == 0.0
 
 
 def test_a_question_of_circular_evaluation_counts_if_every_rotation_is_right():
