@@ -167,7 +167,8 @@ Fixtures = Annotated[
     ),
 ]
 Rules = Annotated[
-    Scoring, typer.Option("--scoring", help="Rules of the reference: before August 2025, as it was then, or today's.")
+    Scoring,
+    typer.Option("--scoring", help="Time of the rules, where they changed; 2025-09 is that of the published figures."),
 ]
 Strict = Annotated[
     bool,
