@@ -248,7 +248,7 @@ class Prompt(NamedTuple):
     input_ids: torch.LongTensor  # [B, L]
     attention_mask: torch.LongTensor  # [B, L]
     units: list[VisualUnit]  # in the order of their slots
-    keys: list[int]  # of a single prompt: ids, and in the slots, which share one id, a number of their unit
+    keys: list[int]  # of the first prompt: ids of tokens, but in a slot minus the id() of its unit's slice
 
 
 # ---- generate ----
@@ -270,7 +270,7 @@ class PromptMemory:
     def __init__(self, media_cache: Any = None):
         self.media_cache = media_cache or read_once()  # of `MiniCPMVProcessor.__call__`
         self.keys: list[int] = []  # of the tokens whose states are known
-        self._prompt: Prompt | None = None  # theirs; as long as it is there, its units do not share their numbers
+        self._prompt: Prompt | None = None  # theirs; holds the slices, so that no others get their ids
         self._states: DynamicCache | None = None
 
     def cached_tokens(self, keys: list[int]) -> int:
@@ -391,8 +391,8 @@ class Turn:
         )
         ids, mask = (inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
         units, slot = visual_units(inputs), self.model.config.image_token_id
-        numbers = iter([-id(unit.slices[0]) for unit in units for _ in range(self.model.config.query_num)])
-        keys = [next(numbers, slot) if token == slot else token for token in ids[0].tolist()]
+        owners = iter([-id(unit.slices[0]) for unit in units for _ in range(self.model.config.query_num)])
+        keys = [next(owners, slot) if token == slot else token for token in ids[0].tolist()]
         return Prompt(ids, mask, units, keys)
 
     def _read_images(self) -> dict[str, Any]:
