@@ -15,6 +15,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ REFERENCE_LENGTH = 64  # an image of at most so many characters is the `index` o
 MISSING = frozenset(
     "|#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null".split("|")  # noqa: SIM905
 )
+BUFFER = 1 << 20  # bytes that are read at once
 FIELD_LIMIT = 1 << 30  # characters of one field: far more than any image has
 
 
@@ -106,7 +108,7 @@ class Table(Records):
         """Each row's fields, and the byte at which it begins; from the row that begins at `start`."""
         position = start
         csv.field_size_limit(FIELD_LIMIT)
-        with self.files[0].open("rb") as file:
+        with self.files[0].open("rb", buffering=BUFFER) as file:
             file.seek(start)
 
             def lines() -> Iterator[str]:
@@ -116,16 +118,20 @@ class Table(Records):
                     seen(line)
                     yield line.decode("utf-8-sig" if position == len(line) else "utf-8")
 
-            reader = csv.reader(lines(), delimiter="\t")
+            rest = lines()
             while True:
                 begin = position
                 try:
-                    fields = next(reader, None)
+                    line = next(rest, None)
+                    if line is None:
+                        return
+                    if '"' in line or "\r" in line:
+                        fields = next(csv.reader(chain([line], rest), delimiter="\t"))
+                    else:  # most rows, and several times as fast
+                        fields = line.rstrip("\n").split("\t")
                 except (csv.Error, UnicodeDecodeError) as error:
                     raise BrokenRecordError(self.files[0], len(self.offsets) + 1, f"not a row ({error})") from error
-                if fields is None:
-                    return
-                if fields:
+                if fields and fields != [""]:
                     yield begin, fields
 
     def _cells(self, fields: list[str], index: int) -> dict[str, str]:
