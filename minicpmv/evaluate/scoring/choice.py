@@ -201,6 +201,11 @@ def draw_lot(choices: Mapping[str, str], seed: str) -> str:
     return options[int.from_bytes(sha256(seed.encode()).digest()[:8], "big") % len(options)]
 
 
+def matching_model(scoring: Scoring) -> str:
+    """The judge that VLMEvalKit takes unless it is told, to match replies with options."""
+    return "gpt-4o-mini-2024-07-18" if scoring == "current" else "gpt-3.5-turbo-0125"
+
+
 def judge_of_choice(scoring: Scoring = "current", strict: bool = False) -> Judge:
     """The judge of replies that name no option: asked three times, then an option is drawn by lot (`strict`: wrong)."""
 
@@ -224,7 +229,7 @@ def judge_of_choice(scoring: Scoring = "current", strict: bool = False) -> Judge
         return scores(draw_lot(choices, messages(entry)[0]["content"]), entry) | {"lot": True}
 
     return Judge(
-        model="gpt-4o-mini-2024-07-18" if scoring == "current" else "gpt-3.5-turbo-0125",
+        model=matching_model(scoring),
         applies=is_undecided,
         messages=messages,
         read=read,

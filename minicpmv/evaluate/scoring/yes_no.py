@@ -12,7 +12,7 @@ from typing import Any
 
 from minicpmv.evaluate.benchmark import Entry, Judge, Metrics, Scores
 from minicpmv.evaluate.scoring import Scoring
-from minicpmv.evaluate.scoring.choice import is_undecided, scored_text
+from minicpmv.evaluate.scoring.choice import is_undecided, matching_model, scored_text
 from minicpmv.evaluate.scoring.normalization import strip_punctuation
 
 
@@ -118,7 +118,7 @@ def judge_of_yes_no(scoring: Scoring = "current", strict: bool = False) -> Judge
         return scores(said, entry) if said else None
 
     return Judge(
-        model="gpt-4o-mini-2024-07-18",
+        model=matching_model(scoring),
         applies=is_undecided,
         messages=messages,
         read=read,
