@@ -9,6 +9,7 @@ import typer
 from minicpmv.commands import evaluate_options as shared
 from minicpmv.commands import options, terminal
 from minicpmv.commands.evaluate_check import check_scorers
+from minicpmv.commands.evaluate_compare import diff, leaderboard, report
 from minicpmv.commands.evaluate_get import get
 from minicpmv.commands.evaluate_public import add_public
 from minicpmv.errors import one_line_errors, require
@@ -109,6 +110,9 @@ def add_benchmark(benchmark_name: str, summary: str) -> None:
 
 evaluate_app.command()(get)
 evaluate_app.command()(check_scorers)
+evaluate_app.command()(report)
+evaluate_app.command()(diff)
+evaluate_app.command()(leaderboard)
 for name, (_module, summary) in BENCHMARKS.items():
     add_benchmark(name, f"{summary} {AGAIN}")
 for name, (_suites, summary) in GROUPS.items():
@@ -180,23 +184,6 @@ def calibrate(
             settings = json.loads(config.read_text(encoding="utf-8")) | {"thinking_threshold": result["threshold"]}
             write_whole(config, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
             terminal.write(f"{config}: stored")
-
-
-@evaluate_app.command()
-def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of runs, such as runs/nanobench-*.")],
-    output: Annotated[
-        Path,
-        typer.Option(help="An .html file that contains everything, or an .md file with its charts as .png files."),
-    ] = Path("report.html"),
-) -> None:
-    """Compare runs side by side, with charts: models, checkpoints or settings."""
-    with one_line_errors(OSError):
-        require("evaluate", "matplotlib")
-        from minicpmv.evaluate.report import write_report
-
-        for file in write_report(folders, output):
-            terminal.write(str(file))
 
 
 if __name__ == "__main__":

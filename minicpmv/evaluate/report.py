@@ -312,13 +312,13 @@ def pair_cells(row: Any) -> dict[str, str]:
     pairing = row.pairing
     return {
         "row": row.row,
-        "questions": str(pairing.questions),
+        "n": str(pairing.questions),
         "first": percent(pairing.first),
         "second": percent(pairing.second),
         "difference": f"{100 * pairing.difference:+.1f}",
         "95 %": f"{100 * pairing.interval.low:+.1f} to {100 * pairing.interval.high:+.1f}",
-        "only first right": str(len(pairing.only_first)),
-        "only second right": str(len(pairing.only_second)),
+        "lost": str(len(pairing.only_first)),
+        "gained": str(len(pairing.only_second)),
         "p": f"{pairing.p:.2g}",
     }
 
@@ -445,7 +445,7 @@ def as_code(text: Any) -> str:
     return f"{fence} {text} {fence}" if "`" in (text[0], text[-1]) else f"{fence}{text}{fence}"
 
 
-def render(suffix: str, context: dict[str, Any]) -> str:
+def render(suffix: str, context: dict[str, Any], name: str = "report") -> str:
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
@@ -456,5 +456,4 @@ def render(suffix: str, context: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["code"] = as_code
-    template = "report.html.jinja" if suffix == ".html" else "report.md.jinja"
-    return environment.get_template(template).render(context)
+    return environment.get_template(f"{name}{suffix}.jinja").render(context)
