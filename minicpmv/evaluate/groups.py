@@ -15,6 +15,7 @@ from minicpmv.evaluate import harness
 from minicpmv.evaluate.answerers import Answerer
 from minicpmv.evaluate.benchmark import Benchmark
 from minicpmv.evaluate.data_sets import MissingDataError
+from minicpmv.evaluate.processes import Processes
 from minicpmv.evaluate.scoring.averages import OPENCOMPASS, opencompass_average
 from minicpmv.evaluate.suite import Setting, SuiteError
 from minicpmv.evaluate.suites import GROUPS, load_suite
@@ -40,8 +41,9 @@ def open_group(
         MiniCPMVError: data are not there; the message names all that lack.
     """
     suites = [load_suite(suite) for suite in GROUPS[name][0]]
-    if setting.video.packings and not any(task.is_video for suite in suites for task in suite.tasks):
+    if setting.video.packings and not any(suite.has_videos for suite in suites):
         raise SuiteError(f"{name} has no videos to be packed")
+    without_packings = replace(setting, video=replace(setting.video, packings=()))
     known = {suite.id: [row for row, _, _ in suite.plan(setting)] for suite in suites}
     if unknown := set(rows or ()) - {row for ids in known.values() for row in ids}:
         raise SuiteError(f"{name} has no row {', '.join(sorted(unknown))}")
@@ -51,7 +53,8 @@ def open_group(
         if chosen == []:
             continue
         try:
-            opened[suite.id] = suite.open(setting, folder=folder, fixtures=fixtures, rows=chosen)
+            own = setting if suite.has_videos else without_packings
+            opened[suite.id] = suite.open(own, folder=folder, fixtures=fixtures, rows=chosen)
         except MissingDataError as error:
             missing.append(str(error))
     if missing:
@@ -94,8 +97,6 @@ def measure_group(
             thinking=thinking,
             judge=judge,
         )
-        if found is None:
-            continue
         suites[suite] = {"title": benchmark.title, "folder": suite, "settings": found["settings"]}
         rows |= found["rows"]
         seen.update(found["seeds"])
@@ -105,7 +106,8 @@ def measure_group(
         results["settings"] |= {key: value for key, value in shared.items() if key != "video"}
         results |= {"versions": found["versions"], "scoring": found["scoring"]}
     results |= {"seeds": sorted(seen), "rows": rows, "suites": suites, "averages": averages(rows)}
-    write_whole(output / harness.RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    if Processes().is_main:
+        write_whole(output / harness.RESULTS_FILE, json.dumps(results, indent=1) + "\n")
     return results
 
 

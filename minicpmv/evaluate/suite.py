@@ -125,7 +125,23 @@ class Sample:
 
     @property
     def pictures(self) -> list[Image.Image]:
-        return [Image.open(io.BytesIO(file)) for file in self.record["image"]]
+        """Those of the question, which may have none.
+
+        Raises:
+            SuiteError: one of them is no image.
+        """
+        pictures = []
+        for number, file in enumerate(self.record.get("image", ()), start=1):
+            try:
+                picture = Image.open(io.BytesIO(file))
+                picture.load()
+            except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
+                raise SuiteError(
+                    f"picture {number} of question {self.key} in {self.data.id} cannot be read ({error}): fetch the data "
+                    "anew"
+                ) from error
+            pictures.append(picture)
+        return pictures
 
     def video(self, name: str) -> dict[str, Any]:
         """A part of a message."""
@@ -240,6 +256,10 @@ class Suite:
         """The ids of its data sets."""
         return list(dict.fromkeys(task.data for task in self.tasks))
 
+    @property
+    def has_videos(self) -> bool:
+        return any(task.is_video for task in self.tasks)
+
     def plan(self, setting: Setting) -> list[tuple[str, Task, int | None]]:
         """Its rows: id, task, and how many frames to a group, where that is compared."""
         return [
@@ -268,6 +288,8 @@ class Suite:
             MiniCPMVError: the data are not there, or not what they should be.
         """
         setting = setting or Setting()
+        if setting.video.packings and not self.has_videos:
+            raise SuiteError(f"{self.id} has no videos to be packed")
         planned = self.plan(setting)
         if unknown := [name for name in rows or () if name not in (known := [row for row, _, _ in planned])]:
             raise UnknownRowError(f"{self.id} has no row {', '.join(unknown)}; its rows are {', '.join(known)}")
@@ -282,7 +304,9 @@ class Suite:
             "as_published": setting.as_published,
             "data": {name: data.fingerprint for name, data in opened.items()},
         }
-        if any(task.is_video for task in self.tasks):
+        if fixtures:
+            settings["fixtures"] = True
+        if self.has_videos:
             settings["video"] = setting.video.options(None) | {"packings": list(setting.video.packings)}
         if setting.max_new_tokens is not None:
             settings["max_new_tokens"] = setting.max_new_tokens

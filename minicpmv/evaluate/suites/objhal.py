@@ -4,44 +4,17 @@ What an image holds is COCO's annotation together with what five people wrote ab
 Decoding as published: see MMHal-Bench.
 """
 
-from collections import defaultdict
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from minicpmv.evaluate.scoring.objects import chair, judge_of_objects, objects_in_image, objhal
-from minicpmv.evaluate.suite import Asking, Sample, Suite, SuiteError, Task
+from minicpmv.evaluate.scoring.coco_annotations import ANNOTATION_FILES, objects_of_image
+from minicpmv.evaluate.scoring.objects import chair, judge_of_objects, objhal
+from minicpmv.evaluate.suite import Asking, Sample, Suite, Task
 from minicpmv.evaluate.suites.asking import DIRECT, PLAIN_QUESTION, columns, pictures_then, question
-from minicpmv.files import read_json
-
-
-@cache
-def coco_objects(folder: Path, ids: frozenset[int]) -> dict[int, list[str]]:
-    """What each of these images of COCO 2014 holds. The files are large: this takes half a minute and some gigabytes.
-
-    Raises:
-        SuiteError: COCO's annotations are not there.
-    """
-    categories, captions = defaultdict[int, set[str]](set), defaultdict[int, list[str]](list)
-    for part in ("train", "val"):
-        files = {kind: folder / "annotations" / f"{kind}_{part}2014.json" for kind in ("instances", "captions")}
-        if absent := [path for path in files.values() if not path.is_file()]:
-            raise SuiteError(f"{absent[0]} is not there: `minicpmv evaluate get objhal` brings COCO's annotations")
-        instances = read_json(files["instances"])
-        names = {category["id"]: category["name"] for category in instances["categories"]}
-        for thing in instances["annotations"]:
-            if thing["image_id"] in ids:
-                categories[thing["image_id"]].add(names[thing["category_id"]])
-        for caption in read_json(files["captions"])["annotations"]:
-            if caption["image_id"] in ids:
-                captions[caption["image_id"]].append(caption["caption"])
-    return {id: objects_in_image(categories[id], captions[id]) for id in ids}
 
 
 def expected(sample: Sample) -> dict[str, Any]:
-    ids = frozenset(int(record["image_id"]) for record in sample.data.records.without_images())
-    objects = coco_objects(sample.data.folder, ids)[int(sample["image_id"])]
-    return {"objects": objects, "question": sample["question"]}
+    files = [sample.data.media(f"annotations/{name}") for name in ANNOTATION_FILES]
+    return {"objects": objects_of_image(files, int(sample["image_id"])), "question": sample["question"]}
 
 
 SUITE = Suite(
