@@ -67,7 +67,7 @@ class Assistant:
         max_tokens: most tokens of prompt and answer; by default the session's.
         media: which images and videos of earlier turns it sees: "keep" shows all, "latest" those of the last turn that
             brought some, "once" each only in its own turn.
-        options: those of a session: max_pictures, max_new_tokens, enable_thinking, decoding, ...
+        options: those of a session: max_media, max_new_tokens, enable_thinking, decoding, ...
 
     Attributes:
         turns: all of them, whether the model still sees them or not.

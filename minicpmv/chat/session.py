@@ -60,7 +60,7 @@ class ChatSession:
         history: messages to go on from, in any form that `chat()` takes.
         max_tokens: most tokens of prompt and answer together, and so of the cache: 16384, or what the model's positions
             allow.
-        max_pictures: most images and videos in the history.
+        max_media: most images and videos in the history.
         when_full: "drop" the oldest turns (a warning and `ChatOutput.dropped_turns` tell), or raise an "error".
         options: those of `chat()`, for every turn: max_slice_nums, fps, enable_thinking, max_new_tokens, ...
 
@@ -77,14 +77,14 @@ class ChatSession:
         system_prompt: str = "",
         history: Sequence | str | None = None,
         max_tokens: int | None = None,
-        max_pictures: int = 32,
+        max_media: int = 32,
         when_full: str = "drop",
         **options,
     ):
         processor = model.chat_processor(processor)
         limit = model.config.max_position_embeddings
         max_tokens = min(MAX_TOKENS, limit) if max_tokens is None else max_tokens
-        for name, value, most in (("max_tokens", max_tokens, limit), ("max_pictures", max_pictures, None)):
+        for name, value, most in (("max_tokens", max_tokens, limit), ("max_media", max_media, None)):
             is_number = isinstance(value, int) and not isinstance(value, bool)
             if not is_number or value < 0 or (most is not None and value > most):
                 raise SessionError(
@@ -104,7 +104,7 @@ class ChatSession:
             (conversation,), _ = model.read_conversations(history)
             messages += _snapshot(conversation)
         self.model, self.processor = model, processor
-        self.max_tokens, self.max_pictures, self.when_full = max_tokens, max_pictures, when_full
+        self.max_tokens, self.max_media, self.when_full = max_tokens, max_media, when_full
         self.dropped_turns = 0  # since the beginning
         self._first_messages, self._messages = messages, list(messages)
         self._options = options
@@ -199,25 +199,25 @@ class ChatSession:
             turn = self.model.chat_turn(self.model, self.processor, [kept], settings, self._memory)
             length = turn.prompt.input_ids.shape[1]
             tokens, media = length + settings.max_new_tokens, self._count_media(kept)
-            if tokens <= share * self.max_tokens and media <= share * self.max_pictures:
+            if tokens <= share * self.max_tokens and media <= share * self.max_media:
                 break
             is_last = dropped + 1 == len(turns)
-            if is_last and tokens <= self.max_tokens and media <= self.max_pictures:
+            if is_last and tokens <= self.max_tokens and media <= self.max_media:
                 break
             if is_last or self.when_full == "error":
                 raise SessionFullError(
                     f"With this turn the conversation needs {tokens} tokens ({length} to read, "
                     f"max_new_tokens={settings.max_new_tokens} to write) and {media} images and videos; the session has room for "
-                    f"max_tokens={self.max_tokens} and max_pictures={self.max_pictures}. Lower max_new_tokens, start a "
+                    f"max_tokens={self.max_tokens} and max_media={self.max_media}. Lower max_new_tokens, start a "
                     "session with higher limits, or "
                     + ("give less." if is_last else 'let it drop old turns (when_full="drop").')
                 )
             dropped, share = dropped + 1, KEPT_SHARE
         if dropped:
             logger.warning(
-                "The session is full (max_tokens=%d, max_pictures=%d): its oldest %d turns were dropped.",
+                "The session is full (max_tokens=%d, max_media=%d): its oldest %d turns were dropped.",
                 self.max_tokens,
-                self.max_pictures,
+                self.max_media,
                 dropped,
             )
         return kept, turn, dropped

@@ -92,7 +92,7 @@ def ask(
             processor,
             system_prompt=system,
             max_tokens=loaded.config.max_position_embeddings,
-            max_pictures=len(files),
+            max_media=len(files),
             **settings,
         )
         content: list[Any] = []

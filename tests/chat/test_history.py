@@ -80,7 +80,7 @@ def test_a_loaded_history_goes_on_where_it_is_saved_without_its_oldest_turn(mode
     for picture in PICTURES:
         session.send([picture, "what"])
     session.save(tmp_path)
-    loaded = ChatSession.load(tmp_path, model, processor, max_pictures=3, **FAST)
+    loaded = ChatSession.load(tmp_path, model, processor, max_media=3, **FAST)
     loaded.send([PICTURES[0], "and"])
     assert loaded.dropped_turns == 2
     loaded.save(tmp_path)

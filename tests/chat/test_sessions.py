@@ -281,7 +281,7 @@ def test_an_encoded_picture_is_not_used_otherwise_than_it_was_encoded(model, pro
 
 
 def test_fifty_turns_stay_within_the_bounds(model, processor, start):
-    session = start(max_tokens=300, max_pictures=4, system_prompt="Be short!")
+    session = start(max_tokens=300, max_media=4, system_prompt="Be short!")
     process, sizes, dropped = psutil.Process(), [], 0
     for turn in range(50):
         # A new picture every time: nothing is known from before.
@@ -305,7 +305,7 @@ def test_fifty_turns_stay_within_the_bounds(model, processor, start):
 
 
 def test_dropped_turns_are_announced(start, caplog):
-    session = start(max_pictures=2)
+    session = start(max_media=2)
     outputs = [session.send([PICTURES[0], "what"]) for _ in range(4)]
     # A full session is emptied to three quarters of its limit.
     assert [output.dropped_turns for output in outputs] == [0, 0, 2, 0] and session.dropped_turns == 2
@@ -318,8 +318,8 @@ def test_what_does_not_fit_is_refused_with_the_numbers(start):
     before, cached = session.history, session.cached_tokens
     with pytest.raises(SessionFullError, match="max_tokens=100.*when_full"):
         session.send("how many shapes are there " * 20)
-    with pytest.raises(ValueError, match="1 images and videos.*max_pictures=0"):
-        start(max_pictures=0).send([PICTURES[0], "what"])
+    with pytest.raises(ValueError, match="1 images and videos.*max_media=0"):
+        start(max_media=0).send([PICTURES[0], "what"])
     with pytest.raises(ValueError, match="max_new_tokens=100"):
         session.send("what", max_new_tokens=100)
     assert session.history == before and session.cached_tokens == cached
@@ -330,7 +330,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(start):
     ("options", "error", "words"),
     [
         ({"max_tokens": 10**6}, ValueError, "max_tokens=1000000"),
-        ({"max_pictures": -1}, ValueError, "max_pictures=-1"),
+        ({"max_media": -1}, ValueError, "max_media=-1"),
         ({"when_full": "wait"}, ValueError, "'drop' or 'error'"),
         ({"cache_implementation": "static"}, TypeError, "dynamic cache"),
         ({"max_new_token": 5}, TypeError, "max_new_tokens"),

@@ -229,7 +229,7 @@ class DocumentReader:
         """[`DocumentAnswer`] to each question; a session reads the pages of a part once for all questions."""
         from minicpmv.chat import ChatSession  # imports torch
 
-        options = {"decoding": "greedy", "max_pictures": self.pages_at_once} | self.options
+        options = {"decoding": "greedy", "max_media": self.pages_at_once} | self.options
         options["max_new_tokens"] = min(options.get("max_new_tokens", CALL_TOKENS), self.max_page_tokens)
         answers = [[] for _ in questions]  # (first page, last page, text) of each part
         notices = [[] for _ in questions]
