@@ -34,10 +34,10 @@ ANSWER_IS = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
 CHINESE = re.compile("[\u4e00-\u9fff]")
 
 STATED = re.compile(
-    r"(?:(?i:\b(?:answer|option|choice)(?:\s+is)?)|答案[是为]?|选项?)\s*[:：]?[\s*(\[\"'`]*"
+    r"(?:(?i:\b(?:answer|option|choice)(?:\s+is|\s*[:：]))|答案[是为]?|选项?)\s*[:：]?[\s*(\[\"'`]*"
     r"([A-Z])(?![0-9A-Za-z_'])(?!\s+[a-z])"
 )
-FIRST = re.compile(r"[\s*(\[\"'`]*([A-Z])(?:[\s*\])\"'`]*$|[*\])\"'`]*[.):：,、。])")
+FIRST = re.compile(r"[\s*(\[\"'`]*(?i:option\s+)?([A-Z])(?:[\s*\])\"'`]*$|[*\])\"'`]*[.):：,、。])")
 LAST = re.compile(r"(?:^|[\s:：(*\[])([A-Z])[\W_]*$")
 
 

@@ -105,6 +105,8 @@ def test_a_letter_at_the_end_counts_whatever_words_stand_before_it(letter, befor
         ("it is a ripe mango", "A"),
         ("so it must be D", "D"),
         (LONG, "C"),
+        ("Option C.", "C"),
+        ("Option A is wrong, so it must be B", "B"),
         ("答案是B吧", "B"),
         ("应该选C，因为它最大", "C"),
     ],
