@@ -21,13 +21,41 @@ PIP_INSTALL := -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test pytest web web-screenshots matrix newest conformance lint format docs bench clean
+.PHONY: help demo nano test pytest web web-screenshots matrix newest conformance lint format docs bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
 
 demo: $(VENV)/demo.stamp tokenizer.json ## nano answers questions about a picture and a short clip
 	@$(PY) -m minicpmv demo
+
+# Each stage is skipped when its result is there and goes on from its last checkpoint when it was stopped, by a kill or after
+# MINUTES: so a machine that is lent for ten minutes can do a part. Without a GPU it takes a night or two on two cores.
+NANO := runs/nano
+NICE := nice -n 19
+NANO_RUN := $(NICE) $(PY) -m minicpmv.train.nano
+
+nano: $(NANO)/README.md ## train nano from nothing, in stages that go on where they stopped; MINUTES=10 stops after so many
+
+$(NANO)/pretraining/model/config.json: | $(VENV)/dev.stamp
+	$(NANO_RUN) --config recipes/nano/pretraining.yaml --output $(NANO)/pretraining $(if $(MINUTES),--minutes $(MINUTES))
+
+$(NANO)/third/model/config.json: $(NANO)/pretraining/model/config.json
+	$(NANO_RUN) --config recipes/nano/third.yaml --output $(NANO)/third $(if $(MINUTES),--minutes $(MINUTES))
+
+$(NANO)/feedback/stamp: $(NANO)/third/model/config.json
+	$(NICE) $(PY) -m minicpmv align feedback --config recipes/nano/feedback.yaml
+	@touch $@
+
+$(NANO)/dpo/stamp: $(NANO)/feedback/stamp
+	$(NICE) $(PY) -m minicpmv train dpo --config recipes/nano/dpo.yaml
+	@touch $@
+
+$(NANO)/figures.json: $(NANO)/dpo/stamp
+	$(NICE) $(PY) -m minicpmv evaluate nanobench --model $(NANO)/dpo --samples 1000 --output $(NANO)/nanobench --json $@
+
+$(NANO)/README.md: $(NANO)/figures.json
+	$(PY) -m minicpmv.train.nano.card --card nano/README.md --figures $< --logs $(NANO)/pretraining $(NANO)/third --output $@
 
 # Side by side: the page's tests mostly wait for the browser. The newest transformers is that of `pytest`.
 test: lint ## lint, then side by side all tests, those of the web page, and those of the oldest transformers

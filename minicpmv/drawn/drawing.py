@@ -125,6 +125,15 @@ def shape_outline(kind: str, center: tuple[float, float], radius: float) -> list
     return points
 
 
+def outer_box(thing: Thing) -> tuple[float, float, float, float]:
+    """The smallest box around what is drawn of a shape; `Thing.box` is that of its radius."""
+    if thing.kind == "circle":
+        return thing.box
+    points = shape_outline(thing.kind, thing.center, (thing.box[2] - thing.box[0]) / 2)
+    xs, ys = zip(*points, strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
+
+
 def add_shape(drawing: Drawing, kind: str, color: str, center, radius: float, rgb: tuple[int, int, int]) -> None:
     x, y = center
     drawing.things.append(Thing(kind, color, (x - radius, y - radius, x + radius, y + radius)))
@@ -134,6 +143,14 @@ def add_shape(drawing: Drawing, kind: str, color: str, center, radius: float, rg
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
         else:
             pen.polygon(shape_outline(kind, center, radius), fill=fill)
+
+
+def recolor(drawing: Drawing, index: int, color: str, rgb: tuple[int, int, int]) -> None:
+    """Give one shape of a drawing another color; nothing may lie on it."""
+    old = drawing.things[index]
+    repainted = Drawing(drawing.image, Image.new("L", drawing.image.size))
+    add_shape(repainted, old.kind, color, old.center, (old.box[2] - old.box[0]) / 2, rgb)
+    drawing.things[index] = repainted.things[0]
 
 
 @dataclass(frozen=True)

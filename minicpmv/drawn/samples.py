@@ -5,7 +5,8 @@ What is special:
 - the splits never share a random state, and printed text of three or more characters belongs to one split each,
   so that reading a test picture cannot be remembered from training;
 - a training sample carries several questions, asked as turns of one conversation: one encoded picture teaches several
-  answers. The last turn may think first.
+  answers. The last turn may think first;
+- a sample may show several pictures, at once or turn by turn, or a picture and a clip.
 """
 
 import random
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from minicpmv.drawn import photos
 from minicpmv.drawn.drawing import Drawing
+from minicpmv.drawn.papers import NUMBERED, page_labels, pages_scene, paper_scene
 from minicpmv.drawn.scenes import (
     FRAMES,
     Fact,
@@ -25,7 +28,9 @@ from minicpmv.drawn.scenes import (
     picture_size,
     shapes_scene,
     sum_scene,
+    times_fact,
 )
+from minicpmv.drawn.several import mixed_scene, pair_scene
 from minicpmv.drawn.wording import WORDINGS, Wording
 from minicpmv.errors import MiniCPMVError
 
@@ -37,7 +42,13 @@ PAGE_SLICES = 9
 PAGE_SIDE = 336  # pixels of a page of fine print: 3 x 3 slices of 112
 MOST_DRAWN = 200  # scenes for one sample, where few have a question of the kind that is asked for
 CLIPS = {"clip_move": "move", "clip_order": "order", "clip_flash": "flash"}
+PAPERS = {"paper_form": "form", "paper_table": "table", "paper_words": "words"}
 SCENES = ("shapes", "repeated", "line", "lower", "sum", "form", "page", "chart", *CLIPS)
+SCENES += ("clip_times", "pair", "mixed", *PAPERS, "pages", "photo")
+TIME_STEPS = (2, 5, 10)  # tenths of a second between the frames of a clip that is asked for times
+# Questions that a picture of anything might be asked, for photographs.
+OPEN_TASKS = ("refusal", "refusal", "caption", "count", "printed_line", "only_shape", "page_text", "page_markdown")
+PLAIN_TASKS = ("page_", "grounding", "where")  # answers that a system's message leaves as they are
 
 # The questions of NanoBench: the scene, and which of its facts are asked for (one kind after the other).
 BENCH_TASKS = {
@@ -57,6 +68,22 @@ BENCH_TASKS = {
     "caption": ("shapes", ("caption",)),
     "absent_object": ("shapes", ("absent_object",)),
 }
+FIRST_TASKS = tuple(BENCH_TASKS)
+# Those that came later: all that the scene's own wording has, in the scene's own times.
+BENCH_TASKS |= {
+    "two_images": ("pair", ("pair_which", "pair_colour", "pair_count", "pair_text", "pair_more", "pair_same")),
+    "image_and_clip": ("mixed", ("mixed_same", "mixed_colour", "mixed_clip_direction", "mixed_clip_shape")),
+    "grounding": ("shapes", ("where",)),
+    "page_text": ("paper_form|paper_table|paper_words", ("page_text",)),
+    "form_json": ("paper_form", ("page_json",)),
+    "table_cells": ("paper_table", ("page_markdown",)),
+    "clip_times": ("clip_times", ("clip_times",)),
+    # Every second image is a drawn one, so that refusing is not always right.
+    "refusal_photo": (
+        "photo|shapes",
+        ("refusal", "count", "caption", "caption", "only_shape", "only_shape", "printed_line", "colour"),
+    ),
+}
 
 
 class SampleError(MiniCPMVError):
@@ -69,15 +96,19 @@ class Turn:
     question: str
     answer: str
     thought: str | None = None
+    ref: str | None = None  # a name that follows the question between ref tags
 
 
 @dataclass
 class Sample:
-    """One picture (or the frames of one clip) and the turns asked about it.
+    """Pictures, or the frames of a clip, or a picture and then a clip; and the turns asked about them.
 
-    temporal_ids: None for a picture, else groups of frame times in tenths of a second (one pack each).
-    max_slice_nums: how many slices the picture may be cut into; a clip is never cut.
+    temporal_ids: None for pictures, else groups of frame times in tenths of a second (one pack each; [-1] is a picture).
+    max_slice_nums: how many slices a picture may be cut into; a clip is never cut.
     objects: in the words of the language, what there is to see in a scene of shapes.
+    shown: how many of the drawings come with each turn; all with the first, if empty.
+    labels: what stands before each drawing.
+    system: the system's message.
     """
 
     drawings: list[Drawing]
@@ -86,6 +117,9 @@ class Sample:
     max_slice_nums: int = 1
     language: str = "en"
     objects: list[str] = field(default_factory=list)
+    shown: list[int] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    system: str = ""
 
     @property
     def images(self) -> list[Image.Image]:
@@ -104,6 +138,7 @@ class Mixture:
     characters: fewest and most characters of a printed line.
     tasks: ask only questions of these kinds (keys of `Wording.phrases`), more often of those that are named several
         times; all kinds alike for None.
+    systems: share of the samples with a message of the system, friendly or concise.
     """
 
     scenes: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SCENES, 1.0))
@@ -113,6 +148,7 @@ class Mixture:
     turns: tuple[int, int] = (1, 4)
     characters: tuple[int, int] = (1, 12)
     tasks: list[str] | None = None
+    systems: float = 0.0
 
 
 def sample_rng(split: str, *key) -> random.Random:
@@ -138,6 +174,26 @@ def draw_scene(
     if scene in CLIPS:
         drawings, facts = clip_scene(rng, say, picture_size(rng, (96, 140)), CLIPS[scene])
         temporal_ids = frame_groups(rng)
+    elif scene == "clip_times":
+        drawings, facts = clip_scene(rng, say, picture_size(rng, (96, 140)), "order")
+        step = rng.choice(TIME_STEPS)
+        temporal_ids = [[step * i for i in range(FRAMES)]]
+        facts.append(times_fact(drawings, temporal_ids[0], say))
+    elif scene == "mixed":
+        drawings, facts = mixed_scene(rng, say)
+        temporal_ids = [[-1], *frame_groups(rng)]
+    elif scene == "pair":
+        drawings, facts = pair_scene(rng, say, split)
+    elif scene in PAPERS:
+        drawing, facts = paper_scene(rng, say, split, PAPERS[scene])
+        max_slice_nums = SLICES
+    elif scene == "pages":
+        drawings, facts = pages_scene(rng, say, split)
+        max_slice_nums = SLICES
+    elif scene == "photo":
+        size = picture_size(rng, (96, 160))
+        drawing = Drawing(photos.photo(rng, size, split), Image.new("L", size, 0))
+        facts = [Fact(task, "shape", say.refusal) for task in OPEN_TASKS]
     elif scene == "form":
         drawing, facts = form_scene(rng, say, split)
         max_slice_nums = SLICES
@@ -173,8 +229,29 @@ def frame_groups(rng: random.Random, size: int | None = None) -> list[list[int]]
 
 
 def make_turn(fact: Fact, say: Wording, rng: random.Random, thinking: bool = False) -> Turn:
-    question = rng.choice(say.phrases[fact.task]).format(say.subject(fact.subject))
-    return Turn(fact.task, question, fact.answer, fact.thought if thinking else None)
+    subjects = (fact.subject,) if isinstance(fact.subject, str) else fact.subject
+    question = rng.choice(say.phrases[fact.task]).format(*map(say.subject, subjects))
+    ref = subjects[0] if fact.task == "grounding" else None
+    return Turn(fact.task, question, fact.answer, fact.thought if thinking else None, ref)
+
+
+def show_in_turn(sample: Sample, chosen: list[Fact]) -> list[Fact]:
+    """Where a question is about the first of several pictures, ask it first and show the others with the next turn."""
+    for fact in chosen:
+        if len(chosen) > 1 and "first" in (fact.subject, fact.subject[:1][0] if fact.subject else ""):
+            sample.shown = [1, len(sample.drawings) - 1]
+            return [fact, *(other for other in chosen if other is not fact)]
+    return chosen
+
+
+def answer_in_style(sample: Sample, say: Wording, style: str) -> None:
+    """Give the system's message, and the answers that follow it: a friendly one begins so, a concise caption has no articles."""
+    sample.system = say.systems[style]
+    for turn in sample.turns:
+        if style == "friendly":
+            turn.answer = say.friendly.format(turn.answer)
+        elif turn.task == "caption" and sample.objects:
+            turn.answer = say.comma.join(named_objects(turn.answer, sample.language))
 
 
 def make_sample(split: str, seed: int, index: int, mixture: Mixture) -> Sample:
@@ -209,7 +286,13 @@ def make_sample(split: str, seed: int, index: int, mixture: Mixture) -> Sample:
     chosen += rng.sample(rest, min(len(rest), count - len(chosen)))
     chosen.sort(key=lambda fact: fact.thought is not None)  # a turn that can think comes last
     thinking = rng.random() < mixture.thinking
+    if scene == "pair" and rng.random() < 0.3:
+        chosen = show_in_turn(sample, chosen)
     sample.turns = [make_turn(fact, say, rng, thinking and fact is chosen[-1]) for fact in chosen]
+    if chosen[0].task in NUMBERED:
+        sample.labels = page_labels(len(sample.drawings))
+    if rng.random() < mixture.systems and not any(fact.task.startswith(PLAIN_TASKS) for fact in chosen):
+        answer_in_style(sample, say, rng.choice(tuple(say.systems)))
     return sample
 
 
@@ -239,8 +322,10 @@ def bench_sample(task: str, split: str = "test", seed: int = 0, index: int = 0, 
             break
         attempt += 1
     fact = rng.choice(facts)
-    if sample.temporal_ids is not None:
+    if scene in CLIPS:
         sample.temporal_ids = frame_groups(rng, FRAMES)
+    if kind in NUMBERED:
+        sample.labels = page_labels(len(sample.drawings))
     sample.turns = [make_turn(fact, say, random.Random(f"{index}/{language}"), thinking=True)]
     sample.language = language
     return sample

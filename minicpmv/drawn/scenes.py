@@ -27,6 +27,7 @@ from minicpmv.drawn.drawing import (
     any_print,
     draw_background,
     jitter,
+    outer_box,
     rotate,
 )
 from minicpmv.drawn.wording import Wording
@@ -66,7 +67,7 @@ class Fact:
     """One thing that is true and plain to see: what to ask for (`task` is a key of Wording.phrases), and the answer."""
 
     task: str
-    subject: str
+    subject: str | tuple[str, ...]
     answer: str
     thought: str | None = None
 
@@ -108,11 +109,11 @@ def ink(rng: random.Random, dark: bool, colored: float) -> tuple[str, tuple[int,
 
 
 def shapes_scene(
-    rng: random.Random, say: Wording, size: tuple[int, int], repeated: bool = False
+    rng: random.Random, say: Wording, size: tuple[int, int], repeated: bool = False, most: int = 6
 ) -> tuple[Drawing, list[Fact]]:
-    """One to six shapes; `repeated`: of two or three kinds and colors, so that most are there several times."""
+    """One to `most` shapes; `repeated`: of two or three kinds and colors, so that most are there several times."""
     drawing, _ = blank(size, rng)
-    count = rng.randint(1, 6)
+    count = rng.randint(1, most)
     smallest, biggest = {1: (0.14, 0.4), 2: (0.14, 0.26), 3: (0.13, 0.22), 4: (0.12, 0.2)}.get(count, (0.11, 0.17))
     placed: list[tuple[float, float, float]] = []
     while len(placed) < count:
@@ -159,6 +160,7 @@ def shape_facts(drawing: Drawing, rng: random.Random, say: Wording) -> list[Fact
     facts.append(Fact("count", f"{color} shape", str(colors.count(color)), seen))
     facts += [absent_fact(things, rng, say, seen) for _ in range(3)]
     facts += repeated_facts(things, say, seen)
+    facts += box_facts(drawing, say)
     if len(things) > 1:
         facts.append(price_fact(things, rng, say))
     return facts
@@ -196,6 +198,29 @@ def repeated_facts(things: list[Thing], say: Wording, seen: str) -> list[Fact]:
     return [
         Fact("repeated_object", say.at_least(say.named(*name), times), answer, seen) for name, times, answer in asked
     ]
+
+
+def box_facts(drawing: Drawing, say: Wording) -> list[Fact]:
+    """Where each thing is, and that a thing of another color is not there: the answer then says so, without a box."""
+    named: dict[str, list[str]] = {}
+    for thing in by_axis(drawing.things, 0):
+        named.setdefault(say.named(thing.color, thing.kind), []).append(box_text(outer_box(thing), drawing.image.size))
+    facts = []
+    for name, boxes in named.items():
+        answer = "".join(boxes)
+        facts += [Fact("grounding", name, answer), Fact("where", name, f"<ref>{name}</ref>{answer}")]
+    there = drawing.things[0]
+    absent = [color for color in COLORS if color not in {thing.color for thing in drawing.things}]
+    if absent:  # one of them, without asking for chance: pictures stay those of the versions before this question
+        name = say.named(absent[int(sum(there.box)) % len(absent)], there.kind)
+        facts += [Fact(task, name, say.nothing.format(name)) for task in ("grounding", "where")]
+    return facts
+
+
+def box_text(box: tuple[float, float, float, float], size: tuple[int, int]) -> str:
+    """A box in the model's words: thousandths of the sides, rounded to tens, since a pixel of a view is nine of them."""
+    corners = (round(100 * corner / size[i % 2]) * 10 for i, corner in enumerate(box))
+    return "<box>" + " ".join(str(min(1000, max(0, corner))) for corner in corners) + "</box>"
 
 
 def price_fact(things: list[Thing], rng: random.Random, say: Wording) -> Fact:
@@ -254,7 +279,7 @@ def line_scene(
     letters = SMALL_LETTERS if lower else CAPITALS
     text = draw_until(split, rng, lambda rng: propose_line(rng, letters, lengths))
     drawing, color = write_line(rng, text, colored=0.5)
-    facts = [Fact("printed_line", "", text)]
+    facts = [Fact("printed_line", "", text, say.seen.format(text))]
     if color != "neutral":
         facts.append(Fact("text_colour", "", say.colors[color]))
     return drawing, facts
@@ -319,7 +344,7 @@ def form_scene(rng: random.Random, say: Wording, split: str) -> tuple[Drawing, l
     if rng.random() < 0.2:
         add_noise(drawing, rng, rng.randint(5, 15))
     text = "\n".join(lines)
-    facts = [Fact("form_value", key, value, text) for key, value in values.items()]
+    facts = [Fact("form_value", key, value, f"{key}: {value}") for key, value in values.items()]
     return drawing, [*facts, Fact("printed_line", "", text)]
 
 
@@ -347,7 +372,7 @@ def page_scene(rng: random.Random, say: Wording, split: str, seen: int) -> tuple
         y = top + pitch * (i + rng.uniform(0, max(0.0, 1 - 1.4 * style.size / pitch)))
         add_text(drawing, text, name, (x, y), style, rgb)
     text = "\n".join(f"{key}: {value}" for key, value in values.items())
-    facts = [Fact("form_value", key, value, text) for key, value in values.items()]
+    facts = [Fact("form_value", key, value, f"{key}: {value}") for key, value in values.items()]
     facts += [Fact("printed_line", "", text), Fact("only_shape", "", say.shapes[kind])]
     return drawing, [*facts, Fact("colour", "shape", say.colors[color])]
 
@@ -397,10 +422,13 @@ def chart_scene(rng: random.Random, say: Wording) -> tuple[Drawing, list[Fact]]:
 
 
 def clip_scene(
-    rng: random.Random, say: Wording, size: tuple[int, int], story: str
+    rng: random.Random, say: Wording, size: tuple[int, int], story: str, thing: tuple[str, str] | None = None
 ) -> tuple[list[Drawing], list[Fact]]:
-    """Six frames of one shape that moves ("move"), takes three colors one after the other ("order") or flashes ("flash")."""
-    kind, color = rng.choice(SHAPES), rng.choice(tuple(COLORS))
+    """Six frames of one shape that moves ("move"), takes three colors one after the other ("order") or flashes ("flash").
+
+    `thing` is its shape and color; drawn, if not given. Thoughts say what is seen in one frame after the other.
+    """
+    kind, color = thing or (rng.choice(SHAPES), rng.choice(tuple(COLORS)))
     radius = min(size) * rng.uniform(0.16, 0.26)
     background, _ = draw_background(size, rng)
     center = [rng.uniform(radius * 1.2, side - radius * 1.2) for side in size]
@@ -413,15 +441,23 @@ def clip_scene(
         if way in ("left", "up"):
             track.reverse()
         places = [[step, center[1]] if axis == 0 else [center[0], step] for step in track]
-        facts += [Fact("video_direction", "", say.sides[way]), Fact("colour", "shape", say.colors[color])]
+        began = {"left": "right", "right": "left", "up": "bottom", "down": "top"}[way]
+        ends = {"up": "top", "down": "bottom"}.get(way, way)
+        path = say.seen.format(f"{say.sides[began]}{say.comma}{say.sides[ends]}")
+        facts += [Fact("video_direction", "", say.sides[way], path), Fact("colour", "shape", say.colors[color])]
+        told = say.moves.format(name=say.named(color, kind), way=say.ways[way])
+        facts.append(Fact("clip_description", "", told))
     elif story == "order":
         three = rng.sample(tuple(COLORS), 3)
         first, second = sorted(rng.sample(range(1, FRAMES), 2))
         colors = [three[0]] * first + [three[1]] * (second - first) + [three[2]] * (FRAMES - second)
+        order, frames = (say.comma.join(say.colors[name] for name in names) for names in (three, colors))
+        seen = say.seen.format(frames)
         facts += [
-            Fact("video_order", "", say.comma.join(say.colors[name] for name in three)),
-            Fact("video_first", "", say.colors[three[0]]),
-            Fact("video_last", "", say.colors[three[2]]),
+            Fact("video_order", "", order, seen),
+            Fact("video_first", "", say.colors[three[0]], seen),
+            Fact("video_last", "", say.colors[three[2]], seen),
+            Fact("clip_description", "", say.changes.format(shape=say.shapes[kind], colors=order)),
         ]
     else:
         flashes = 0
@@ -429,11 +465,25 @@ def clip_scene(
         while flashes != wanted:
             visible = [rng.random() < 0.5 for _ in range(FRAMES)]
             flashes = sum(on and (i == 0 or not visible[i - 1]) for i, on in enumerate(visible))
-        facts += [Fact("video_count", "", str(flashes)), Fact("colour", "shape", say.colors[color])]
-    drawings = []
+        seen = say.seen.format(say.comma.join(say.yes if on else say.no for on in visible))
+        facts += [Fact("video_count", "", str(flashes), seen), Fact("colour", "shape", say.colors[color])]
+        told = say.appears.format(name=say.named(color, kind), count=say.often[flashes])
+        facts.append(Fact("clip_description", "", told))
+    drawings: list[Drawing] = []
     for now, place, shown in zip(colors, places, visible, strict=True):
         drawing = Drawing(background.copy(), Image.new("L", size, 0))
         if shown:
             add_shape(drawing, kind, now, place, radius, COLORS[now])
         drawings.append(drawing)
     return drawings, facts
+
+
+def times_fact(drawings: list[Drawing], times: list[int], say: Wording) -> Fact:
+    """When each color of a clip first appears, by the times of its frames in tenths of a second."""
+    colors = [drawing.things[0].color for drawing in drawings]
+    starts = [i for i, color in enumerate(colors) if i == 0 or color != colors[i - 1]]
+    return Fact(
+        "clip_times",
+        "",
+        say.comma.join(say.at.format(color=say.colors[colors[i]], seconds=f"{times[i] / 10:.1f} s") for i in starts),
+    )

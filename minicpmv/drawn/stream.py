@@ -9,6 +9,7 @@ What is special:
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,21 @@ def is_description(source: object) -> bool:
 def conversation_row(sample: Sample) -> dict[str, Any]:
     """A sample as a row: `messages`, and the options of the processor that belong to it."""
     messages: list[dict[str, Any]] = []
-    for turn in sample.turns:
-        messages.append({"role": "user", "content": [{"type": "text", "text": turn.question}]})
+    if sample.system:
+        messages.append({"role": "system", "content": [{"type": "text", "text": sample.system}]})
+    images = iter(zip_longest(sample.images, sample.labels[: len(sample.images)]))
+    counts = sample.shown or [len(sample.images)]
+    for turn, count in zip(sample.turns, counts + [0] * len(sample.turns), strict=False):
+        content: list[dict[str, Any]] = []
+        for image, label in islice(images, count):
+            content += [{"type": "text", "text": label}] if label else []
+            content.append({"type": "image", "image": image})
+        question = {"type": "text", "text": turn.question} | ({} if turn.ref is None else {"ref": turn.ref})
+        messages.append({"role": "user", "content": [*content, question]})
         answer: dict[str, Any] = {"role": "assistant", "content": [{"type": "text", "text": turn.answer}]}
         if turn.thought is not None:
             answer["reasoning_content"] = turn.thought
         messages.append(answer)
-    images = [{"type": "image", "image": image} for image in sample.images]
-    messages[0]["content"] = images + messages[0]["content"]
     row: dict[str, Any] = {"messages": messages, "max_slice_nums": sample.max_slice_nums}
     if sample.temporal_ids is not None:
         row |= {"temporal_ids": sample.temporal_ids, "use_image_id": False}

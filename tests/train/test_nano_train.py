@@ -1,20 +1,24 @@
 """nano: its tokenizer, its training batches, its recipe, its training loop and its scores."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 
 from minicpmv.drawn.drawing import COLOR_CLASSES, KIND_CLASSES
-from minicpmv.drawn.samples import Mixture, Sample, Turn, bench_sample, make_sample
+from minicpmv.drawn.samples import SCENES, Mixture, Sample, Turn, bench_sample, make_sample
+from minicpmv.drawn.wording import ENGLISH
 from minicpmv.train import dpo, sft
 from minicpmv.train.common.errors import ArgumentsError, TrainingError
 from minicpmv.train.feedback import run as feedback
-from minicpmv.train.nano.batches import SampleEncoder, training_batch
-from minicpmv.train.nano.pretrain import Recipe, Stage, Trainee, optimizers_of, spread_queries, train
+from minicpmv.train.nano import card
+from minicpmv.train.nano.batches import LAYOUTS, SampleEncoder, single_turns, training_batch
+from minicpmv.train.nano.growth import deepened, layer_counts
+from minicpmv.train.nano.pretrain import Recipe, Stage, Trainee, main, optimizers_of, spread_queries, train
 from minicpmv.train.nano.tokenizer import build, train_merges
 
 
@@ -87,7 +91,7 @@ def test_every_patch_has_a_label(encoder):
 def test_a_training_batch_follows_from_its_number_and_has_one_layout(encoder):
     alike = replace(EVERYTHING, thinking=0.0)
     layouts = set()
-    for number in range(16):
+    for number in range(24):
         batch = training_batch(encoder, alike, 4, seed=0, number=number)
         again = training_batch(encoder, alike, 4, seed=0, number=number)
         assert torch.equal(batch["input_ids"], again["input_ids"])
@@ -95,6 +99,52 @@ def test_a_training_batch_follows_from_its_number_and_has_one_layout(encoder):
         assert len(clips) == 1
         layouts.add((clips.pop(), any(len(sizes) > 1 for sizes in batch["tgt_sizes"])))
     assert layouts == {(False, False), (False, True), (True, True)}
+
+
+def test_every_scene_has_a_layout():
+    assert sorted(scene for scenes in LAYOUTS for scene in scenes) == sorted(SCENES)
+
+
+def test_a_question_alone_is_about_what_was_shown_by_then():
+    sample = next(
+        sample
+        for sample in (make_sample("train", 0, i, Mixture({"pair": 1}, turns=(2, 3))) for i in range(80))
+        if sample.shown
+    )
+    singles = single_turns(sample)
+    assert [len(single.turns) for single in singles] == [1] * len(sample.turns)
+    assert [len(single.drawings) for single in singles] == [1, *[len(sample.drawings)] * (len(singles) - 1)]
+
+
+# --- Growth ---
+
+
+def test_new_layers_change_nothing_until_they_learn(encoder):
+    model = tiny_trainee().model.eval()
+    batch = encoder.batch([encoder.encode(make_sample("train", 0, i, EVERYTHING)) for i in (0, 1)])
+    options = {"trust_remote_code": True, "dtype": torch.float32}
+    grown = deepened(model, {"llm": 3, "tower": 2}, **options).eval()
+    assert layer_counts(grown) == {"llm": 3, "tower": 2}
+    for one, other in ((model, grown), (grown, deepened(grown, {"llm": 5}, **options).eval())):
+        torch.manual_seed(0)
+        heads = Trainee(one).eval(), Trainee(other).eval()
+        heads[1].load_state_dict(heads[0].state_dict() | other_weights(other))
+        with torch.no_grad():
+            before, after = (trainee(batch) for trainee in heads)
+        assert torch.equal(before[1], after[1]) and torch.equal(before[2], after[2])
+    _, loss, _, _ = Trainee(grown).train()(batch)
+    loss.backward()
+    assert all(layer.self_attn.o_proj.weight.grad.any() for layer in grown.llm.model.layers)
+
+
+def other_weights(model):
+    return {f"model.{name}": weight for name, weight in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("layers", [{"llm": 0}, {"tower": 0}, {"resampler": 2}])
+def test_a_model_only_grows_and_only_where_it_has_layers(layers):
+    with pytest.raises(ArgumentsError, match="is not possible; the model has"):
+        deepened(tiny_trainee().model, layers)
 
 
 # --- Training ---
@@ -132,25 +182,111 @@ def test_heads_of_queries_start_spread_over_the_picture():
     assert len(nearest) == 36 * 2 and len(set(nearest)) > 50  # of 80 patches
 
 
-def test_a_run_goes_on_from_its_state_and_leaves_a_model_that_loads(tmp_path):
+def small_nano(folder):
+    """A folder like nano's, of a model with one layer in tower and language model."""
+    folder.mkdir()
+    for file in NANO.iterdir():
+        if file.suffix in (".json", ".jinja", ".py"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = config["max_window_layers"] = config["vision_config"]["num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def two_stages(folder):
     stages = [
-        Stage("tower", 2, 2, 1e-3, Mixture({"shapes": 1, "line": 1}), batches=1, answers=False),
-        Stage("answers", 2, 2, 1e-3, Mixture({"form": 1, "clip_move": 1}), batches=1, tower_views=0),
+        Stage("tower", 2, 2, 1e-3, Mixture({"shapes": 1, "line": 1}), batches=2, answers=False),
+        Stage("answers", 2, 2, 1e-3, Mixture({"paper_form": 1, "mixed": 1}), batches=2, layers={"llm": 2}),
     ]
-    recipe = Recipe(stages[:1], model=str(NANO), processes=1, validation_samples=2)
-    train(0, recipe, tmp_path)
-    recipe.stages = stages
-    with (tmp_path / "log.jsonl").open("a") as log:  # as a run leaves it that was killed after its last save
-        log.write('{"stage": 1, "step": 1, "samples": 6}\n')
-    train(0, recipe, tmp_path)
-    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(entry["stage"], entry["samples"]) for entry in entries] == [(0, 4), (1, 8)]
-    assert (tmp_path / "curves.png").is_file()
-    model = AutoModel.from_pretrained(tmp_path / "model", trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    return Recipe(stages, model=small_nano(folder), processes=1, validation_samples=2)
+
+
+def weights_of(output):
+    return torch.load(output / "state.pt", weights_only=True)["trainee"]
+
+
+def test_a_run_that_is_stopped_after_every_step_ends_with_the_same_weights_and_a_model_that_loads(tmp_path):
+    recipe = two_stages(tmp_path / "small")
+    train(0, recipe, prepared(tmp_path / "whole"))
+    stopped, calls = prepared(tmp_path / "stopped"), 1
+    while train(0, recipe, stopped, minutes=0) is None:
+        calls += 1
+        with (stopped / "log.jsonl").open("a") as log:  # as a run leaves it that was killed after its last save
+            log.write('{"stage": 1, "step": 1, "samples": 99}\n')
+    assert calls == 5  # four steps, and the end
+    whole, pieces = weights_of(tmp_path / "whole"), weights_of(stopped)
+    assert whole.keys() == pieces.keys() and all(torch.equal(whole[name], pieces[name]) for name in whole)
+    assert any("layers.1." in name for name in whole)
+    entries = [json.loads(line) for line in (stopped / "log.jsonl").read_text().splitlines()]
+    assert [(entry["stage"], entry["name"], entry["samples"]) for entry in entries] == [
+        (0, "tower", 8),
+        (1, "answers", 16),
+    ]
+    assert (stopped / "curves.png").is_file()
+    model = AutoModel.from_pretrained(stopped / "model", trust_remote_code=True)
+    assert layer_counts(model) == {"llm": 2, "tower": 1}
+    processor = AutoProcessor.from_pretrained(stopped / "model", trust_remote_code=True)
     sample = bench_sample("colour")
     text = model.chat(sample.images[0], [{"role": "user", "content": sample.turns[0].question}], processor=processor)
     assert isinstance(text, str)
+    further = Recipe(recipe.stages[1:], model=recipe.model, weights=str(stopped / "model"), validation_samples=2)
+    trained = train(0, further, prepared(tmp_path / "further"))
+    assert layer_counts(trained.model) == {"llm": 2, "tower": 1}
+
+
+def prepared(folder):
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_weights_that_one_makes(tmp_path):
+    recipe = two_stages(tmp_path / "small")
+    for processes in (1, 2):
+        settings = tmp_path / f"{processes}.yaml"
+        described = asdict(replace(recipe, processes=processes))
+        for stage in described["stages"]:
+            stage["mixture"]["turns"] = list(stage["mixture"]["turns"])
+            stage["mixture"]["characters"] = list(stage["mixture"]["characters"])
+        settings.write_text(yaml.safe_dump(described))
+        main(["--config", str(settings), "--output", str(tmp_path / str(processes))])
+    one, two = (weights_of(tmp_path / name) for name in ("1", "2"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_that_is_out_of_time_says_how_it_goes_on(tmp_path):
+    settings = tmp_path / "recipe.yaml"
+    stage = {"name": "tower", "steps": 2, "batch_size": 1, "learning_rate": 1e-3, "batches": 1, "answers": False}
+    recipe = {"model": small_nano(tmp_path / "small"), "processes": 1, "validation_samples": 1, "stages": [stage]}
+    settings.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(SystemExit, match=r"0 minutes are over; .* the same command goes on"):
+        main(["--config", str(settings), "--output", str(tmp_path / "run"), "--minutes", "0"])
+    assert (tmp_path / "run" / "state.pt").is_file() and not (tmp_path / "run" / "model").exists()
+
+
+# --- Card ---
+
+
+def test_a_card_gets_the_figures_and_stages_of_a_run():
+    old = "# nano\n<!-- nano table -->\n| row | what | right |\n|---|---|---|\n| `count` | how many | 1 % |\n<!-- end -->\nProse.\n"
+    figures = {
+        "count": {"exact": 0.955, "n": 200},
+        "page_text": {"exact": 0.5, "characters": 0.975, "n": 200},
+        "chair": {"chair_i": 0.01, "chair_s": 0.05, "recall": 0.98, "n": 200},
+    }
+    log = [
+        {"stage": 0, "name": "tower", "samples": 100, "minutes": 2.0, "validation": {"patches": 0.86}},
+        {"stage": 1, "name": "all", "samples": 300, "minutes": 5.0, "validation": {"patches": 0.9, "answers": 0.75}},
+    ]
+    new = card.written(old, figures, [log])
+    assert "| `count` | how many | 95.5 % |" in new and "Prose." in new and "1 %  |" not in new
+    assert "| `page_text` | page_text | 50 % (97.5 % of the characters) |" in new
+    assert "| `chair` | chair | 1 % of the objects (recall 98 %) |" in new
+    assert "| tower | 100 | 2 | 86 % of the patches |\n| all | 200 | 3 | 75 % of the answers |" in new
+    assert card.written(new, figures, [log]) == new
+    with pytest.raises(ArgumentsError, match="put the marks where it goes"):
+        card.written("# nano\n", figures, [log])
 
 
 def test_a_run_whose_loss_is_no_number_stops_and_saves_nothing(tmp_path):
@@ -167,7 +303,10 @@ def test_an_installed_package_says_that_the_tokenizer_is_built_in_a_clone(tmp_pa
 
 
 def test_the_recipe_of_nano_is_valid_and_a_misspelt_field_is_named(tmp_path):
-    assert Recipe.load(REPOSITORY / "recipes" / "nano" / "pretraining.yaml").stages
+    for name in ("pretraining", "third"):
+        for stage in Recipe.load(REPOSITORY / "recipes" / "nano" / f"{name}.yaml").stages:
+            assert set(stage.mixture.scenes) <= set(SCENES)
+            assert set(stage.mixture.tasks or ()) <= set(ENGLISH.phrases)
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("stages: [{name: a, steps: 1, batch_size: 1, learning_rat: 0.1}]")
     with pytest.raises(ArgumentsError, match="learning_rat"):

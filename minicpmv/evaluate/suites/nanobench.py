@@ -4,27 +4,34 @@ What is special:
 - all samples are of the test split; seed and index name them, so any number can be drawn anywhere;
 - two rows are controls that ask the questions of another row with something taken away: `fine_print_unsliced` without
   slices, `video_order_shuffled` with the times of the frames shuffled. A model that uses slices and times does badly;
-- `chinese` asks the questions of all other rows in Chinese and, about the same images, in English.
+- `chinese` asks the questions of the other rows of shapes, print and clips in Chinese and, about the same images, in
+  English;
+- rows about pages ask what our document reader asks, or a short form of it.
 """
 
 import random
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
-from minicpmv.drawn.samples import BENCH_TASKS, Sample, bench_sample, named_objects
+from minicpmv.drawn.samples import FIRST_TASKS, Sample, bench_sample, named_objects
 from minicpmv.evaluate.benchmark import Benchmark, Metrics, Prompt, Row, Scores
 from minicpmv.evaluate.scoring.drawn import (
+    boxes_found,
     chair,
     exact_match,
     hallucinated_objects,
     printed_characters,
+    same_cells,
+    same_json,
     share_of_characters,
 )
 
 
-QUESTION_TASKS = tuple(task for task in BENCH_TASKS if task != "caption")
+# Of the first version: the row `chinese` asks these, whatever comes later.
+QUESTION_TASKS = tuple(task for task in FIRST_TASKS if task != "caption")
 
 
 def drawn(task: str, seed: int, index: int) -> Sample:
@@ -48,7 +55,8 @@ def question_of(sample: Sample) -> Prompt:
     options: dict[str, Any] = {"max_slice_nums": sample.max_slice_nums}
     if sample.temporal_ids is not None:
         options |= {"temporal_ids": sample.temporal_ids, "use_image_id": False}
-    return Prompt([*sample.images, sample.turns[0].question], sample.turns[0].answer, options)
+    shown = [part for pair in zip_longest(sample.labels, sample.images) for part in pair if part is not None]
+    return Prompt([*shown, sample.turns[0].question], sample.turns[0].answer, options)
 
 
 def without_slices(sample: Sample) -> Prompt:
@@ -99,12 +107,13 @@ def row(id: str, title: str, task: str | None = None, **changes: Any) -> Row:
     )
 
 
+long_answer: dict[str, Any] = {"max_new_tokens": 192}
 read_print: dict[str, Any] = {"scorer": printed_characters, "aggregate": share_of_characters}
 
 BENCHMARK = Benchmark(
     id="nanobench",
     title="NanoBench",
-    version=2,
+    version=3,
     rows=(
         row("printed_line", "read a line of digits and capitals", **read_print),
         row("printed_line_lower", "read a line with lower case", **read_print),
@@ -153,5 +162,13 @@ BENCHMARK = Benchmark(
             aggregate=chinese_and_english,
             questions_per_sample=2,
         ),
+        row("two_images", "which of two images, and what is in the first or second", **long_answer),
+        row("image_and_clip", "an image and a clip: what is in which, is it the same"),
+        row("grounding", "where is it: boxes that cover by half", scorer=boxes_found, **long_answer),
+        row("page_text", "all text of a form, a table or a text", **read_print, **long_answer),
+        row("form_json", "a form as JSON that fits a schema", scorer=same_json, **long_answer),
+        row("table_cells", "a table in Markdown", scorer=same_cells, **long_answer),
+        row("clip_times", "when each color of a clip comes", **long_answer),
+        row("refusal_photo", "say that an image is unknown that nobody drew; others are drawn", **long_answer),
     ),
 )

@@ -9,6 +9,7 @@ What is special:
 
 import random
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import ProcessorMixin
 
 from minicpmv.data.collator import ConversationCollator, EncodedRow
 from minicpmv.drawn.drawing import Drawing, patch_labels
-from minicpmv.drawn.samples import CLIPS, Mixture, Sample, make_sample
+from minicpmv.drawn.samples import CLIPS, PAPERS, Mixture, Sample, make_sample
 from minicpmv.drawn.stream import conversation_row
 
 
@@ -57,13 +58,15 @@ class SampleEncoder:
     def encode(self, sample: Sample) -> Example:
         row = self.collator.encode(conversation_row(sample))
         image_processor = self.collator.processor.image_processor
-        sizes = torch.as_tensor(row.tgt_sizes)
-        grid = image_processor.get_sliced_grid(sample.images[0].size, sample.max_slice_nums)
-        per_drawing = len(sizes) // len(sample.drawings)
+        image_processor = self.collator.processor.image_processor
+        sizes = iter(torch.as_tensor(row.tgt_sizes).tolist())
         dense = []
-        for i, drawing in enumerate(sample.drawings):
-            own = sizes[i * per_drawing : (i + 1) * per_drawing].tolist()
-            dense += patch_labels_of(drawing, grid, own, image_processor.patch_size)
+        for drawing in sample.drawings:
+            grid = None
+            if sample.temporal_ids is None:
+                grid = image_processor.get_sliced_grid(drawing.image.size, sample.max_slice_nums)
+            views = 1 if grid is None else 1 + grid[0] * grid[1]
+            dense += patch_labels_of(drawing, grid, list(islice(sizes, views)), image_processor.patch_size)
         return Example(
             **vars(row),
             kind_labels=torch.cat([torch.from_numpy(kinds) for kinds, _ in dense]),
@@ -86,7 +89,13 @@ def layout_key(example: Example) -> tuple[int, int]:
 
 
 # Scenes that take the same number of views share batches.
-LAYOUTS = (("shapes", "line", "lower", "sum", "chart"), ("form",), ("page",), tuple(CLIPS))
+LAYOUTS = (
+    ("shapes", "repeated", "line", "lower", "sum", "chart", "photo"),
+    ("pair",),
+    ("form", *PAPERS),
+    ("page", "pages"),
+    (*CLIPS, "clip_times", "mixed"),
+)
 
 
 def training_batch(encoder: SampleEncoder, mixture: Mixture, size: int, seed: int, number: int) -> dict[str, Any]:
@@ -110,6 +119,28 @@ def training_batch(encoder: SampleEncoder, mixture: Mixture, size: int, seed: in
     return encoder.batch(examples)
 
 
+@dataclass
+class DrawnBatches(torch.utils.data.Dataset):
+    """Batches `first` to `first + count` of a stage, drawn when they are asked for."""
+
+    encoder: SampleEncoder
+    mixture: Mixture
+    size: int
+    seed: int
+    first: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        return training_batch(self.encoder, self.mixture, self.size, self.seed, self.first + place)
+
+
 def single_turns(sample: Sample) -> list[Sample]:
-    """The sample's questions, each asked alone."""
-    return [replace(sample, turns=[turn]) for turn in sample.turns]
+    """The sample's questions, each asked alone, about what was shown by then."""
+    singles = []
+    for number, turn in enumerate(sample.turns, 1):
+        count = sum(sample.shown[:number]) or len(sample.drawings)
+        singles.append(replace(sample, turns=[turn], drawings=sample.drawings[:count], shown=[]))
+    return singles

@@ -1,25 +1,30 @@
 """Train nano: a small model of the same architecture, from scratch, on images that the repository draws.
 
-    python -m minicpmv.train.nano --config recipes/nano/pretraining.yaml --output DIR
+    python -m minicpmv.train.nano --config recipes/nano/pretraining.yaml --output DIR [--minutes N]
 
 What is special:
 - stages: first the tower alone learns what lies under each patch (dense labels cost nothing, since we draw), then
   resampler and language model learn conversations, with the dense loss kept beside;
 - the resampler's queries start spread over the image, each looking at one spot (`spread_queries`);
-- one single-threaded process a core. Each takes the next batch of a step as soon as it is free, and the gradients are
-  summed at the end: on shared cores much faster than threads, which wait for each other in every operation;
-- everything follows from the recipe and its seed; a run that stopped goes on from `DIR/state.pt`.
+- on a CPU one single-threaded process a core. Each takes the next batch of a step as soon as it is free: on shared cores
+  much faster than threads, which wait for each other in every operation. On a GPU one process trains, and all cores draw;
+- the gradients of a step are summed in the order of its batches, whoever made them: on a CPU the weights are, bit for bit,
+  the same from any number of processes, and from a run that was killed and goes on from `DIR/state.pt`;
+- a stage may begin with more layers than the one before (`growth`).
 
 What it leaves in DIR: the trained model in `model/`, the log and its curves.
 """
 
 import argparse
+import copy
 import json
 import math
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +35,7 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 
@@ -37,10 +43,11 @@ from minicpmv.data.collator import IGNORED
 from minicpmv.drawn.drawing import COLOR_CLASSES, KIND_CLASSES
 from minicpmv.drawn.samples import Mixture, make_sample
 from minicpmv.errors import one_line_errors
-from minicpmv.files import read_json_lines, write_whole
+from minicpmv.files import read_json, read_json_lines, write_whole
 from minicpmv.train.common.curves import draw
 from minicpmv.train.common.errors import ArgumentsError, TrainingError
-from minicpmv.train.nano.batches import SampleEncoder, layout_key, single_turns, training_batch
+from minicpmv.train.nano.batches import DrawnBatches, SampleEncoder, layout_key, single_turns
+from minicpmv.train.nano.growth import deepened, layer_counts
 
 
 @dataclass
@@ -59,6 +66,7 @@ class Stage:
         10**9
     )  # the tower learns from batches with up to so many views: more cost more than they teach it
     adamw_share: float = 0.4  # learning rate of AdamW, as a share of Muon's
+    layers: dict[str, int] = field(default_factory=dict)  # of "llm" and "tower", from this stage on
     warmup: int = 100
     decay: float = 0.2  # share of the steps in which the learning rate falls
 
@@ -71,8 +79,11 @@ class Stage:
 class Recipe:
     stages: list[Stage]
     model: str = "nano"  # folder with config and processors
+    weights: str | None = None  # folder of the weights to begin with; from nothing without it
     seed: int = 0
-    processes: int = 2
+    first_batch: int = 0  # a later run counts on, so that it draws other samples
+    processes: int = 2  # on a CPU
+    compiles: bool = False  # twice as fast on a CPU; takes a C++ compiler
     weight_decay: float = 0.1
     save_minutes: float = 4.0
     validate_every: int = 200
@@ -126,6 +137,9 @@ def spread_queries(resampler: nn.Module) -> None:
     resampler.attn.in_proj_weight[: 2 * width] = pick.flatten(0, 1) + noise
 
 
+TOKENS_AT_ONCE = {"cpu": 1200, "cuda": 40_000}
+
+
 class Trainee(nn.Module):
     """The model with the heads that name what lies under each patch; only the model is kept in the end."""
 
@@ -135,6 +149,10 @@ class Trainee(nn.Module):
         width = model.config.vision_config.hidden_size
         self.kind_head = nn.Linear(width, len(KIND_CLASSES))
         self.color_head = nn.Linear(width, len(COLOR_CLASSES))
+
+    @property
+    def device(self) -> torch.device:
+        return self.kind_head.weight.device
 
     def heads(self) -> list[nn.Parameter]:
         return [*self.kind_head.parameters(), *self.color_head.parameters()]
@@ -153,7 +171,7 @@ class Trainee(nn.Module):
         colors = self.color_head(patches).float()
         dense_loss = dense_loss + F.cross_entropy(colors, batch["color_labels"], ignore_index=IGNORED)
         if not answers:
-            return dense_loss, torch.zeros(()), kinds, None
+            return dense_loss, torch.zeros((), device=kinds.device), kinds, None
         groups = [group for sample in batch["temporal_ids"] for group in sample]
         tokens = self.model.resampler(patches, sizes, groups)  # [units, Q, D]
         answer_loss, right = self.answer(batch, tokens)
@@ -162,14 +180,16 @@ class Trainee(nn.Module):
     def answer(self, batch: dict[str, Any], tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of the answers, and for each row whether it is what greedy search gives.
 
-        Short conversations do not wait for long ones: rows of like length go through the language model together.
+        Short conversations do not wait for long ones: rows of like length go through the language model together, as many
+        as stay in the caches of a CPU.
         """
         units = [len(groups) for groups in batch["temporal_ids"]]
         visual = tokens.split(units)
         lengths = batch["attention_mask"].sum(1)
+        at_once = max(1, TOKENS_AT_ONCE[tokens.device.type] // int(lengths.max()))
         total, count = 0.0, int((batch["labels"] != IGNORED).sum())
-        right = torch.zeros(len(lengths), dtype=torch.bool)
-        for rows in lengths.argsort().split(4):
+        right = torch.zeros(len(lengths), dtype=torch.bool, device=tokens.device)
+        for rows in lengths.argsort(stable=True).split(at_once):
             longest = int(lengths[rows].max())
             ids, mask, labels = (batch[name][rows, :longest] for name in ("input_ids", "attention_mask", "labels"))
             images = {"image": torch.cat([visual[row] for row in rows])}
@@ -181,36 +201,53 @@ class Trainee(nn.Module):
         return total / count, right
 
 
-@torch.no_grad()
-def validate(trainee: Trainee, encoder: SampleEncoder, recipe: Recipe, stage: Stage) -> dict:
-    """Share of foreground patches named right and, with answers, of questions answered right (each asked alone).
+class Validation:
+    """Samples of the validation set as a stage's mixture has them, drawn once."""
 
-    An answer counts when every word of it is the most likely one after the words before: what greedy search gives.
-    """
-    samples = [make_sample("validation", recipe.seed, i, stage.mixture) for i in range(recipe.validation_samples)]
-    asked = [single for sample in samples for single in (single_turns(sample) if stage.answers else [sample])]
-    examples = [(encoder.encode(sample), sample.turns[0].task) for sample in asked]
-    examples.sort(key=lambda pair: layout_key(pair[0]))
-    named = foreground = 0
-    right: dict[str, list[bool]] = {}
-    trainee.eval()
-    for start in range(0, len(examples), 64):
-        part = examples[start : start + 64]
-        batch = encoder.batch([example for example, _ in part])
-        with torch.autocast("cpu", torch.bfloat16):
-            _, _, kinds, right_rows = trainee(batch, stage.answers)
-        thing = batch["kind_labels"] > 0
-        named += int((kinds.argmax(-1) == batch["kind_labels"])[thing].sum())
-        foreground += int(thing.sum())
-        if stage.answers:
-            for (_, task), row in zip(part, right_rows.tolist(), strict=True):
-                right.setdefault(task, []).append(row)
-    trainee.train()
-    report = {"patches": round(named / foreground, 3)}
-    if right:
-        report["answers"] = round(sum(map(sum, right.values())) / sum(map(len, right.values())), 3)
-        report |= {task: round(sum(rows) / len(rows), 2) for task, rows in sorted(right.items())}
-    return report
+    def __init__(self, encoder: SampleEncoder, recipe: Recipe, stage: Stage):
+        samples = [make_sample("validation", recipe.seed, i, stage.mixture) for i in range(recipe.validation_samples)]
+        asked = [single for sample in samples for single in (single_turns(sample) if stage.answers else [sample])]
+        self.examples = [(encoder.encode(sample), sample.turns[0].task) for sample in asked]
+        self.examples.sort(key=lambda pair: layout_key(pair[0]))
+        self.encoder, self.answers = encoder, stage.answers
+
+    @torch.no_grad()
+    def report(self, trainee: Trainee) -> dict:
+        """Share of foreground patches named right and, with answers, of questions answered right (each asked alone).
+
+        An answer counts when every word of it is the most likely one after the words before: what greedy search gives.
+        """
+        named = foreground = 0
+        right: dict[str, list[bool]] = {}
+        trainee.eval()
+        for start in range(0, len(self.examples), 64):
+            part = self.examples[start : start + 64]
+            batch = to_device(self.encoder.batch([example for example, _ in part]), trainee.device)
+            with torch.autocast(trainee.device.type, torch.bfloat16):
+                _, _, kinds, right_rows = trainee(batch, self.answers)
+            thing = batch["kind_labels"] > 0
+            named += int((kinds.argmax(-1) == batch["kind_labels"])[thing].sum())
+            foreground += int(thing.sum())
+            if self.answers:
+                for (_, task), row in zip(part, right_rows.tolist(), strict=True):
+                    right.setdefault(task, []).append(row)
+        trainee.train()
+        report = {"patches": round(named / max(1, foreground), 3)}
+        if right:
+            report["answers"] = round(sum(map(sum, right.values())) / sum(map(len, right.values())), 3)
+            report |= {task: round(sum(rows) / len(rows), 2) for task, rows in sorted(right.items())}
+        return report
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A batch, its tensors in lists and all, on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: to_device(part, device) for name, part in value.items()}
+    if isinstance(value, list):
+        return [to_device(part, device) for part in value]
+    return value
 
 
 def optimizers_of(trainee: Trainee, weight_decay: float) -> list[torch.optim.Optimizer]:
@@ -225,45 +262,111 @@ def optimizers_of(trainee: Trainee, weight_decay: float) -> list[torch.optim.Opt
     return [muon, adamw]
 
 
-def load_untrained(recipe: Recipe) -> tuple[Trainee, SampleEncoder]:
+def model_options(device: torch.device) -> dict[str, Any]:
+    # Eager on a CPU, because the backward pass of its flash kernel is slow on sequences this short.
+    attention = "eager" if device.type == "cpu" else "sdpa"
+    return {"trust_remote_code": True, "dtype": torch.float32, "attn_implementation": attention}
+
+
+def load_start(recipe: Recipe, device: torch.device) -> tuple[Trainee, SampleEncoder]:
+    """The model at the beginning of a run, from nothing or from the recipe's weights; and the encoder of its samples."""
     torch.manual_seed(recipe.seed)
-    config = AutoConfig.from_pretrained(recipe.model, trust_remote_code=True)
-    config.vision_batch_size = 4096  # memory is no concern here, and whole batches are faster
-    # Eager, because the backward pass of the CPU's flash kernel is slow on sequences this short.
-    options = {"trust_remote_code": True, "dtype": torch.float32, "attn_implementation": "eager"}
-    model = AutoModel.from_config(config, **options)
-    spread_queries(model.resampler)
+    if recipe.weights is not None:
+        model = AutoModel.from_pretrained(recipe.weights, **model_options(device))
+    else:
+        config = AutoConfig.from_pretrained(recipe.model, trust_remote_code=True)
+        model = AutoModel.from_config(config, **model_options(device))
+        spread_queries(model.resampler)
     processor = AutoProcessor.from_pretrained(recipe.model, trust_remote_code=True)
     return Trainee(model).train(), SampleEncoder(processor)
 
 
-def sum_gradients(trainee: Trainee, stage: Stage) -> None:
-    """Add up the gradients of all processes. A process that got no batch in this step gives zeros."""
-    used = trainee.parameters() if stage.answers else [*trainee.model.vpm.parameters(), *trainee.heads()]
-    used = list(used)
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
-    dist.all_reduce(flat)
-    for parameter, summed in zip(used, flat.split([p.numel() for p in used]), strict=True):
-        parameter.grad = summed.view_as(parameter)
+def ready(trainee: Trainee, recipe: Recipe, device: torch.device) -> Trainee:
+    """The trainee on its device, its layers compiled if the recipe says so."""
+    trainee.to(device)
+    trainee.model.config.vision_batch_size = 4096  # memory is no concern here, and whole batches are faster
+    if recipe.compiles:
+        for layer in trainee.model.llm.model.layers:
+            layer.compile(dynamic=True)
+        for layer in trainee.model.vpm.encoder.layers:
+            layer.mlp.compile(dynamic=True)
+    return trainee
+
+
+def grow(trainee: Trainee, layers: dict[str, int], device: torch.device) -> Trainee:
+    """The same trainee with more layers, which change nothing yet."""
+    grown = Trainee(deepened(trainee.model, layers, **model_options(device))).train()
+    for name in ("kind_head", "color_head"):
+        getattr(grown, name).load_state_dict(getattr(trainee, name).state_dict())
+    return grown
+
+
+class Gradients:
+    """The gradients of one step, batch by batch, to be summed in order."""
+
+    def __init__(self, trainee: Trainee, stage: Stage):
+        used = trainee.parameters() if stage.answers else [*trainee.model.vpm.parameters(), *trainee.heads()]
+        self.parameters = list(used)
+        self.batches: dict[int, torch.Tensor] = {}
+        self.count = stage.batches
+
+    def take(self, batch: int) -> None:
+        """Move the gradients of the backward pass that was to those of a batch."""
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        self.batches[batch] = torch.cat([part.flatten() for part in parts])
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def sum(self, is_shared: bool) -> None:
+        """Set each parameter's gradient to the sum over all batches of all processes."""
+        size = sum(parameter.numel() for parameter in self.parameters)
+        total = torch.zeros(size, device=self.parameters[0].device)
+        for batch in range(self.count):
+            part = self.batches.get(batch)
+            if is_shared:  # adding zeros changes no bit
+                part = torch.zeros(size) if part is None else part
+                dist.all_reduce(part)
+            assert part is not None  # every batch was made by somebody
+            total += part
+        self.batches.clear()
+        for parameter, summed in zip(self.parameters, total.split([p.numel() for p in self.parameters]), strict=True):
+            parameter.grad = summed.view_as(parameter)
 
 
 class Run:
-    """What a run keeps on disk: `state.pt`, from which it goes on, `log.jsonl`, `curves.png`. Only process 0 writes."""
+    """A run: the model and its optimizers as they stand, and what it keeps on disk: `state.pt`, from which it goes on,
+    `log.jsonl`, `curves.png`. Only process 0 writes."""
 
-    def __init__(self, trainee: Trainee, optimizers: list[torch.optim.Optimizer], output: Path, rank: int):
-        self.trainee, self.optimizers, self.output, self.rank = trainee, optimizers, output, rank
-        self.progress: dict[str, Any] = {"stage": 0, "step": 0, "batches": 0, "samples": 0, "seconds": 0.0}
+    def __init__(self, recipe: Recipe, output: Path, rank: int, device: torch.device):
+        self.recipe, self.output, self.rank, self.device = recipe, output, rank, device
+        self.progress: dict[str, Any] = {
+            **{"stage": 0, "name": "", "step": 0, "batches": recipe.first_batch, "samples": 0, "seconds": 0.0}
+        }
         self.saved = time.monotonic()
+        trainee, self.encoder = load_start(recipe, device)
+        state = None
         if (output / "state.pt").exists():
-            state = torch.load(output / "state.pt", weights_only=True)
+            state = torch.load(output / "state.pt", weights_only=True, map_location="cpu")
+            trainee = grow(trainee, state["layers"], device)
             trainee.load_state_dict(state["trainee"])
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
             self.progress = state["progress"]
+        self.take(trainee)
+        if state is not None:
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
         self.log_file = output / "log.jsonl"
         if rank == 0:  # what was logged after the last save is about to be done, and logged, again
             entries = [entry for entry in self.entries() if entry["samples"] <= self.progress["samples"]]
             write_whole(self.log_file, "".join(json.dumps(entry) + "\n" for entry in entries))
+
+    def take(self, trainee: Trainee) -> None:
+        self.trainee = ready(trainee, self.recipe, self.device)
+        self.optimizers = optimizers_of(trainee, self.recipe.weight_decay)
+
+    def enter(self, stage: Stage) -> None:
+        """Before the first step of a stage, or where it goes on: the layers that it asks for."""
+        if layer_counts(self.trainee.model) != layer_counts(self.trainee.model) | stage.layers:
+            self.take(grow(self.trainee, stage.layers, self.device))
 
     def entries(self) -> list[dict]:
         return read_json_lines(self.log_file) if self.log_file.exists() else []
@@ -287,6 +390,7 @@ class Run:
         if self.rank == 0:
             partial = self.output / "state.partial"
             state = {"trainee": self.trainee.state_dict(), "progress": self.progress}
+            state["layers"] = layer_counts(self.trainee.model)
             state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
             torch.save(state, partial)
             partial.replace(self.output / "state.pt")  # a run that dies here leaves the older state whole
@@ -294,32 +398,58 @@ class Run:
 
     def log(self, **entry) -> None:
         if self.rank == 0:
-            entry = {key: self.progress[key] for key in ("stage", "step", "samples")} | entry
+            entry = {key: self.progress[key] for key in ("stage", "name", "step", "samples")} | entry
             entry["minutes"] = round(self.progress["seconds"] / 60, 2)
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
 
-def run_stage(run: Run, encoder: SampleEncoder, recipe: Recipe, stage: Stage, store: dist.Store | None) -> None:
-    """All steps of a stage; `store` hands out the batches of a step to the processes (None: there is one process)."""
-    trainee, progress = run.trainee, run.progress
+def taken_batches(
+    drawn: DrawnBatches, stage: Stage, first_step: int, store: dist.Store | None, device: torch.device
+) -> Iterator[Iterator[tuple[int, dict[str, Any]]]]:
+    """For each step from `first_step` on, the batches that fall to this process, with their places in the step.
+
+    On a CPU `store` hands them out (None: there is one process) and each is drawn where it is used; for a GPU the other
+    cores draw ahead.
+    """
+    if device.type == "cuda":
+        rest = Subset(drawn, range(first_step * stage.batches, len(drawn)))
+        ahead = iter(DataLoader(rest, batch_size=None, num_workers=os.cpu_count() or 1, prefetch_factor=4))
+        for _ in range(first_step, stage.steps):
+            yield ((place, to_device(next(ahead), device)) for place in range(stage.batches))
+        return
+
+    def of(step: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        place = -1
+        while (place := place + 1 if store is None else store.add(f"{stage.name}/{step}", 1) - 1) < stage.batches:
+            yield place, drawn[step * stage.batches + place]
+
+    for step in range(first_step, stage.steps):
+        yield of(step)
+
+
+def run_stage(run: Run, stage: Stage, store: dist.Store | None, deadline: float) -> bool:
+    """The steps of a stage that are left, until `deadline`; returns whether the stage is done."""
+    run.enter(stage)
+    run.progress["name"] = stage.name
+    trainee, progress, recipe, device = run.trainee, run.progress, run.recipe, run.device
     bar = tqdm(initial=progress["step"], total=stage.steps, desc=stage.name, disable=run.rank > 0)
     averages: dict[str, float] = {}
     began = time.monotonic()
-    for step in range(progress["step"], stage.steps):
-        trainee.zero_grad()
-        taken = 0
-        while True:
-            taken = taken + 1 if store is None else store.add(f"{stage.name}/{step}", 1)
-            if taken > stage.batches:
-                break
-            number = progress["batches"] + taken - 1
-            batch = training_batch(encoder, stage.mixture, stage.batch_size, recipe.seed, number)
-            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    gradients = Gradients(trainee, stage)
+    validation = Validation(run.encoder, recipe, stage) if run.rank == 0 else None
+    first = progress["batches"] - progress["step"] * stage.batches
+    drawn = DrawnBatches(run.encoder, stage.mixture, stage.batch_size, recipe.seed, first, stage.steps * stage.batches)
+    steps = taken_batches(drawn, stage, progress["step"], store, device)
+    for step, batches in zip(range(progress["step"], stage.steps), steps, strict=True):
+        for place, batch in batches:
+            kernel = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+            with torch.autocast(device.type, torch.bfloat16), kernel:
                 views = sum(len(sizes) for sizes in batch["tgt_sizes"])
                 dense_loss, answer_loss, _, _ = trainee(batch, stage.answers, views <= stage.tower_views)
                 loss = answer_loss + (stage.dense_weight if stage.answers else 1.0) * dense_loss
                 (loss / stage.batches).backward()
+            gradients.take(place)
             if not math.isfinite(value := loss.item()):
                 raise TrainingError(
                     f"Stage {stage.name}, step {step}: the loss is {value}. The state of an earlier step stays in "
@@ -327,72 +457,109 @@ def run_stage(run: Run, encoder: SampleEncoder, recipe: Recipe, stage: Stage, st
                 )
             for name, value in (("dense", dense_loss.item()), ("answer", answer_loss.item())):
                 averages[name] = 0.98 * averages.get(name, value) + 0.02 * value
-        if store is not None:
-            sum_gradients(trainee, stage)
+        gradients.sum(is_shared=store is not None)
         nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
         for optimizer, share in zip(run.optimizers, (1.0, stage.adamw_share), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = share * stage.rate(step)
             optimizer.step()
+        trainee.zero_grad()
         bar.set_postfix({name: f"{value:.3f}" for name, value in averages.items()}, refresh=False)
         bar.update()
         progress["step"], progress["batches"] = step + 1, progress["batches"] + stage.batches
         progress["samples"] += stage.batches * stage.batch_size
         if (step + 1) % 50 == 0:
             run.log(**{name: round(value, 4) for name, value in averages.items()})
-        if run.rank == 0 and ((step + 1) % recipe.validate_every == 0 or step + 1 == stage.steps):
-            report = validate(trainee, encoder, recipe, stage)
+        if validation is not None and ((step + 1) % recipe.validate_every == 0 or step + 1 == stage.steps):
+            report = validation.report(trainee)
             run.log(validation=report)
             bar.write(f"{stage.name} {step + 1}: {report}")
         progress["seconds"] += time.monotonic() - began
         began = time.monotonic()
-        if began - run.saved > 60 * recipe.save_minutes:
+        is_late = torch.tensor(float(began > deadline))
+        if store is not None:  # all stop after the same step
+            dist.all_reduce(is_late, dist.ReduceOp.MAX)
+        if is_late or began - run.saved > 60 * recipe.save_minutes:
             run.save()
+        if is_late:
+            return False
     bar.close()
+    return True
 
 
-def train(rank: int, recipe: Recipe, output: Path, rendezvous: str | None = None) -> Trainee:
-    """Run all stages as process `rank` of `recipe.processes`; alone when there is no rendezvous file."""
+def train(
+    rank: int, recipe: Recipe, output: Path, rendezvous: str | None = None, minutes: float = math.inf
+) -> Trainee | None:
+    """Run all stages as process `rank` of `recipe.processes`; alone when there is no rendezvous file.
+
+    Returns the trained model with its heads, or None where `minutes` were over before.
+    """
+    deadline = time.monotonic() + 60 * minutes
     torch.set_num_threads(1)
     store = None
     if rendezvous is not None:
         store = dist.FileStore(rendezvous, recipe.processes)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=recipe.processes)
-    trainee, encoder = load_untrained(recipe)
-    run = Run(trainee, optimizers_of(trainee, recipe.weight_decay), output, rank)
+    run = Run(recipe, output, rank, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for number, stage in enumerate(recipe.stages):
         if number < run.progress["stage"]:
             continue
-        run_stage(run, encoder, recipe, stage, store)
+        if not run_stage(run, stage, store, deadline):
+            return None
         run.progress.update(stage=number + 1, step=0)
         run.save()
     if rank == 0:
-        export(trainee, Path(recipe.model), output / "model")
+        export(run.trainee, Path(recipe.model), output / "model")
     if store is not None:
         dist.destroy_process_group()
-    return trainee
+    return run.trainee
 
 
 def export(trainee: Trainee, model_folder: Path, output: Path) -> None:
-    """Write model.safetensors (bfloat16) and the settings beside it: a folder for `from_pretrained`."""
-    output.mkdir(parents=True, exist_ok=True)
-    with_weights = trainee.model.to(torch.bfloat16)
-    with_weights.save_pretrained(output)
-    # The settings are those of the model folder, not a rewritten copy; its code files are taken too.
+    """Write model.safetensors (bfloat16) and the settings beside it: a folder for `from_pretrained`, whole or not at all."""
+    draft = output.with_name(output.name + ".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    copy.deepcopy(trainee.model).to("cpu", torch.bfloat16).save_pretrained(draft)
+    # The settings are those of the model folder, not a rewritten copy, but for its depth; its code files are taken too.
     for file in sorted(model_folder.iterdir()):
         if file.suffix in (".json", ".jinja", ".py"):
-            shutil.copyfile(file, output / file.name)
+            shutil.copyfile(file, draft / file.name)
+    settings = read_json(draft / "config.json")
+    counts = layer_counts(trainee.model)
+    settings["num_hidden_layers"] = settings["max_window_layers"] = counts["llm"]
+    settings["vision_config"]["num_hidden_layers"] = counts["tower"]
+    (draft / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(output, ignore_errors=True)
+    draft.replace(output)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m minicpmv.train.nano", description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="Recipe (YAML).")
     parser.add_argument("--output", type=Path, required=True, help="Folder for state, log and the trained model.")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="Stop after so many; the same command then goes on."
+    )
     args = parser.parse_args(argv)
     with one_line_errors():
         recipe = Recipe.load(args.config)
     args.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        rendezvous = str(Path(folder) / "rendezvous")
-        torch.multiprocessing.spawn(train, (recipe, args.output, rendezvous), nprocs=recipe.processes)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the cores are taken
+    if torch.cuda.is_available():
+        train(0, recipe, args.output, None, args.minutes)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            rendezvous = str(Path(folder) / "rendezvous")
+            arguments = (recipe, args.output, rendezvous, args.minutes)
+            torch.multiprocessing.spawn(train, arguments, nprocs=recipe.processes)
+    if not is_trained(recipe, args.output):
+        raise SystemExit(
+            f"{args.minutes:g} minutes are over; {args.output} holds the state, and the same command goes on"
+        )
     print(f"{args.output / 'model'} holds the trained model")
+
+
+def is_trained(recipe: Recipe, output: Path) -> bool:
+    progress = torch.load(output / "state.pt", weights_only=True, map_location="cpu")["progress"]
+    return progress["stage"] == len(recipe.stages)

@@ -5,10 +5,13 @@ import pytest
 from minicpmv.drawn.samples import named_objects
 from minicpmv.evaluate.benchmark import Benchmark, Row, UnknownRowError, mean_of_each
 from minicpmv.evaluate.scoring.drawn import (
+    boxes_found,
     chair,
     exact_match,
     hallucinated_objects,
     printed_characters,
+    same_cells,
+    same_json,
     share_of_characters,
 )
 
@@ -78,3 +81,62 @@ def test_rows_are_chosen_by_name_in_the_order_of_the_benchmark():
     assert benchmark.choose(None) == list(rows)
     with pytest.raises(UnknownRowError, match="letters has no row d; its rows are a, b, c"):
         benchmark.choose(["a", "d"])
+
+
+BOX = "<ref>red star</ref><box>100 100 300 300</box>"
+
+
+@pytest.mark.parametrize(
+    ("answer", "exact"),
+    [
+        (BOX, 1.0),
+        ("<box>100 100 300 300</box>", 1.0),  # the name may be left out
+        ("<box>110 90 310 300</box>\n", 1.0),
+        ("<box>100 100 300 199</box>", 0.0),  # less than half
+        ("<box>300 300 100 100</box>", 0.0),
+        (BOX + "<box>500 500 600 600</box>", 0.0),
+        (f"It is at {BOX}", 0.0),
+        ("100 100 300 300", 0.0),
+        ("There is no red star.", 0.0),
+    ],
+)
+def test_a_box_counts_when_it_covers_by_half_and_stands_alone(answer, exact):
+    assert boxes_found(answer, BOX)["exact"] == exact
+
+
+def test_each_of_several_boxes_has_to_cover_its_own():
+    both = "<box>0 0 100 100</box><box>500 0 600 100</box>"
+    assert boxes_found(both, both) == {"exact": 1.0, "iou": 1.0}
+    assert boxes_found("<box>500 0 600 100</box><box>0 0 100 100</box>", both) == {"exact": 0.0, "iou": 0.0}
+    assert boxes_found("<box>0 0 100 100</box>", both) == {"exact": 0.0, "iou": 0.5}
+
+
+def test_where_nothing_is_there_the_sentence_counts():
+    assert boxes_found("There is no red star.", "There is no red star.") == {"exact": 1.0, "iou": 1.0}
+    assert boxes_found(BOX, "There is no red star.") == {"exact": 0.0, "iou": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("answer", "scores"),
+    [
+        ('{"a": "1", "b": 2.50}', (1.0, 1.0)),
+        ('{"b":2.5,\n "a":"1"}', (1.0, 1.0)),
+        ('{"a": 1, "b": 2.5}', (0.0, 1.0)),  # a number is no string
+        ('{"a": "1"}', (0.0, 1.0)),
+        ('```json\n{"a": "1", "b": 2.5}\n```', (0.0, 0.0)),
+        ("", (0.0, 0.0)),
+    ],
+)
+def test_json_counts_by_its_value(answer, scores):
+    found = same_json(answer, '{"a": "1", "b": 2.5}')
+    assert (found["exact"], found["valid"]) == scores
+
+
+def test_tables_count_by_their_cells_however_they_are_written():
+    page = "# STOCK\n\n| A | B |\n| --- | --- |\n| x | 1 |\n| y | 2 |"
+    assert same_cells(page, page) == {"exact": 1.0, "cells": 1.0}
+    assert same_cells("# STOCK\n|A|B|\n|:-|-:|\n|x  | 1|\n|y|2|", page) == {"exact": 1.0, "cells": 1.0}
+    assert same_cells(page.replace("| 2", "| 3"), page) == {"exact": 0.0, "cells": 5 / 6}
+    assert same_cells(page.replace("# STOCK", "STOCK"), page) == {"exact": 0.0, "cells": 1.0}
+    assert same_cells(page + "\n| z | 3 |", page)["exact"] == 0.0
+    assert same_cells("", page) == {"exact": 0.0, "cells": 0.0}
