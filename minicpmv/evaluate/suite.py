@@ -130,7 +130,7 @@ class Sample:
         Raises:
             SuiteError: one of them is no image.
         """
-        pictures = []
+        pictures: list[Image.Image] = []
         for number, file in enumerate(self.record.get("image", ()), start=1):
             try:
                 picture = Image.open(io.BytesIO(file))

@@ -4,17 +4,46 @@ What an image holds is COCO's annotation together with what five people wrote ab
 Decoding as published: see MMHal-Bench.
 """
 
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from minicpmv.evaluate.scoring.coco_annotations import ANNOTATION_FILES, objects_of_image
-from minicpmv.evaluate.scoring.objects import chair, judge_of_objects, objhal
+from minicpmv.evaluate.scoring.objects import chair, judge_of_objects, objects_in_image, objhal
 from minicpmv.evaluate.suite import Asking, Sample, Suite, Task
 from minicpmv.evaluate.suites.asking import DIRECT, PLAIN_QUESTION, columns, pictures_then, question
+from minicpmv.files import read_json
+
+
+PARTS = ("train2014", "val2014")
+
+
+@cache
+def annotations(
+    instances: tuple[Path, ...], captions: tuple[Path, ...]
+) -> tuple[dict[int, set[str]], dict[int, list[str]]]:
+    """Objects and captions of the images of COCO 2014, by their numbers. The files are large: this takes some gigabytes."""
+    categories: dict[int, set[str]] = defaultdict(set)
+    written: dict[int, list[str]] = defaultdict(list)
+    for path in instances:
+        found = read_json(path)
+        names = {category["id"]: category["name"] for category in found["categories"]}
+        for thing in found["annotations"]:
+            categories[thing["image_id"]].add(names[thing["category_id"]])
+    for path in captions:
+        for caption in read_json(path)["annotations"]:
+            written[caption["image_id"]].append(caption["caption"])
+    return categories, written
 
 
 def expected(sample: Sample) -> dict[str, Any]:
-    files = [sample.data.media(f"annotations/{name}") for name in ANNOTATION_FILES]
-    return {"objects": objects_of_image(files, int(sample["image_id"])), "question": sample["question"]}
+    instances, captions = (
+        tuple(sample.data.media(f"annotations/{kind}_{part}.json") for part in PARTS)
+        for kind in ("instances", "captions")
+    )
+    categories, written = annotations(instances, captions)
+    image = int(sample["image_id"])
+    return {"objects": objects_in_image(categories[image], written[image]), "question": sample["question"]}
 
 
 SUITE = Suite(
