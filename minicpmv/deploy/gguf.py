@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from minicpmv.checkpoint import check_name, load, source_of
 from minicpmv.deploy.folder import check_output, staged, write_card, write_record
-from minicpmv.deploy.parity import ModelRuntime, ParityError, cases, hold
+from minicpmv.deploy.parity import ModelRuntime, ParityError, cases, hold, observe
 from minicpmv.deploy.quantization import FILE_TYPES, FileType, stored, stored_bytes, type_of
 from minicpmv.errors import MiniCPMVError, require
 from minicpmv.runtimes import gguf as names
@@ -158,6 +158,10 @@ def export(
         CheckpointError, ExportError, QuantizationError, OutputError: before anything is written.
         ParityError: the answers differ beyond what a type allows; the files stay in a folder whose name says so.
     """
+
+    def tell(who: str) -> Callable[[str], None]:
+        return lambda what: note(f"{who}: {what}")
+
     checkpoint, output = Checkpoint(model), Path(output).expanduser()
     for kind in kinds:
         check(checkpoint, kind)
@@ -177,6 +181,7 @@ def export(
     tower = get_class_from_dynamic_module("vision_minicpmv.MiniCPMVVisionTransformer", source)
     buckets_of = sys.modules[tower.__module__].position_buckets
     asked = cases(processor) if is_checked else []
+    reference = observe(partial(_pytorch, source), asked, samples, note=tell("PyTorch")) if is_checked else None
     mmproj = f"{names.MMPROJ}-{name}-{mmproj_kind.upper()}{names.SUFFIX}"
     files = []
     for kind in kinds:
@@ -189,10 +194,9 @@ def export(
                 checkpoint, processor, lambda count: buckets_of(count, side), mmproj_kind, stage / mmproj, name
             )
             write_language_model(checkpoint, processor, kind, stage / file, name, threads)
-            found = None
-            if is_checked:
+            if reference is not None:
                 found = hold(
-                    partial(_pytorch, source),
+                    reference,
                     partial(_llamacpp, stage / file),
                     asked,
                     name=export_name,
@@ -202,7 +206,7 @@ def export(
                     feature_margin=FEATURE_MARGINS[mmproj_kind],
                     samples=samples,
                     reference_type=str(checkpoint.config.get("torch_dtype", checkpoint.config.get("dtype"))),
-                    note=note,
+                    note=tell(export_name),
                 )
                 write_record(stage, found)
                 if found.faults:

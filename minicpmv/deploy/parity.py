@@ -184,18 +184,26 @@ class Record:
 
 
 def observe(
-    runtime: Runtime,
+    make: Callable[[], Runtime],
     asked: Sequence[Case],
-    answers: dict[str, list[int]] | None,
-    samples: int,
-    note: Callable[[str], None],
+    samples: int = 0,
+    reference: Record | None = None,
+    note: Callable[[str], None] = lambda what: None,
 ) -> Record:
-    """Ask a runtime everything; `answers` are those of the reference, None for itself."""
+    """Ask a runtime everything. It is made here, and gone afterwards.
+
+    Args:
+        asked: the cases.
+        samples: questions of each row of NanoBench; 0 asks none.
+        reference: what PyTorch made of it, whose answers the logits are those of; None for PyTorch itself.
+        note: is told what is asked.
+    """
+    runtime = make()
     note(f"{len(asked)} conversations")
     seen = {}
     for case in asked:
         answer = runtime.answer(case, MOST_TOKENS)
-        logits = runtime.logits(case, answers[case.name] if answers else answer)
+        logits = runtime.logits(case, reference.seen[case.name].answer if reference else answer)
         seen[case.name] = Seen(runtime.prompt_ids(case), runtime.features(case), answer, logits)
     case = next((case for case in asked if "max_slice_nums" in case.options), asked[0])
     seconds = {}
@@ -207,7 +215,10 @@ def observe(
     if samples:
         note(f"{samples} questions of each row of NanoBench")
     bench = ask_nanobench(runtime.answerer, samples) if samples else {}
-    return Record(dict(runtime.versions), seen, seconds[1], speed, bench)
+    record = Record(dict(runtime.versions), seen, seconds[1], speed, bench)
+    del runtime
+    gc.collect()
+    return record
 
 
 def ask_nanobench(answerer: Answerer, samples: int) -> dict[str, dict[str, Any]]:
@@ -314,7 +325,7 @@ class Parity:
 
 
 def hold(
-    reference: Callable[[], Runtime],
+    reference: Record,
     runtime: Callable[[], Runtime],
     asked: Sequence[Case],
     *,
@@ -327,27 +338,17 @@ def hold(
     reference_type: str = "",
     note: Callable[[str], None] = lambda what: None,
 ) -> Parity:
-    """Hold a runtime against PyTorch.
+    """Hold a runtime against what [`observe`] has seen of PyTorch.
 
     Args:
-        reference, runtime: make the two, one after the other.
-        asked: the cases.
+        runtime: makes it.
+        asked, samples, note: as of the reference.
         name, type, size: of the export: how it is called, how its weights are stored, its bytes.
         margin: nats by which PyTorch may have preferred its own token where the answers part.
         feature_margin: relative error that image features may have.
-        samples: questions of each row of NanoBench; 0 asks none.
-        note: is told what is asked now.
+        reference_type: how PyTorch held the weights.
     """
-
-    def record(make: Callable[[], Runtime], answers: dict[str, list[int]] | None, who: str) -> Record:
-        made = make()
-        found = observe(made, asked, answers, samples, lambda what: note(f"{who}: {what}"))
-        del made
-        gc.collect()
-        return found
-
-    ours = record(reference, None, "PyTorch")
-    theirs = record(runtime, {case: seen.answer for case, seen in ours.seen.items()}, name)
+    ours, theirs = reference, observe(runtime, asked, samples, reference, note)
     differences = [compare(case, ours.seen[case], theirs.seen[case]) for case in ours.seen]
     bench = {}
     for row, before in ours.bench.items():

@@ -52,6 +52,15 @@ class Known(NamedTuple):
     used: int  # the call that last asked for them
 
 
+class History(NamedTuple):
+    """What one row of a batch has read so far, and is to read now."""
+
+    rows: Tensor  # [L, D], with padding
+    places: Tensor  # int64 [n], of those that are no padding
+    numbers: np.ndarray  # int64 [n]
+    wanted: np.ndarray  # bool [n]: whose logits
+
+
 class LlamaCppForCausalLM(nn.Module):
     """The language model of a GGUF file; called as `Qwen3ForCausalLM` is, it returns logits and the cache.
 
@@ -153,45 +162,45 @@ class LlamaCppForCausalLM(nn.Module):
             is_real = attention_mask[:, : rows.shape[1]].bool().cpu()
         kept = torch.arange(rows.shape[1] - new, rows.shape[1])
         kept = kept[-logits_to_keep:] if isinstance(logits_to_keep, int) else kept[logits_to_keep.cpu()]
-        is_kept = torch.zeros(rows.shape[1], dtype=torch.bool)
-        is_kept[kept] = True
+        wanted = torch.zeros(rows.shape[1], dtype=torch.bool)
+        wanted[kept] = True
         with self._lock:
-            found = self._read(
-                [
-                    (rows[place, real].numpy(), numbers[place, real].numpy(), is_kept[real].numpy())
-                    for place, real in enumerate(is_real)
-                ]
-            )
-        logits = torch.zeros(*rows.shape[:2], self.config.vocab_size)
+            histories = [
+                History(rows[place], real.nonzero()[:, 0], numbers[place, real].numpy(), wanted[real].numpy())
+                for place, real in enumerate(is_real)
+            ]
+            found = self._read(histories)
+        logits = torch.zeros(len(rows), int(wanted.sum()), self.config.vocab_size)  # of padding: zeros
         for place, part in enumerate(found):
-            logits[place, is_real[place] & is_kept] = torch.from_numpy(part)
-        logits = logits[:, kept].to(inputs_embeds.device)
-        return CausalLMOutputWithPast(logits=logits, **{CACHE_FIELD: cache})
+            logits[place, is_real[place][wanted]] = torch.from_numpy(part)
+        if logits.shape[1] != len(kept) or (kept.diff() < 0).any():  # asked for in an order of the caller's
+            logits = logits[:, torch.searchsorted(wanted.nonzero()[:, 0], kept)]
+        return CausalLMOutputWithPast(logits=logits.to(inputs_embeds.device), **{CACHE_FIELD: cache})
 
     def _numbers(self, rows: Tensor) -> Tensor:
         """One number for each row, int64 [B, L]."""
         return (rows.contiguous().view(torch.int32).long() * self._odd).sum(-1)
 
-    def _read(self, histories: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-        """Logits of the wanted rows of histories (rows [n, D], numbers [n], wanted [n]), read as far as they are new."""
-        self._make_room(len(histories), max(len(rows) for rows, _, _ in histories))
+    def _read(self, histories: list["History"]) -> list[np.ndarray]:
+        """Logits of the wanted rows of histories, which are read as far as they are new."""
+        self._make_room(len(histories), max(len(history.numbers) for history in histories))
         self._calls += 1
         parts: list[Part] = []
         free = set(range(len(self._known)))
-        for rows, numbers, wanted in histories:
+        for rows, places, numbers, wanted in histories:
             # The states that most of it begins with; of equals, those that nobody has asked for the longest.
             common = {place: _common(self._known[place].numbers, numbers) for place in free}
             sequence = max(free, key=lambda place: (common[place], -self._known[place].used))
             free.remove(sequence)
             asked = np.flatnonzero(wanted)
-            start = min(common[sequence], asked[0] if len(asked) else len(numbers))
-            parts.append(Part(sequence, int(start), rows[start:], wanted[start:]))
+            start = int(min(common[sequence], asked[0] if len(asked) else len(numbers)))
+            parts.append(Part(sequence, start, rows[places[start:]].numpy(), wanted[start:]))
         # Whatever fails on the way, states that are half made count for nothing.
         for part in parts:
             self._known[part.sequence] = Known(np.empty(0, np.int64), self._calls)
         logits = self._model.read(parts)
-        for part, (_, numbers, _) in zip(parts, histories, strict=True):
-            self._known[part.sequence] = Known(numbers, self._calls)
+        for part, history in zip(parts, histories, strict=True):
+            self._known[part.sequence] = Known(history.numbers, self._calls)
         return logits
 
     def _make_room(self, sequences: int, tokens: int) -> None:

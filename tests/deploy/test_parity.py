@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minicpmv.deploy.parity import Case, Seen, compare, faults, hold, relative_error
+from minicpmv.deploy.parity import Case, Seen, compare, faults, hold, observe, relative_error
 
 
 VOCABULARY = 5
@@ -85,10 +85,11 @@ class Fixed:
 
 @pytest.mark.parametrize("other, fault_count", [([3, 1], 0), ([3, 2], 1)])
 def test_the_reference_goes_before_the_other_comes(other, fault_count):
+    asked = [Case("a case", [])]
     found = hold(
-        lambda: Fixed([3, 1]),
+        observe(lambda: Fixed([3, 1]), asked),
         lambda: Fixed(other),
-        [Case("a case", [])],
+        asked,
         name="made up",
         type="f16",
         size=7,
