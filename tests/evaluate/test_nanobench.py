@@ -90,6 +90,11 @@ def test_chinese_is_compared_with_english_about_the_same_pictures():
     assert only_chinese == {"exact": 1.0, "exact_english": 0.0, "difference": 1.0}
 
 
+def test_a_resample_of_few_answers_may_lack_a_language():
+    (row,) = (row for row in BENCHMARK.rows if row.id == "chinese")
+    assert row.aggregate([{"zh": 1.0}, {"zh": 0.0}]) == {"exact": 0.5, "exact_english": None, "difference": None}
+
+
 def test_chinese_asks_every_kind_of_question_and_expects_chinese_words():
     asked = prompts("chinese", 3 * len(QUESTION_TASKS))
     assert len(asked) == 6 * len(QUESTION_TASKS)

@@ -88,8 +88,11 @@ def exact_match_in_language(answer: str, expected: dict) -> Scores:
 
 
 def chinese_and_english(scores: list[Scores]) -> Metrics:
-    chinese, english = (fmean(score[name] for score in scores if name in score) for name in ("zh", "en"))
-    return {"exact": chinese, "exact_english": english, "difference": chinese - english}
+    """Shares of the two languages; None where one has no answer, as in a resample of few."""
+    parts = ([score[name] for score in scores if name in score] for name in ("zh", "en"))
+    chinese, english = (fmean(values) if values else None for values in parts)
+    difference = None if chinese is None or english is None else chinese - english
+    return {"exact": chinese, "exact_english": english, "difference": difference}
 
 
 def row(id: str, title: str, task: str | None = None, **changes: Any) -> Row:
