@@ -4,6 +4,7 @@ Some thirty commands that import torch and TRL anew would spend minutes on nothi
 starts well is tested elsewhere.
 """
 
+import importlib.util
 import json
 import os
 import socket
@@ -12,10 +13,11 @@ import sys
 
 def serve(path: str) -> None:
     """Answer commands at the socket `path` until the process is ended."""
-    import minicpmv.train.dpo
-    import minicpmv.train.grpo
-    import minicpmv.train.reward
-    import minicpmv.train.sft  # noqa: F401
+    if importlib.util.find_spec("trl"):  # an installation of what the README says has none
+        import minicpmv.train.dpo
+        import minicpmv.train.grpo
+        import minicpmv.train.reward
+        import minicpmv.train.sft  # noqa: F401
     from minicpmv.commands.main import app
 
     with socket.socket(socket.AF_UNIX) as listener:
