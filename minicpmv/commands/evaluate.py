@@ -11,7 +11,7 @@ from minicpmv.commands import options, terminal
 from minicpmv.commands.evaluate_check import check_scorers
 from minicpmv.commands.evaluate_compare import diff, leaderboard, report
 from minicpmv.commands.evaluate_get import get
-from minicpmv.commands.evaluate_public import add_public
+from minicpmv.commands.evaluate_public import FIXTURE_TOKENS, add_public
 from minicpmv.errors import one_line_errors, require
 from minicpmv.evaluate.suites import BENCHMARKS, GROUPS, SUITES
 
@@ -127,8 +127,11 @@ def calibrate(
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     benchmark: Annotated[
-        str, typer.Option(metavar="NAME", help="Benchmark that provides the questions.")
+        str, typer.Option(metavar="NAME", help="Benchmark that provides the questions: nanobench or a public one.")
     ] = "nanobench",
+    data: shared.Data = None,
+    fixtures: shared.Fixtures = False,
+    max_new_tokens: shared.MaxNewTokens = None,
     samples: Annotated[
         int, typer.Option(metavar="N", min=1, help="Questions per row to choose on, and as many again to check.")
     ] = 50,
@@ -140,6 +143,10 @@ def calibrate(
             metavar="SHARE", help="Share of the best accuracy that any threshold reaches, which the choice must keep."
         ),
     ] = 0.95,
+    budgets: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Also try bounds on the tokens of a thought, such as 256,1024,4096."),
+    ] = None,
     batch_size: shared.BatchSize = 50,
     output: Annotated[
         Path | None,
@@ -155,15 +162,22 @@ def calibrate(
     --keep says how much: 0.95 of the best accuracy that any threshold reaches.
     """
     config = Path(model).expanduser() / "config.json"
+    bounds = shared.whole_numbers(budgets) if budgets else []
     with one_line_errors(OSError):
         require("evaluate", "rapidfuzz", "matplotlib")
         if save and not config.is_file():
             raise shared.EvaluateError(f"--save writes to {config}, which is not there: name the model's folder")
         from minicpmv.evaluate import calibration
-        from minicpmv.evaluate.suites import load_benchmark
+        from minicpmv.evaluate.suite import Setting
+        from minicpmv.evaluate.suites import load_benchmark, load_suite
         from minicpmv.files import write_whole
 
-        asked, chosen = load_benchmark(benchmark), shared.names(rows)
+        if benchmark in SUITES:
+            setting = Setting(max_new_tokens=max_new_tokens or (FIXTURE_TOKENS if fixtures else None))
+            asked = load_suite(benchmark).open(setting, folder=data, fixtures=fixtures)
+        else:
+            asked = load_benchmark(benchmark)
+        chosen = shared.names(rows)
         calibration.questions_in_both_modes(asked, chosen)  # before the model is loaded
         result = calibration.calibrate(
             shared.open_answerer(model, revision, trust_remote_code, batch_size, None, None, None)[1],
@@ -174,12 +188,15 @@ def calibrate(
             samples=samples,
             seed=seed,
             keep=keep,
+            budgets=bounds,
         )
         for mode, found in result["check"].items():
             terminal.write(
                 f"{mode:5} {100 * found['accuracy']:5.1f} % right, {found['tokens']:6.1f} tokens a question"
             )
         terminal.write(f"threshold {result['threshold']:.4f}")
+        if bounds:
+            terminal.write(f"thinking_budget {result['budget'] or 'without bound'}")
         if save:
             settings = json.loads(config.read_text(encoding="utf-8")) | {"thinking_threshold": result["threshold"]}
             write_whole(config, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

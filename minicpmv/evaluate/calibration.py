@@ -5,7 +5,9 @@ What is special:
   (`threshold_curve`), so no threshold is tried by asking again;
 - the choice is the threshold that generates fewest tokens while it keeps a share of the best accuracy of any threshold:
   always thinking is not always best, since a checkpoint may do worse where its thoughts lead nowhere;
-- it is then put to the test with questions of the next seed, which the choice has not seen.
+- it is then put to the test with questions that the choice has not seen: those of the next seed where the repository draws
+  them; of a data set, the other half of its questions. There, what "auto" gives follows from the answers in both modes;
+- thoughts can be bounded as well: each budget is asked anew, since a thought that is cut short ends in another answer.
 """
 
 import json
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from minicpmv.errors import MiniCPMVError
 from minicpmv.evaluate import harness
 from minicpmv.evaluate.answerers import LocalModel, Mode
-from minicpmv.evaluate.benchmark import Benchmark
+from minicpmv.evaluate.benchmark import Benchmark, Prompt, Row
 from minicpmv.evaluate.sample_log import SAMPLES_FILE, read_entries
 from minicpmv.files import write_whole
 
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-CALIBRATION_FILE, CURVE_FILE = "calibration.json", "curve.png"
-SCORE = "exact"  # of rows that can take part: whether an answer was right
+CALIBRATION_FILE, CURVE_FILE, TABLE_FILE = "calibration.json", "curve.png", "calibration.md"
+SCORES = ("exact", "score")  # of rows that can take part: whether, or how far, an answer was right
 
 
 class CalibrationError(MiniCPMVError):
@@ -50,6 +52,32 @@ def questions_in_both_modes(benchmark: Benchmark, rows: Sequence[str] | None) ->
     return replace(benchmark, rows=tuple(replace(row, thinking=None) for row in chosen))
 
 
+def spread(benchmark: Benchmark, samples: int) -> Benchmark:
+    """The benchmark with at most so many questions a row, evenly spaced: data sets are sorted by category."""
+    return replace(benchmark, rows=tuple(_spread(row, samples) for row in benchmark.rows))
+
+
+def _spread(row: Row, samples: int) -> Row:
+    length = row.length or samples
+    count = min(samples, length)
+    places = [place * length // count for place in range(count)]
+    return replace(row, length=count, sample=lambda seed, index: row.sample(seed, places[index]))
+
+
+def with_budget(benchmark: Benchmark, budget: int) -> Benchmark:
+    """The benchmark whose thoughts have at most so many tokens."""
+
+    def bounded(row: Row) -> Row:
+        def prompt(sample: Any) -> Prompt:
+            found = row.prompt(sample)
+            return replace(found, options=found.options | {"thinking_budget": budget})
+
+        return replace(row, prompt=prompt)
+
+    settings = benchmark.settings | {"thinking_budget": budget}
+    return replace(benchmark, rows=tuple(map(bounded, benchmark.rows)), settings=settings)
+
+
 def answers(
     answerer: LocalModel,
     benchmark: Benchmark,
@@ -57,7 +85,7 @@ def answers(
     mode: Mode,
     *,
     name: str,
-    samples: int,
+    samples: int | None,
     seed: int,
 ) -> list[dict[str, Any]]:
     """The log's entries of one run, in the order of the questions."""
@@ -66,16 +94,44 @@ def answers(
     entries = [
         entry
         for entry in read_entries(output / SAMPLES_FILE)
-        if entry["seed"] == seed and entry["row"] in places and entry["index"] < samples
+        if entry["seed"] == seed and entry["row"] in places and (samples is None or entry["index"] < samples)
     ]
     for entry in entries:
-        if SCORE not in entry["scores"]:
-            raise CalibrationError(f"{entry['row']} has no score {SCORE!r}: an answer has to be right or wrong")
+        if score_of(entry) is None:
+            raise CalibrationError(f"{entry['row']} has no score 'exact': an answer has to be right or wrong")
     return sorted(entries, key=lambda entry: (places[entry["row"]], entry["index"]))
 
 
-def column(entries: list[dict[str, Any]], name: str) -> list[float]:
-    return [entry["scores"][SCORE] if name == SCORE else entry[name] for entry in entries]
+def score_of(entry: dict[str, Any]) -> float | None:
+    return next((entry["scores"][name] for name in SCORES if name in entry["scores"]), None)
+
+
+def right(entries: Sequence[dict[str, Any]]) -> list[float]:
+    return [score_of(entry) or 0.0 for entry in entries]
+
+
+def tokens(entries: Sequence[dict[str, Any]]) -> list[float]:
+    return [entry["generated_tokens"] for entry in entries]
+
+
+def on_demand(
+    fast: Sequence[dict[str, Any]], deep: Sequence[dict[str, Any]], threshold: float, draft_tokens: int
+) -> list[dict[str, Any]]:
+    """What "auto" gives, from the same questions in both modes: an entry each, a draft being paid for with each thought."""
+    return [
+        thought | {"generated_tokens": thought["generated_tokens"] + min(quick["generated_tokens"], draft_tokens)}
+        if quick["need"] >= threshold
+        else quick
+        for quick, thought in zip(fast, deep, strict=True)
+    ]
+
+
+def means(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
+    return {
+        "accuracy": fmean(right(entries)),
+        "tokens": fmean(tokens(entries)),
+        "deep_share": fmean(entry["mode"] == "deep" for entry in entries),
+    }
 
 
 @dataclass(frozen=True)
@@ -146,56 +202,117 @@ def calibrate(
     samples: int = 100,
     seed: int = 1,
     keep: float = 0.95,
+    budgets: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Set the model's threshold, and return what `calibration.json` in the folder `output` holds.
 
     Args:
         answerer: the model to calibrate.
-        output: folder of the logs, the curve (`curve.png`) and the result; a run that was stopped goes on from it.
+        output: folder of the logs, the curve (`curve.png`), the table (`calibration.md`) and the result; a run that was
+            stopped goes on from it.
         name: what the model is called, for the record.
         rows: rows to ask; by default all that can be right or wrong, without controls.
-        samples: questions of each row, once to choose (`seed`) and once to check (`seed` + 1).
-        keep: share of the best accuracy of any threshold that has to stay.
+        samples: questions of each row to choose on, and as many again to check. Of a data set that has fewer, one half each.
+        seed: of drawn questions to choose on; those to check are of `seed` + 1.
+        keep: share of the best accuracy of any threshold, or of any budget, that has to stay.
+        budgets: most tokens of a thought to try, with every question thought about.
 
     Returns:
         `threshold`; `curve`, a list of `ThresholdPoint` as dicts; `check`, for "deep", "fast" and "auto" the accuracy and
-        the mean of generated tokens on the questions of `seed` + 1.
+        the mean of generated tokens on the questions that the choice has not seen, and `rows`, the same for each row;
+        `budgets` with the same for each of them, and the `budget` to take (None: no bound).
 
     Raises:
-        CalibrationError: `keep` is out of range, or no row can be right or wrong in both modes.
+        CalibrationError: `keep` or a budget is out of range, or no row can be right or wrong in both modes.
         MiniCPMVError: whatever `measure` raises.
     """
     if not 0 < keep <= 1:
         raise CalibrationError(f"keep={keep} is not a share above 0 and up to 1")
+    if wrong := [budget for budget in budgets if budget < 1]:
+        raise CalibrationError(f"budget={wrong[0]} is not a number of tokens from 1 on")
     benchmark, model = questions_in_both_modes(benchmark, rows), answerer.model
+    is_drawn = all(row.length is None for row in benchmark.rows)
+    benchmark = benchmark if is_drawn else spread(benchmark, 2 * samples)
+    count = samples if is_drawn else None  # None: all of what was spread
+
+    def ask(folder: str, mode: Mode, seed: int, asked: Benchmark = benchmark) -> list[dict[str, Any]]:
+        return answers(answerer, asked, output / folder, mode, name=name, samples=count, seed=seed)
+
+    def half(entries: list[dict[str, Any]], place: int) -> list[dict[str, Any]]:
+        return entries if is_drawn else [entry for entry in entries if entry["index"] % 2 == place]
+
     model.set_threshold(1.0)  # auto writes how it would decide, and answers fast
-    deep = answers(answerer, benchmark, output / "deep", True, name=name, samples=samples, seed=seed)
-    fast = answers(answerer, benchmark, output / "needs", "auto", name=name, samples=samples, seed=seed)
-    by_mode = [column(entries, name) for name in (SCORE, "generated_tokens") for entries in (fast, deep)]
-    curve = threshold_curve(column(fast, "need"), *by_mode, draft_tokens=model.draft_tokens)
+    all_deep, all_fast = ask("deep", True, seed), ask("needs", "auto", seed)
+    fast, deep = half(all_fast, 0), half(all_deep, 0)
+    need = [entry["need"] for entry in fast]
+    curve = threshold_curve(
+        need, right(fast), right(deep), tokens(fast), tokens(deep), draft_tokens=model.draft_tokens
+    )
     chosen = choose(curve, keep)
 
-    check: dict[str, dict[str, float]] = {}
     model.set_threshold(chosen.threshold)
-    modes: dict[str, Mode] = {"deep": True, "fast": False, "auto": "auto"}
-    for mode, thinking in modes.items():
-        folder = output / (mode if mode != "auto" else f"auto-{chosen.threshold:.4f}")
-        entries = answers(answerer, benchmark, folder, thinking, name=name, samples=samples, seed=seed + 1)
-        check[mode] = {"accuracy": fmean(column(entries, SCORE)), "tokens": fmean(column(entries, "generated_tokens"))}
-        check[mode]["deep_share"] = fmean(entry["mode"] == "deep" for entry in entries)
+    if is_drawn:
+        checked = {
+            "deep": ask("deep", True, seed + 1),
+            "fast": ask("fast", False, seed + 1),
+            "auto": ask(f"auto-{chosen.threshold:.4f}", "auto", seed + 1),
+        }
+    else:
+        unseen = {"deep": half(all_deep, 1), "fast": half(all_fast, 1)}
+        checked = unseen | {"auto": on_demand(unseen["fast"], unseen["deep"], chosen.threshold, model.draft_tokens)}
+    tried: dict[int | None, dict[str, float]] = {None: means(deep)}
+    for budget in budgets:
+        tried[budget] = means(half(ask(f"budget-{budget}", True, seed, with_budget(benchmark, budget)), 0))
+    best = max(found["accuracy"] for found in tried.values())
+    enough = [budget for budget, found in tried.items() if found["accuracy"] >= keep * best]
     result = {
         "model": name,
+        "benchmark": benchmark.id,
         "threshold": chosen.threshold,
         "keep": keep,
-        "rows": [row.id for row in benchmark.rows],
         "samples": samples,
-        "seeds": {"chosen on": seed, "checked on": seed + 1},
-        "check": check,
+        "chosen on": f"seed {seed}" if is_drawn else "every other question",
+        "checked on": f"seed {seed + 1}" if is_drawn else "the questions between",
+        "check": {mode: means(entries) for mode, entries in checked.items()},
+        "rows": {
+            row.id: {
+                mode: means([entry for entry in entries if entry["row"] == row.id])
+                for mode, entries in checked.items()
+            }
+            for row in benchmark.rows
+        },
+        "budget": min(enough, key=lambda budget: tried[budget]["tokens"]),
+        "budgets": [{"budget": budget, **found} for budget, found in tried.items()],
         "curve": [asdict(point) for point in curve],
     }
     write_whole(output / CALIBRATION_FILE, json.dumps(result, indent=1) + "\n")
+    write_whole(output / TABLE_FILE, as_markdown(result))
     draw(result).savefig(output / CURVE_FILE, dpi=110)
     return result
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """Accuracy over tokens of the three modes, row by row, and of the budgets."""
+    modes = ("fast", "auto", "deep")
+    lines = [
+        f"# Thinking on {result['benchmark']}: off, on demand, on",
+        "",
+        f"Chosen on {result['chosen on']}, checked on {result['checked on']}: threshold {result['threshold']:.4f}. Each cell: "
+        "right answers in %, and generated tokens a question; of auto also how many questions it thought about, in %.",
+        "",
+        "| row | off | auto | on |",
+        "|---|---:|---:|---:|",
+    ]
+    for row, found in [*result["rows"].items(), ("all", result["check"])]:
+        cells = [f"{100 * found[mode]['accuracy']:.1f}, {found[mode]['tokens']:.0f}" for mode in modes]
+        cells[1] += f", {100 * found['auto']['deep_share']:.0f}"
+        lines.append(f"| `{row}` | {' | '.join(cells)} |")
+    if len(result["budgets"]) > 1:
+        lines += ["", "| most tokens of a thought | right, % | tokens a question |", "|---|---:|---:|"]
+        for found in result["budgets"]:
+            bound = "no bound" if found["budget"] is None else found["budget"]
+            lines.append(f"| {bound} | {100 * found['accuracy']:.1f} | {found['tokens']:.0f} |")
+    return "\n".join(lines) + "\n"
 
 
 def draw(result: dict[str, Any]) -> "Figure":
@@ -208,7 +325,7 @@ def draw(result: dict[str, Any]) -> "Figure":
     axes = figure.add_subplot()
     curve, check = result["curve"], result["check"]
     accuracies = [100 * point["accuracy"] for point in curve]
-    label = f"thresholds 0 to 1, seed {result['seeds']['chosen on']}"
+    label = f"thresholds 0 to 1, {result['chosen on']}"
     axes.plot([point["tokens"] for point in curve], accuracies, color=color_of(0), linewidth=1.5, label=label)
     for place, (mode, marker) in enumerate((("fast", "o"), ("auto", "D"), ("deep", "s")), start=1):
         name = f"auto at {result['threshold']:.2f}" if mode == "auto" else mode
@@ -218,7 +335,16 @@ def draw(result: dict[str, Any]) -> "Figure":
             marker,
             color=color_of(place),
             markersize=8,
-            label=f"{name}, seed {result['seeds']['checked on']}",
+            label=f"{name}, {result['checked on']}",
+        )
+    budgets = [found for found in result["budgets"] if found["budget"] is not None]
+    if budgets:
+        axes.plot(
+            [found["tokens"] for found in budgets],
+            [100 * found["accuracy"] for found in budgets],
+            "x",
+            color=color_of(4),
+            label=f"deep, within {' or '.join(str(found['budget']) for found in budgets)} tokens",
         )
     axes.set_xlabel("generated tokens a question", **STYLE)
     axes.set_ylabel("right answers, %", **STYLE)

@@ -90,3 +90,18 @@ def radar(labels: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) ->
     if len(labels) > 1:
         figure.legend(loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
     return figure
+
+
+def accuracy_over_tokens(points: Sequence[tuple[str, float, float]]) -> Figure:
+    """A point for each run: its label, generated tokens a question, and share of right answers, over the same rows."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for run, (label, tokens, share) in enumerate(points):
+        axes.plot(tokens, 100 * share, "o", color=color_of(run), markersize=8, label=label)
+    axes.set_xlabel("generated tokens a question", **STYLE)
+    axes.set_ylabel("mean of the rows, %", **STYLE)
+    axes.set_xlim(left=0)
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="best")
+    return figure

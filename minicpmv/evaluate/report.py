@@ -17,6 +17,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from minicpmv.errors import MiniCPMVError
@@ -425,7 +426,25 @@ def draw(labels: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> "dict[str,
     figures = {"bars": charts.bars(labels, bars)} if bars else {}
     if len(whole) >= 3:
         figures["radar"] = charts.radar(labels, whole)
+    if points := points_of(labels, runs, [row for row, _ in whole]):
+        figures["tokens"] = charts.accuracy_over_tokens(points)
     return figures
+
+
+def points_of(
+    labels: Sequence[str], runs: Sequence[Mapping[str, Any]], rows: Sequence[str]
+) -> list[tuple[str, float, float]]:
+    """Label, tokens a question and share of right answers of each run, over rows that all have; none for a single run."""
+    if len(runs) < 2 or not rows:
+        return []
+    found = []
+    for label, run in zip(labels, runs, strict=True):
+        tokens = [run["rows"][row].get("tokens") for row in rows]
+        if None in tokens:
+            return []
+        shares = [run["rows"][row]["mean"][main_metric(runs, row)[0]] for row in rows]
+        found.append((label, fmean(tokens), fmean(shares)))
+    return found
 
 
 def svg_address(figure: "Figure") -> str:

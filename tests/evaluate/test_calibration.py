@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from minicpmv.checkpoint import load
 from minicpmv.commands.evaluate import evaluate_app
 from minicpmv.evaluate import calibration
+from minicpmv.evaluate.benchmark import Benchmark
 from minicpmv.evaluate.sample_log import read_entries
 from minicpmv.evaluate.suites import load_benchmark
 
@@ -126,10 +128,51 @@ def test_calibrating_stores_a_threshold_that_was_checked_on_other_questions(tmp_
     assert result["check"]["auto"]["accuracy"] == pytest.approx(sum(checked) / len(checked))
 
 
+@pytest.mark.slow
+def test_a_data_set_is_calibrated_on_one_half_and_checked_on_the_other_with_budgets(tmp_path):
+    command = ["calibrate", "--model", str(REPOSITORY / "nano"), "--benchmark", "ocrbench", "--fixtures"]
+    command += ["--samples", "2", "--budgets", "4", "--output", str(tmp_path)]
+    answer = CliRunner().invoke(evaluate_app, command)
+    assert answer.exit_code == 0, answer.output
+    result = json.loads((tmp_path / "calibration.json").read_text())
+    assert (result["chosen on"], result["checked on"]) == ("every other question", "the questions between")
+    assert result["rows"].keys() == {"ocrbench"} and [each["budget"] for each in result["budgets"]] == [None, 4]
+    assert "thinking_budget" in answer.output
+
+    deep, fast, bounded = (
+        {entry["index"]: entry for entry in read_entries(tmp_path / folder / "samples.jsonl")}
+        for folder in ("deep", "needs", "budget-4")
+    )
+    assert set(deep) == set(fast) == {0, 1, 2, 3}  # evenly spaced over the data set
+    assert len({entry["facts"]["id"] for entry in deep.values()}) == 4
+    assert all(len(entry["thought"]) <= len(deep[index]["thought"]) for index, entry in bounded.items())
+    tokens = [deep[index]["generated_tokens"] for index in (1, 3)]
+    assert result["check"]["deep"]["tokens"] == pytest.approx(sum(tokens) / 2)
+    table = (tmp_path / "calibration.md").read_text()
+    assert "| `ocrbench` |" in table and "| 4 |" in table
+
+
+def test_on_demand_pays_for_the_draft_of_every_thought():
+    fast = [{"need": need, "generated_tokens": 20, "mode": "fast"} for need in (0.2, 0.9)]
+    deep = [{"generated_tokens": 50, "mode": "deep"}] * 2
+    found = calibration.on_demand(fast, deep, 0.5, 8)
+    assert [(entry["mode"], entry["generated_tokens"]) for entry in found] == [("fast", 20), ("deep", 58)]
+
+
+def test_questions_of_a_data_set_are_taken_from_all_of_it():
+    row = load_benchmark("nanobench").rows[0]
+    whole = replace(row, length=10, sample=lambda seed, index: index)
+    (few,) = calibration.spread(Benchmark("b", "B", 1, (whole,)), 4).rows
+    assert [few.sample(0, index) for index in range(few.count(None))] == [0, 2, 5, 7]
+    (all_of_it,) = calibration.spread(Benchmark("b", "B", 1, (whole,)), 40).rows
+    assert all_of_it.count(None) == 10
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--keep", "0"], "keep=0.0"),
+        (["--budgets", "0"], "budget=0"),
         (["--rows", "chair", "--samples", "1"], "no score 'exact'"),
         (["--rows", "nothing"], "no row nothing"),
         (["--model", "openbmb/nowhere", "--save"], "--save"),

@@ -312,6 +312,17 @@ def test_nothing_that_a_run_holds_comes_alive_in_html(lively_run, tmp_path):
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
 
 
+def test_accuracy_is_drawn_over_tokens_where_several_runs_tell_both(tmp_path):
+    runs = [report.read_run(store_public_run(tmp_path / mode)) for mode in ("off", "on")]
+    assert "tokens" not in report.draw(["off", "on"], runs)  # not every row tells
+    for run, tokens in zip(runs, (5, 50), strict=True):
+        run["rows"] = {"mmstar": run["rows"]["mmstar"] | {"tokens": tokens}}
+    assert report.points_of(["off", "on"], runs, ["mmstar"]) == [("off", 5, 0.721), ("on", 50, 0.721)]
+    assert set(report.draw(["off", "on"], runs)) == {"bars", "tokens"} and set(report.draw(["off"], runs[:1])) == {
+        "bars"
+    }
+
+
 def colors_in(figure, tmp_path):
     figure.savefig(tmp_path / "chart.png", dpi=100)
     pixels = np.asarray(Image.open(tmp_path / "chart.png").convert("RGB")).reshape(-1, 3)
