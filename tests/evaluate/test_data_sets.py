@@ -130,6 +130,23 @@ def test_an_image_that_is_not_there_is_named(tmp_path, image, named):
         table[0]
 
 
+def test_data_in_the_cache_of_the_hub_are_found(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("LMUData", str(tmp_path / "none"))
+    repository = tmp_path / "hub" / "datasets--zai-org--LVBench"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    question = {"uid": "1", "question": "q", "answer": "A", "question_type": []}
+    (snapshot / "video_info.meta.jsonl").write_text(json.dumps({"key": "k", "qa": [question]}))
+    (snapshot / "k.mp4").touch()
+    data = open_data("lvbench")
+    assert data.media(data.records[0]["video"]) == snapshot / "k.mp4"
+
+
 def test_lists_are_read_as_python_writes_them():
     assert as_list("['a', 'b']") == ["a", "b"]
     assert as_list("plain") == ["plain"]

@@ -39,6 +39,10 @@ class DownloadError(MiniCPMVError):
     """A file could not be fetched: the message names it, says why, and what to do."""
 
 
+class InterruptedDownloadError(DownloadError):
+    """A connection ended before the file did."""
+
+
 @dataclass(frozen=True)
 class Download:
     """One file to fetch.
@@ -66,7 +70,7 @@ class Download:
         """Bytes still to fetch."""
         if self.size is None:
             return None
-        return self.size - (self.part.stat().st_size if self.part.is_file() else 0)
+        return max(0, self.size - _length(self.part))
 
 
 def plan(data_set: DataSet, root: Path) -> list[Download]:
@@ -161,8 +165,7 @@ def _opened(request: urllib.request.Request, name: str, gate: str | None) -> Ite
         if token := get_token():  # not passed on to where the Hub redirects
             request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            yield response
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise DownloadError(f"{name} is not handed out to you ({error.code}): {gate or LOG_IN}") from error
@@ -172,6 +175,8 @@ def _opened(request: urllib.request.Request, name: str, gate: str | None) -> Ite
         ) from error
     except (OSError, HTTPException) as error:
         raise DownloadError(_unreachable(name, urlsplit(request.full_url).hostname or "", error)) from error
+    with response:
+        yield response
 
 
 def fetch(files: Sequence[Download], seen: Callable[[int], None] = lambda count: None) -> None:
@@ -187,7 +192,7 @@ def fetch(files: Sequence[Download], seen: Callable[[int], None] = lambda count:
     if wanted:
         _check_disk_space(wanted)
     for file in wanted:
-        _fetch(file, seen)
+        _fetch_patiently(file, seen)
     _unpack([file.path for file in files if file.path.is_file()])
 
 
@@ -212,11 +217,26 @@ def in_units(size: int | None) -> str:
     return f"{size} bytes"
 
 
-def _fetch(file: Download, seen: Callable[[int], None]) -> None:
+def _fetch_patiently(file: Download, seen: Callable[[int], None]) -> None:
+    """Go on after an interruption, as long as each try brings something."""
     file.path.parent.mkdir(parents=True, exist_ok=True)
-    here = file.part.stat().st_size if file.part.is_file() else 0
-    if file.size is not None and here > file.size:
-        file.part.unlink()  # of another file
+    while True:
+        before = _length(file.part)
+        try:
+            return _fetch(file, seen)
+        except InterruptedDownloadError:
+            if file.size is None or _length(file.part) <= before:
+                raise
+
+
+def _length(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _fetch(file: Download, seen: Callable[[int], None]) -> None:
+    here = _length(file.part)
+    if file.size is None or here > file.size:  # nobody can say where it ends; or it is of another file
+        file.part.unlink(missing_ok=True)
         here = 0
     if file.size is None or here < file.size:
         request = urllib.request.Request(file.url, headers={"Range": f"bytes={here}-"} if here else {})
@@ -225,16 +245,25 @@ def _fetch(file: Download, seen: Callable[[int], None]) -> None:
             length = response.headers.get("Content-Length")
             whole = (int(length) if length else 0) + (here if resumed else 0) if length else file.size
             with file.part.open("ab" if resumed else "wb") as part:
-                while block := response.read(BLOCK):
+                for block in _blocks(response):
                     part.write(block)
                     seen(len(block))
-        if whole is not None and file.part.stat().st_size != whole:
-            raise DownloadError(
-                f"{file.path.name}: the connection ended after {file.part.stat().st_size} of {whole} bytes: run the same "
+        if whole is not None and _length(file.part) != whole:
+            raise InterruptedDownloadError(
+                f"{file.path.name}: the connection ended after {_length(file.part)} of {whole} bytes: run the same "
                 "command again, it goes on there"
             )
     _check_digest(file)
     file.part.replace(file.path)
+
+
+def _blocks(response: HTTPResponse) -> Iterator[bytes]:
+    """What comes, until it ends in one way or another."""
+    try:
+        while block := response.read(BLOCK):
+            yield block
+    except (ConnectionError, TimeoutError, HTTPException):
+        return  # the length tells
 
 
 def _check_digest(file: Download) -> None:

@@ -15,7 +15,7 @@ def expected_of(case: Case) -> dict[str, Any]:
     """What a rule compares with: the reference, with what the case says beside it."""
     reference = case["reference"]
     named = reference if isinstance(reference, dict) and reference.keys() & {"answers", "bbox", "content"} else {}
-    answers = reference if isinstance(reference, list) else [reference]
+    answers = reference if isinstance(reference, list) else [named.get("answer", reference)]
     beside = {name: case[name] for name in ("question", "eval", "bbox", "content") if name in case}
     return {"question": "", "answers": answers, **beside, **named}
 
@@ -37,12 +37,12 @@ def by_type(case: Case, scoring: Scoring) -> Mapping[str, Any]:
 
 
 def abilities(case: Case, scoring: Scoring) -> Mapping[str, Any]:
-    """Scores of several questions, whose types the reference lists: means over abilities."""
-    scores = [
-        {"score": float(score), "type": kind}
-        for score, kind in zip(case["prediction"], case["reference"], strict=True)
-    ]
-    return {"expected": v2.ocrbench_v2_score(scores)}
+    """Scores of several questions by type, or with their types as the reference: means over abilities."""
+    given, types = case["prediction"], case["reference"]
+    pairs = given.items() if isinstance(given, dict) else zip(types, given, strict=True)
+    means = v2.ocrbench_v2_score([{"score": float(score), "type": kind} for kind, score in pairs])
+    language = "cn" if means["en"] is None else "en"
+    return {"expected": means if isinstance(case["expected"], dict) else means[language]}
 
 
 def page(case: Case, scoring: Scoring) -> Mapping[str, Any]:
@@ -61,16 +61,16 @@ def page(case: Case, scoring: Scoring) -> Mapping[str, Any]:
 # Names are regular expressions for the whole of a case's `scorer`.
 DOCUMENT_CASES: dict[str, Callable[[Case, Scoring], Mapping[str, Any]]] = {
     "|".join(v2.ABILITY_OF): by_type,
-    r"vqa_evaluation": by(v2.vqa),
-    r"cn_vqa_evaluation": by(v2.chinese_vqa),
+    r"vqa_evaluation\b.*": by(v2.vqa),
+    r"cn_vqa_evaluation\b.*": by(v2.chinese_vqa),
     r"(vqa_evaluation_)?case[_ ]sensitive.*": by(v2.case_sensitive),
     r"multiple choice.*|mcq: letters of the reply.*": by(v2.multiple_choice),
     r"counting_evaluation exact.*": by(v2.counting, eval="exact match"),
     r"counting_evaluation regression.*": by(v2.counting, eval="regression"),
-    r"cn_math_expression_evaluation": by(v2.chinese_formula),
-    r"math_expression_evaluation": by(v2.formula),
+    r"cn_math_expression_evaluation\b.*": by(v2.chinese_formula),
+    r"math_expression_evaluation\b.*": by(v2.formula),
     r"(text grounding )?iou.*|calculate_iou.*": by(v2.grounding),
-    r"(vqa_with_position.*|vqa with position.*)": by(v2.answer_with_box),
+    r"vqa.with.position.*|0\.5.*content.*iou.*": by(v2.answer_with_box),
     r"(text )?spotting.*": by(v2.spotting),
     r"(compute_)?f1.*|(kie|key information).*": by(v2.key_information),
     r"(cal_per_metrics|.*bleu.*meteor.*|full-page.*|text translation.*)": by(v2.prose),
