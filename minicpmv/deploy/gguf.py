@@ -8,7 +8,6 @@ What is special:
 """
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,20 +18,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from minicpmv.checkpoint import check_name, load, source_of
+from minicpmv.checkpoint import load
 from minicpmv.deploy.folder import check_output, staged, write_card, write_record
 from minicpmv.deploy.parity import ModelRuntime, ParityError, cases, hold, observe
 from minicpmv.deploy.quantization import FILE_TYPES, FileType, stored, stored_bytes, type_of
-from minicpmv.errors import MiniCPMVError, require
+from minicpmv.deploy.source import Checkpoint, ExportError
+from minicpmv.errors import require
 from minicpmv.runtimes import gguf as names
 from minicpmv.runtimes.llamacpp import EXTRA, PACKAGES
 
 
 MINICPMV_VERSION = 6  # what llama.cpp calls 4.5
 RESAMPLER_HEAD_DIM = 128  # llama.cpp knows no other
-# What the folder of a checkpoint holds besides weights, their index and its card.
-SMALL_FILES = ("*.py", "*.json", "*.jinja", "*.txt")
-NO_SMALL_FILES = ("model.safetensors.index.json", "constraints.txt")
 
 # In a message's text llama-server leaves a marker for each image, with nothing around it.
 NUMBER_IMAGES = r"""
@@ -63,71 +60,6 @@ minicpmv chat -m {file}
 runs the language model in llama.cpp and the tower of `{mmproj}` in PyTorch: slices and packed videos are exactly those of the checkpoint. A
 llama-server takes the same two files (`-m {file} --mmproj {mmproj} --jinja`): it slices images a little differently, and a frame of a video
 costs as much as an image."""
-
-
-class ExportError(MiniCPMVError):
-    """A checkpoint cannot be written in another format: the message says why and what to do."""
-
-
-class Checkpoint:
-    """The files of a checkpoint, whose tensors are read one at a time.
-
-    Raises:
-        CheckpointError: the folder holds no model.
-        ExportError: it is none, or its weights are not whole ones in safetensors.
-    """
-
-    def __init__(self, folder: str | Path):
-        if not Path(folder).expanduser().is_dir():
-            raise ExportError(f"{folder} is no folder here: get the checkpoint first, with minicpmv fetch")
-        check_name(folder)
-        self.folder = Path(source_of(folder)["pretrained_model_name_or_path"])
-        self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        if self.config.get("model_type") != "minicpmv" or "vision_config" not in self.config:
-            raise ExportError(
-                f"{folder} is a {self.config.get('model_type')}, not a MiniCPM-V 4.5: name another checkpoint"
-            )
-        if "quantization_config" in self.config:
-            raise ExportError(f"{folder} is quantized already: export the checkpoint that it was made from")
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            self.files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        elif (self.folder / "model.safetensors").is_file():
-            from safetensors import safe_open
-
-            with safe_open(self.folder / "model.safetensors", "pt") as file:
-                self.files = dict.fromkeys(file.keys(), "model.safetensors")
-        else:
-            raise ExportError(
-                f"{folder} has no model.safetensors: load and save it once with transformers, which writes it"
-            )
-        self.is_tied = bool(self.config.get("tie_word_embeddings"))
-
-    def _open(self, name: str) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        if name not in self.files:
-            raise ExportError(f"{self.folder} has no weight {name}: it is not a whole MiniCPM-V 4.5")
-        try:
-            return safe_open(self.folder / self.files[name], "pt")
-        except (SafetensorError, OSError) as error:
-            raise ExportError(f"{self.folder / self.files[name]} is damaged ({error}): get it again") from error
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        with self._open(name) as file:
-            return tuple(file.get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> np.ndarray:
-        """A tensor as float32."""
-        with self._open(name) as file:
-            return file.get_tensor(name).float().numpy()
-
-    def copy_small_files(self, folder: Path) -> None:
-        """Copy configuration, processor, tokenizer and code: all that a model needs besides its weights."""
-        for pattern in SMALL_FILES:
-            for file in self.folder.glob(pattern):
-                if file.is_file() and file.name not in NO_SMALL_FILES:
-                    shutil.copyfile(file, folder / file.name)
 
 
 def export(

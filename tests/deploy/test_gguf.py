@@ -25,8 +25,9 @@ gguf = pytest.importorskip("gguf")
 xllamacpp = pytest.importorskip("xllamacpp")
 
 from minicpmv.deploy import gguf as export_gguf  # noqa: E402
-from minicpmv.deploy.gguf import Checkpoint, ExportError, export, llama_template  # noqa: E402
+from minicpmv.deploy.gguf import export, llama_template  # noqa: E402
 from minicpmv.deploy.quantization import FILE_TYPES, QuantizationError, stored, type_of  # noqa: E402
+from minicpmv.deploy.source import Checkpoint, ExportError  # noqa: E402
 from minicpmv.runtimes.gguf import open_gguf  # noqa: E402
 
 
