@@ -10,6 +10,7 @@ from minicpmv.commands import evaluate_options as shared
 from minicpmv.commands import options, terminal
 from minicpmv.commands.evaluate_check import check_scorers
 from minicpmv.commands.evaluate_compare import diff, leaderboard, report
+from minicpmv.commands.evaluate_cost import cost
 from minicpmv.commands.evaluate_get import get
 from minicpmv.commands.evaluate_public import FIXTURE_TOKENS, add_public
 from minicpmv.errors import one_line_errors, require
@@ -113,6 +114,7 @@ evaluate_app.command()(check_scorers)
 evaluate_app.command()(report)
 evaluate_app.command()(diff)
 evaluate_app.command()(leaderboard)
+evaluate_app.command()(cost)
 for name, (_module, summary) in BENCHMARKS.items():
     add_benchmark(name, f"{summary} {AGAIN}")
 for name, (_suites, summary) in GROUPS.items():
