@@ -18,7 +18,7 @@ from minicpmv.evaluate.scoring.case_scorers import CaseScorer, find_scorer
 
 TOLERANCE = 5e-5  # references are written with four digits at least
 FIELDS = ("id", "benchmark", "scorer", "prediction", "reference", "expected")
-NOTHING = (None, "")
+NOTHING = (None, "", "NaN")
 SAME = "the same"  # as the scorer of the benchmark's case before
 
 
@@ -86,11 +86,15 @@ def is_same(expected: Any, found: Any) -> bool:
         )
     if isinstance(expected, list):
         return isinstance(found, list) and len(found) == len(expected) and all(map(is_same, expected, found))
+    if is_nothing(expected) or is_nothing(found):
+        return is_nothing(expected) and is_nothing(found)
     if isinstance(expected, (bool, int, float)) and isinstance(found, (bool, int, float)):
         return math.isclose(expected, found, rel_tol=0, abs_tol=TOLERANCE)
-    if expected in NOTHING or found in NOTHING:
-        return expected in NOTHING and found in NOTHING
     return expected == found
+
+
+def is_nothing(value: Any) -> bool:
+    return value in NOTHING or (isinstance(value, float) and math.isnan(value))
 
 
 def shown(value: Any) -> str:

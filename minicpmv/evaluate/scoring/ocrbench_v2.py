@@ -69,7 +69,8 @@ def ocrbench_v2(answer: str, expected: Expected, *, scoring: Scoring = "current"
     Args:
         expected: `type`, `question` and `answers`, a list; for some types `eval` ("multiple choice", "case sensitive",
             "exact match", "regression"), `bbox` and `content`.
-        strict: count exactly where that is asked for: the first number of the reply has to be the right one.
+        strict: where a count has to be exact, the first number of the reply has to be the right one; values of charts are
+            compared as they are.
 
     Raises:
         ValueError: there is no such type.
@@ -77,11 +78,7 @@ def ocrbench_v2(answer: str, expected: Expected, *, scoring: Scoring = "current"
     kind = expected["type"]
     if kind not in ABILITY_OF:
         raise ValueError(f"OCRBench v2 has no questions of type {kind!r}")
-    if strict and expected.get("eval") == "exact match":
-        score = max(float(_first_number(answer) == _first_number(str(text))) for text in expected["answers"])
-    else:
-        score = RULES[kind](answer, expected)
-    scores: Scores = {"score": float(score), "type": kind}
+    scores: Scores = {"score": float(RULES[kind](answer, {**expected, "strict": strict})), "type": kind}
     if kind == "text translation cn" and not expected["answers"][0]:
         scores["ignored"] = True
     if kind in PROSE and not _has_wordnet():
@@ -182,9 +179,11 @@ def _first_number(text: str) -> int | None:
 
 def counting(answer: str, expected: Expected) -> float:
     """Exact: the digits stand in the reply. Regression: 1 - |difference| / reference where that is above one half."""
-    if expected.get("eval") == "exact match":
+    number, exact = _first_number(answer), expected.get("eval") == "exact match"
+    if exact and expected.get("strict"):
+        return max(float(_first_number(str(text)) == number) for text in expected["answers"])
+    if exact:
         return max(float(_plain(text).lower() in answer) for text in expected["answers"])
-    number = _first_number(answer)
     return max(_closeness(number, int(text)) for text in expected["answers"])
 
 
@@ -446,7 +445,8 @@ def chart(answer: str, expected: Expected) -> float:
     wanted = expected["answers"][0]
     wanted = ast.literal_eval(wanted) if isinstance(wanted, str) else wanted
     found = _chart_of(answer)
-    return teds(_chart_page(found), _chart_page(wanted)) if found else 0.0
+    strict = bool(expected.get("strict"))
+    return teds(_chart_page(found, strict), _chart_page(wanted, strict)) if found else 0.0
 
 
 def _chart_of(reply: str) -> dict[str, Any]:
@@ -462,8 +462,9 @@ def _chart_of(reply: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _chart_page(pairs: Mapping[str, Any]) -> str:
-    rows = "".join(f"  <tr><td>{key}</td><td>{' '.join(str(value))}</td></tr>\n" for key, value in pairs.items())
+def _chart_page(pairs: Mapping[str, Any], strict: bool) -> str:
+    texts = {key: str(value) if strict else " ".join(str(value)) for key, value in pairs.items()}
+    rows = "".join(f"  <tr><td>{key}</td><td>{text}</td></tr>\n" for key, text in texts.items())
     return f"<html><body><table>\n{rows}</table></body></html>"
 
 

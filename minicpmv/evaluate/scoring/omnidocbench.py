@@ -6,6 +6,7 @@ What is special:
 - only letters, digits, _ and Chinese characters of texts are compared, formulas without fonts and blanks, tables as HTML;
 - captions, footnotes, headers, footers, page numbers and code are matched, so that what stands for them does no harm, and
   not counted;
+- strict: rows of Markdown tables with a colon stay, what has no match counts once, whichever side it is on;
 - the reference gives up the quick match of a page after 30 seconds and matches simply; here it ends however long it takes.
 """
 
@@ -67,9 +68,10 @@ def omnidocbench(answer: str, expected: Any, *, scoring: Scoring = "current", st
     """
     page = expected if isinstance(expected, Mapping) else {"layout_dets": expected}
     boxes = _boxes(page)
-    found = elements_of(answer)
-    texts, order = _texts(boxes, [element for element in found if element.kind == "text"])
-    formulas = _formulas(boxes["equation_isolated"], [element for element in found if element.kind == "formula"])
+    found = elements_of(answer, strict)
+    texts, order = _texts(boxes, [element for element in found if element.kind == "text"], strict)
+    displayed = [element for element in found if element.kind == "formula"]
+    formulas = _formulas(boxes["equation_isolated"], displayed, strict)
     tables = _tables(boxes["table"], [element.content for element in found if element.kind == "table"])
     distances = dict(zip(KINDS, (_edit_share(texts), _edit_share(formulas), _edit_share(tables), order), strict=True))
     known = [distance for distance in distances.values() if distance is not None]
@@ -133,7 +135,7 @@ def _in_order(boxes: Sequence[Box]) -> list[Box]:
 Pairs = list[tuple[str, str]]
 
 
-def _texts(boxes: Mapping[str, list[Box]], found: Sequence[Element]) -> tuple[Pairs, float | None]:
+def _texts(boxes: Mapping[str, list[Box]], found: Sequence[Element], strict: bool) -> tuple[Pairs, float | None]:
     """Pairs of texts that count, and the edit distance of their order."""
     wanted = _in_order([box for category in TEXTS for box in boxes.get(category, ())])
     if not wanted:
@@ -143,7 +145,7 @@ def _texts(boxes: Mapping[str, list[Box]], found: Sequence[Element]) -> tuple[Pa
     categories = [wanted[place]["category_type"] for place in kept]
     counted = [
         match
-        for match in quick_match(references, answers)
+        for match in quick_match(references, answers, strict)
         if not match.references
         or most_frequent([categories[place] for place in match.references], NOT_COUNTED) not in NOT_COUNTED
     ]
@@ -168,10 +170,10 @@ def _start(match: Match, found: Sequence[Element]) -> int:
     return found[match.answers[0]].start
 
 
-def _formulas(boxes: Sequence[Box], found: Sequence[Element]) -> Pairs:
+def _formulas(boxes: Sequence[Box], found: Sequence[Element], strict: bool) -> Pairs:
     references, _ = _comparable([(str(box["latex"]), comparable_formula) for box in _in_order(boxes)])
     answers, _ = _comparable([(element.content, comparable_formula) for element in found])
-    matches = [match for match in quick_match(references, answers) if match.references]
+    matches = [match for match in quick_match(references, answers, strict) if match.references]
     return [_joined(match, references, answers) for match in matches]
 
 

@@ -3,8 +3,8 @@
 What is special:
 - the rules are those of OmniDocBench 1.0's end-to-end evaluation as VLMEvalKit has it (e8e78f0), down to its defects, since
   every published figure went through them. The plain ones: inline formulas also count as displayed ones; of a Markdown
-  table, rows with a colon or `---` are dropped, and so is a line of text right above it; one character behind a LaTeX
-  table is lost with it; a reply without blank lines is split at every line;
+  table, rows with a colon or `---` are dropped, and so is a line of text right above it (not where one is strict); one
+  character behind a LaTeX table is lost with it; a reply without blank lines is split at every line;
 - LaTeX tables are taken out and not compared: the reference needs latexml for them and never prefers them.
 """
 
@@ -39,6 +39,7 @@ FORMULA = re.compile(r"\$\$(.*?)\$\$|\\\[(.*?)\\\]|\$(.*?)\$|\\\((.*?)\\\)", re.
 DOLLARS = re.compile(r"\$\$(.*?)\$\$|\$(.*?)\$|\\\((.*?)\\\)", re.DOTALL)
 INLINE = re.compile(r"\$(.*?)\$|\\\((.*?)\\\)")
 TABLE_ROW = re.compile(r"\|\s*.*?\s*\|\n", re.DOTALL)
+MARKDOWN_TABLE = re.compile(r"(?:^[ \t]*\|.*\|[ \t]*\n)+", re.MULTILINE)
 HTML_TABLE = re.compile(r"(<table.*?</table>)", re.DOTALL)
 CODE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 HEADINGS = (
@@ -50,7 +51,7 @@ HEADINGS = (
 )
 
 
-def elements_of(reply: str) -> list[Element]:
+def elements_of(reply: str, strict: bool = False) -> list[Element]:
     """The elements of a page, in the order in which they are matched with those of the reference."""
     content = IMAGE.sub("", reply)
     for fence in FENCES:
@@ -65,7 +66,7 @@ def elements_of(reply: str) -> list[Element]:
         content = _blanked(content, start, end)
     content = _take_formulas(content, found)
     if len(TABLE_ROW.findall(content + "\n")) >= 2:
-        content = _take_markdown_tables(content, found)
+        content = _take_markdown_tables(content, found, strict)
     for match in CODE.finditer(content):
         found.append(Element("text", match.start(), match.group(2).strip()))
         content = _blanked(content, *match.span())
@@ -147,12 +148,22 @@ def _take_texts(content: str, found: list[Element]) -> None:
 # --- Markdown tables ---
 
 
-def _take_markdown_tables(content: str, found: list[Element]) -> str:
-    content = _with_html_tables(content)
+def _take_markdown_tables(content: str, found: list[Element], strict: bool) -> str:
+    content = MARKDOWN_TABLE.sub(_as_html, content + "\n") if strict else _with_html_tables(content)
     for match in HTML_TABLE.finditer(content):
         found.append(Element("table", match.start(), match.group().strip()))
         content = _blanked(content, *match.span())
     return content
+
+
+def _as_html(table: re.Match) -> str:
+    """All rows of a Markdown table but the line below its header."""
+    rows = [
+        [cell.strip() for cell in line.strip().strip("|").split("|")] for line in table.group().strip().split("\n")
+    ]
+    kept = [row for row in rows if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]
+    cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in kept)
+    return f"\n\n<table>{cells}</table>\n\n"
 
 
 def _with_html_tables(content: str) -> str:

@@ -3,8 +3,8 @@
 What is special:
 - elements are merged where one stands for several: first parts of the reply that together are nearer to a reference's text,
   then references that are found inside one part of the reply;
-- kept defects: a reference that nothing is left for counts twice; a part of the reply may count by itself and in a run; parts of the reply that are left over when references
-  are left over too are dropped; places are looked up in the lists from before empty elements were taken out.
+- kept defects, which a strict match mends: a reference that nothing is left for counts twice; a part of the reply may count
+  by itself and in a run; parts of the reply that are left over when references are left over too are dropped.
 """
 
 from collections import Counter
@@ -38,8 +38,8 @@ def simple_match(references: Sequence[str], answers: Sequence[str]) -> list[Matc
     return [Match((place,), (pairs[place],) if place in pairs else ()) for place in range(len(references))]
 
 
-def quick_match(references: Sequence[str], answers: Sequence[str]) -> list[Match]:
-    """Matches that cover all references; what is left of the reply only where no reference is left."""
+def quick_match(references: Sequence[str], answers: Sequence[str], strict: bool = False) -> list[Match]:
+    """Matches that cover all references; what is left of the reply only where no reference is left, unless strict."""
     if not references:
         return [Match((), (place,)) for place in range(len(answers))]
     if not answers:
@@ -54,28 +54,34 @@ def quick_match(references: Sequence[str], answers: Sequence[str]) -> list[Match
         if cost <= FAR:
             matched.setdefault(tuple(groups[column]), []).append(row)
             unmatched.discard(row)
-    _add_contained(matched, unmatched, references, answers)
-    return _with_rest(matched, references, answers)
+    _add_contained(matched, unmatched, references, answers, strict)
+    return _with_rest(matched, references, answers, strict)
 
 
 def _add_contained(
-    matched: dict[tuple[int, ...], list[int]], unmatched: set[int], references: Sequence[str], answers: Sequence[str]
+    matched: dict[tuple[int, ...], list[int]],
+    unmatched: set[int],
+    references: Sequence[str],
+    answers: Sequence[str],
+    strict: bool,
 ) -> None:
     """References that stand inside an element of the reply; such an element counts as used, even if another had them."""
     taken: set[int] = set()
     for place, answer in enumerate(answers):
         inside = [row for row in sorted(unmatched) if _distance_inside(answer, references[row]) < INSIDE]
         if inside:
-            matched.setdefault((place,), []).extend(row for row in inside if row not in taken)
+            run = next((places for places in matched if strict and place in places), (place,))
+            matched.setdefault(run, []).extend(row for row in inside if row not in taken)
             taken.update(inside)
 
 
 def _with_rest(
-    matched: dict[tuple[int, ...], list[int]], references: Sequence[str], answers: Sequence[str]
+    matched: dict[tuple[int, ...], list[int]], references: Sequence[str], answers: Sequence[str], strict: bool
 ) -> list[Match]:
     found = {places: sorted(rows) for places, rows in matched.items() if rows}
     rows_left = set(range(len(references))) - {row for rows in matched.values() for row in rows}
-    places_left = set(range(len(answers))) - {place for places in matched for place in places}
+    used = found if strict else matched
+    places_left = set(range(len(answers))) - {place for places in used for place in places}
     rest: list[Match] = []
     if places_left and rows_left:
         from rapidfuzz.distance import Levenshtein
@@ -85,9 +91,12 @@ def _with_rest(
         for row, place in zip(*_assigned(edits), strict=True):
             found[places[place],] = [rows[row]]
             rows_left.discard(rows[row])
+            places_left.discard(places[place])
+        if strict and places_left:
+            rest.append(Match((), tuple(places_left)))
     elif places_left:
         rest.append(Match((), tuple(places_left)))
-    else:
+    elif not strict:
         rest += [Match((row,), ()) for row in rows_left]
     rest += [Match((row,), ()) for row in sorted(rows_left)]
     return [Match(tuple(rows), places) for places, rows in found.items()] + rest

@@ -144,6 +144,9 @@ def test_tables_charts_and_documents_are_compared_as_trees():
     ) == pytest.approx(5 / 6)
     assert score("chart parsing en", "data = {'A': 1}  # bars", {"A": 1}) == 1
     assert score("chart parsing en", "A is 1", {"A": 1}) == 0
+    asked = {"type": "chart parsing en", "question": "", "answers": [{"A": 12}]}
+    kept, strict = (ocrbench_v2("{'A': 13}", asked, strict=strict)["score"] for strict in (False, True))
+    assert (kept, strict) == (pytest.approx(1 - 1 / 9), pytest.approx(1 - 1 / 6))  # a third of "1 2", half of "12"
     assert score("document parsing en", "# Other\nlines", "# Title\ntext") == 1  # only the outline counts
     assert score("document parsing en", "lines\nmore", "# Title\ntext") < 1
 

@@ -57,6 +57,14 @@ def test_a_missing_text_counts_twice_where_nothing_is_left_for_it():
     assert omnidocbench("a" * 10, boxes)["text_block"] == pytest.approx(20 / 30)
 
 
+def test_strict_counts_once_what_has_no_match_on_either_side():
+    boxes = [text("a" * 10, 1), text("b" * 10, 2)]
+    assert omnidocbench("a" * 10, boxes, strict=True)["text_block"] == pytest.approx(10 / 20)
+    reply = "a" * 10 + "\n\n" + "c" * 10 + "\n\n" + "d" * 10
+    assert omnidocbench(reply, boxes)["text_block"] == pytest.approx(10 / 20)  # ten characters are lost
+    assert omnidocbench(reply, boxes, strict=True)["text_block"] == pytest.approx(20 / 30)
+
+
 @pytest.mark.parametrize(
     "reply, latex, distance",
     [
@@ -81,7 +89,11 @@ def test_a_wrong_cell_costs_its_share_of_the_tree():
 
 def test_markdown_tables_are_tables_and_lose_rows_with_a_colon():
     assert omnidocbench("| a | b |\n|---|---|\n| c | d |\n", [table(HTML)])["teds"] == 1
-    assert omnidocbench("| a | b |\n|---|---|\n| c: | d |\n", [table(HTML)])["teds"] < 1
+    html = HTML.replace("<td>c", "<td>c:")
+    reply = "A line above\n| a | b |\n|---|:-:|\n| c: | d |\n"
+    assert omnidocbench(reply, [table(html)])["teds"] < 1
+    strict = omnidocbench(reply, [table(html), text("A line above", 2)], strict=True)
+    assert (strict["teds"], strict["text_block"]) == (1, 0)
 
 
 def test_a_table_that_is_not_there_scores_nothing():
