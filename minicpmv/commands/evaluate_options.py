@@ -202,6 +202,13 @@ Packing = Annotated[
         metavar="LIST", help="Videos: ask every question with the same frames in groups of so many, such as 1,3,6."
     ),
 ]
+KeepGoing = Annotated[
+    bool,
+    typer.Option(
+        "--keep-going",
+        help="A question that cannot be asked (a missing video, an endpoint's filter) counts as wrong, instead of ending the run.",
+    ),
+]
 JudgeEndpoint = Annotated[
     str | None,
     typer.Option(
@@ -406,6 +413,14 @@ def notes(results: dict[str, Any]) -> list[str]:
     for row, summary in results["rows"].items():
         if summary.get("judge") == "rules only" and summary["undecided"]:
             found.append(f"{row}: rules only; {summary['undecided']} answers are left to a judge (--judge-endpoint)")
+        if shown := summary.get("video"):
+            packings = " to ".join(map(str, dict.fromkeys((shown["packing"][0], shown["packing"][-1]))))
+            rate = f" at {shown['fps']:g} a second" if shown["fps"] else ""
+            found.append(f"{row}: {shown['frames']:.1f} frames a video{rate}, in groups of {packings}")
+        if summary.get("failed"):
+            found.append(
+                f"{row}: {summary['failed']} questions could not be asked, and count as wrong: see error in the log"
+            )
         if summary.get("cut_off"):
             found.append(f"{row}: {summary['cut_off']} answers were cut off at the most tokens")
     return found

@@ -35,6 +35,7 @@ def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> Non
         thinking: shared.Thinking = "off",
         max_new_tokens: shared.MaxNewTokens = None,
         batch_size: shared.BatchSize = 16,
+        keep_going: shared.KeepGoing = False,
         output: shared.Output = None,
         json_file: shared.Json = None,
         scoring: shared.Rules = shared.Scoring.current,
@@ -122,7 +123,13 @@ def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> Non
             if output is None:
                 settings = {key: harness.settings_of(answerer, each, thinks) for key, each in benchmarks.items()}
                 output = shared.DEFAULT_FOLDER / shared.run_name(name, shown, settings)
-            given: dict[str, Any] = {"samples": samples, "seeds": all_seeds, "thinking": thinks, "judge": judge}
+            given: dict[str, Any] = {
+                "samples": samples,
+                "seeds": all_seeds,
+                "thinking": thinks,
+                "judge": judge,
+                "keep_going": keep_going,
+            }
             if is_group:
                 results = measure_group(answerer, name, benchmarks, output, model=shared.full_name(shown), **given)
             else:

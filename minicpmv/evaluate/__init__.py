@@ -5,8 +5,9 @@
 
     results = measure(LocalModel(*load("nano")), load_benchmark("nanobench"), Path("runs/nano"), name="nano", samples=20)
 
-`benchmark` says what a benchmark is, `suites/` holds them (one file each), `answerers` and `endpoint` answer, `harness` asks,
-`sample_log` keeps every answer, `scorers` and `report` turn answers into figures, tables and charts.
+`benchmark` says what a benchmark is and `suite` what a public one is; `suites/` holds them (one file each), `data_sets/` their
+data, `scoring/` their rules. `answerers` and `endpoint` answer, `harness` asks and `groups` asks several, `judging` has
+answers judged, `sample_log` keeps every answer, `report` makes tables and charts of them.
 """
 
 import importlib
@@ -22,10 +23,14 @@ _PLACES = {
     "Prompt": "benchmark",
     "Question": "answerers",
     "Row": "benchmark",
+    "Setting": "suite",
     "calibrate": "calibration",
     "figures": "harness",
     "load_benchmark": "suites",
+    "load_suite": "suites",
     "measure": "harness",
+    "measure_group": "groups",
+    "open_group": "groups",
     "threshold_curve": "calibration",
     "write_report": "report",
 }

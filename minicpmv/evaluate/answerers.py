@@ -8,13 +8,14 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from itertools import groupby
 from typing import Any, Literal, Protocol
 
-from minicpmv.errors import MiniCPMVError
+from minicpmv.errors import MiniCPMVError, is_expected
 from minicpmv.evaluate.benchmark import Prompt, Row, Subtitles
 from minicpmv.evaluate.sample_log import SampleKey
 
@@ -31,6 +32,14 @@ class AnswerError(MiniCPMVError):
     """A question cannot be put to this model."""
 
 
+class QuestionError(MiniCPMVError):
+    """One question cannot be asked, for reasons of its own: others may."""
+
+    def __init__(self, question: "Question", reason: BaseException | str):
+        super().__init__(f"{question.name}: {reason}")
+        self.question = question
+
+
 @dataclass
 class Question:
     """One question of a row. Its prompt, with its images, is made when it is first looked at."""
@@ -45,7 +54,24 @@ class Question:
 
     @cached_property
     def prompt(self) -> Prompt:
-        return self.row.prompt(self.sample)
+        """Raises QuestionError where it cannot be made: a video is missing, an image is broken."""
+        with asking(self):
+            return self.row.prompt(self.sample)
+
+    @property
+    def name(self) -> str:
+        return f"question {self.key.index} of {self.key.row} (seed {self.key.seed})"
+
+
+@contextmanager
+def asking(question: Question) -> Iterator[None]:
+    """Says of which question an expected error is."""
+    try:
+        yield
+    except ValueError as error:
+        if not is_expected(error) or isinstance(error, QuestionError):
+            raise
+        raise QuestionError(question, error) from error
 
 
 @dataclass(frozen=True)
@@ -59,6 +85,7 @@ class Answer:
     need: float | None = None  # what "auto" compared with the threshold
     media: dict[str, Any] | None = None  # of a video: which frames were looked at, and how they were packed
     seconds: float | None = None  # for this answer; of a batch, its share
+    error: str | None = None  # why the question could not be asked
 
 
 class Answerer(Protocol):
@@ -73,7 +100,11 @@ class Answerer(Protocol):
     def answer(
         self, questions: Sequence[Question], mode: Mode, max_new_tokens: int
     ) -> Iterator[tuple[Question, Answer]]:
-        """Answers to at least the questions that are not `answered`, each as soon as it is there, in any order."""
+        """Answers to at least the questions that are not `answered`, each as soon as it is there, in any order.
+
+        Raises:
+            QuestionError: one of them cannot be asked. It names the question; without it the others can be asked again.
+        """
 
 
 class LocalModel:
@@ -123,7 +154,24 @@ class LocalModel:
             return
         for batch in batches(questions, self.batch_size):
             if not all(question.answered for question in batch):
-                yield from zip(batch, self._chat(batch, mode, max_new_tokens), strict=True)
+                yield from self._answer(batch, mode, max_new_tokens)
+
+    def _answer(self, batch: Sequence[Question], mode: Mode, max_new_tokens: int) -> Iterator[tuple[Question, Answer]]:
+        """Answers to a batch; where it cannot be asked, one by one up to the question that is to blame."""
+        if len(batch) == 1:
+            with asking(batch[0]):
+                answers = self._chat(batch, mode, max_new_tokens)
+            yield batch[0], answers[0]
+            return
+        try:
+            answers = self._chat(batch, mode, max_new_tokens)
+        except ValueError as error:
+            if not is_expected(error):
+                raise
+            for question in batch:
+                yield from self._answer([question], mode, max_new_tokens)
+        else:
+            yield from zip(batch, answers, strict=True)
 
     def _chat(self, batch: Sequence[Question], mode: Mode, max_new_tokens: int) -> list[Answer]:
         import torch

@@ -109,6 +109,7 @@ class Row:
     questions_per_sample: int = 1
     length: int | None = None  # how many samples there are; None: without end
     facts: Callable[[Any], Facts] | None = None  # what is logged about a sample
+    expected: Callable[[Any], Any] | None = None  # what is right, where a sample's prompt cannot be made
     cut: Callable[[str], str] | None = None  # takes from the answer the part that is scored
     judge: Judge | None = None
     breakdowns: tuple[str, ...] = ()  # facts by whose values the metrics are also given

@@ -26,6 +26,10 @@ class EndpointError(MiniCPMVError):
     """An endpoint cannot be asked, or does not answer: the message says why and what to do."""
 
 
+class RefusedError(EndpointError):
+    """An endpoint refuses one request; it may take others."""
+
+
 class ChatClient:
     """One model behind one address.
 
@@ -134,6 +138,7 @@ class ChatClient:
             request: as `request` makes it.
 
         Raises:
+            RefusedError: this request is refused.
             EndpointError: every try failed, or what came is no chat completion.
         """
         import openai
@@ -171,7 +176,7 @@ class ChatClient:
             return EndpointError(
                 f"{self.url} failed on every try: run the same command again later, with less --concurrency. {reason}"
             )
-        return EndpointError(f"{self.url} refuses {what}. {reason}")
+        return RefusedError(f"{self.url} refuses {what}. {reason}")
 
 
 def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], lanes: int) -> Iterator[tuple[Item, Result]]:

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from minicpmv.evaluate.answerers import Answer, Mode, Question, is_video
+from minicpmv.evaluate.answerers import Answer, Mode, Question, QuestionError, is_video
 from minicpmv.evaluate.benchmark import Subtitles
-from minicpmv.evaluate.client import ChatClient, EndpointError, side_by_side
+from minicpmv.evaluate.client import ChatClient, EndpointError, RefusedError, side_by_side
 
 
 THINK_END = "</think>"  # how open models close a thought, where the endpoint does not part it from the answer
@@ -40,6 +40,10 @@ QUESTIONS_A_LANE = 8  # held in memory for each request in flight, so that none 
 FRAME_QUALITY = 90  # of frames that are sent as JPEG
 
 Media = dict[str, Any]  # see `Answer.media`
+
+
+class RefusedQuestionError(QuestionError, EndpointError):
+    """The endpoint refuses a question: a filter of its own, a picture that is too large."""
 
 
 class Endpoint:
@@ -119,7 +123,10 @@ class Endpoint:
         def ask(item: tuple[Question, tuple[dict[str, Any], Media | None]]) -> Answer:
             question, (request, media) = item
             started = time.perf_counter()
-            reply = self.client.complete(_name(question), request)
+            try:
+                reply = self.client.complete(question.name, request)
+            except RefusedError as error:
+                raise RefusedQuestionError(question, error) from error
             return _answer(reply, bool(mode), media, time.perf_counter() - started)
 
         for (question, _), answer in side_by_side(ask, asked, self.client.concurrency):
@@ -145,7 +152,7 @@ class Endpoint:
         if options:
             names = ", ".join(f"{name}={value!r}" for name, value in options.items())
             raise EndpointError(
-                f"{_name(question)} wants {names}, which an endpoint cannot be told: leave this row out, or set the "
+                f"{question.name} wants {names}, which an endpoint cannot be told: leave this row out, or set the "
                 "temperature of the run"
             )
         more: dict[str, Any] = {}
@@ -268,7 +275,3 @@ def _address(kind: str, source: Any, encoding: str = "PNG", **options: Any) -> d
     else:
         raise EndpointError(f"a {type(source).__name__} cannot be sent: give a PIL image, a file or an address")
     return {"type": kind, kind: {"url": url}}
-
-
-def _name(question: Question) -> str:
-    return f"question {question.key.index} of {question.key.row} (seed {question.key.seed})"

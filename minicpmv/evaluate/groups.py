@@ -73,6 +73,7 @@ def measure_group(
     seeds: Sequence[int] | None = None,
     thinking: harness.Thinking = False,
     judge: "JudgeModel | None" = None,
+    keep_going: bool = False,
 ) -> dict[str, Any]:
     """Evaluate suite by suite; returns what `results.json` of the folder `output` holds.
 
@@ -96,6 +97,7 @@ def measure_group(
             seeds=seeds,
             thinking=thinking,
             judge=judge,
+            keep_going=keep_going,
         )
         suites[suite] = {"title": benchmark.title, "folder": suite, "settings": found["settings"]}
         rows |= found["rows"]

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from minicpmv.evaluate.answerers import Answer, Answerer, Mode, Question
+from minicpmv.evaluate.answerers import Answer, Answerer, Mode, Question, QuestionError
 from minicpmv.evaluate.benchmark import (
     Benchmark,
     Entry,
     Metrics,
+    Prompt,
     Row,
     SampleCountError,
     Scores,
@@ -64,6 +65,7 @@ def measure(
     seeds: Sequence[int] | None = None,
     thinking: Thinking = False,
     judge: "JudgeModel | None" = None,
+    keep_going: bool = False,
 ) -> dict[str, Any]:
     """Evaluate whoever answers; goes on where an earlier run into the same folder stopped.
 
@@ -77,17 +79,19 @@ def measure(
         seeds: seeds of the samples; None: 0, and as many more as a row's published figure is the mean of.
         thinking: True, False or "auto" for all rows that leave it open, or the ids of those that think.
         judge: who is asked where rules do not decide; None: what rules give is reported as such.
+        keep_going: a question that cannot be asked gets an empty answer with the reason, instead of ending the run.
 
     Returns:
         What `results.json` holds: settings, and for each row `n` answered samples, the metrics of each seed, their
         `mean`, their `std` (sample standard deviation; None for one seed), their 95 % `interval` (bootstrap over
         questions), and the mean of the generated `tokens`.
         For public benchmarks also how answers were scored (`scoring`), and for each row the metrics `by` category, who
-        decided (`judge`), how many answers stayed `undecided` or were `cut_off`, the means of `prompt_tokens` and
+        decided (`judge`), how many answers stayed `undecided` or were `cut_off`, how many questions `failed`, the means of `prompt_tokens` and
         `seconds`, and which metrics are `points` instead of shares.
 
     Raises:
         UnknownRowError, SampleCountError: before anything is asked.
+        QuestionError: one cannot be asked; what was answered before is kept.
         SampleLogError, DamagedFileError: `output` holds answers of other settings, or a file that cannot be read.
     """
     plan = _plan(benchmark, rows, samples, seeds, thinking)
@@ -104,7 +108,8 @@ def measure(
                 before = bar.n
                 if not known.issuperset(window):
                     questions = [Question(key, row, key in known) for key in window]
-                    for entries in _ask(answerer, questions, _mode(row, thinking), processes, pictures):
+                    answers = _ask(answerer, questions, _mode(row, thinking), processes, keep_going)
+                    for entries in _entries(answers, processes, pictures):
                         if log:
                             log.append(entries)
                         bar.update(len(entries))
@@ -157,14 +162,31 @@ def _plan(
 
 
 def _ask(
-    answerer: Answerer, questions: Sequence[Question], mode: Mode, processes: Processes, pictures: Path | None
-) -> Iterator[list[dict[str, Any]]]:
-    """New entries of the log: one by one, or those of all processes together."""
-    row = questions[0].row
-    mine = questions[processes.rank :: processes.count]
+    answerer: Answerer, questions: Sequence[Question], mode: Mode, processes: Processes, keep_going: bool
+) -> Iterator[tuple[Question, Answer]]:
+    """New answers to this process's share of the questions."""
+    row, mine = questions[0].row, list(questions[processes.rank :: processes.count])
     max_new_tokens = row.max_new_tokens + row.max_thought_tokens * bool(mode)
-    answers = answerer.answer(mine, mode, max_new_tokens) if mine else ()
-    entries = (_entry(question, answer, pictures) for question, answer in answers if not question.answered)
+    while mine:
+        try:
+            for question, answer in answerer.answer(mine, mode, max_new_tokens):
+                if not question.answered:
+                    question.answered = True
+                    yield question, answer
+            return
+        except QuestionError as error:
+            if not keep_going:
+                raise
+            mine = [question for question in mine if question is not error.question]
+            if not error.question.answered:
+                yield error.question, Answer("", finish_reason="error", error=str(error))
+
+
+def _entries(
+    answers: Iterator[tuple[Question, Answer]], processes: Processes, pictures: Path | None
+) -> Iterator[list[Entry]]:
+    """New entries of the log: one by one, or those of all processes together."""
+    entries = (_entry(question, answer, pictures) for question, answer in answers)
     if processes.count == 1:
         for entry in entries:
             yield [entry]
@@ -174,7 +196,8 @@ def _ask(
 
 def _entry(question: Question, answer: Answer, pictures: Path | None) -> Entry:
     """A line of the log."""
-    prompt, row = question.prompt, question.row
+    row = question.row
+    prompt = question.prompt if answer.error is None else unasked(question)
     entry = {
         **asdict(question.key),
         "question": _question(prompt.content, answer),
@@ -188,6 +211,8 @@ def _entry(question: Question, answer: Answer, pictures: Path | None) -> Entry:
         "generated_tokens": answer.generated_tokens,
         "scores": _scores(row, answer.text, prompt.expected),
     }
+    if answer.error is not None:
+        entry["error"] = answer.error
     if row.facts is None:
         return entry
     entry |= {"facts": row.facts(question.sample), "seconds": answer.seconds}
@@ -195,9 +220,16 @@ def _entry(question: Question, answer: Answer, pictures: Path | None) -> Entry:
         entry["cut"] = row.cut(answer.text)
     if answer.media is not None:
         entry["media"] = answer.media
-    if pictures is not None and (picture := keep_picture(question, entry, pictures)):
+    if pictures is not None and answer.error is None and (picture := keep_picture(question, entry, pictures)):
         entry["picture"] = picture
     return entry
+
+
+def unasked(question: Question) -> Prompt:
+    """The prompt of a question that could not be asked, as far as there is one."""
+    if question.row.expected is not None:
+        return Prompt([], question.row.expected(question.sample))
+    return question.prompt
 
 
 def _question(content: Sequence[Any], answer: Answer) -> str:
@@ -257,8 +289,23 @@ def _summary(row: Row, answered: Mapping[int, Sequence[Entry]], judge: "JudgeMod
         "undecided": sum(
             1 for entry in entries if row.judge and row.judge.applies(entry) and not entry["scores"].get("judged")
         ),
+        "failed": sum("error" in entry for entry in entries),
         "cut_off": sum(entry["finish_reason"] == "length" for entry in entries),
         "by": {fact: _by_fact(row, answered, fact) for fact in row.breakdowns},
+        **({"video": shown} if (shown := _frames_shown(entries)) else {}),
+    }
+
+
+def _frames_shown(entries: Sequence[Entry]) -> dict[str, Any] | None:
+    """Which frames of videos were looked at: means, and every packing that occurred; None where there are no videos."""
+    media = [entry["media"] for entry in entries if "frames" in entry.get("media", {})]
+    if not media:
+        return None
+    return {
+        "fps": media[0].get("fps"),
+        "frames": fmean(each["frames"] for each in media),
+        "groups": fmean(each.get("groups", each["frames"]) for each in media),
+        "packing": sorted({each["packing"] for each in media}),
     }
 
 
@@ -303,13 +350,13 @@ def _by_fact(row: Row, answered: Mapping[int, Sequence[Entry]], fact: str) -> di
 
 
 def _mean(entries: Sequence[Entry], name: str) -> float | None:
-    return _of_all(fmean, [entry[name] for entry in entries])
+    return _of_all(fmean, [entry[name] for entry in entries if "error" not in entry])
 
 
 def _of_all(statistic: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
     """The statistic of the values; None where one of them is missing."""
     known = [value for value in values if value is not None]
-    return statistic(known) if len(known) == len(values) else None
+    return statistic(known) if known and len(known) == len(values) else None
 
 
 def figures(results: dict[str, Any]) -> dict[str, dict[str, float | None]]:

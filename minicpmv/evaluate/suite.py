@@ -219,6 +219,7 @@ class Task:
             lower_is_better=self.lower_is_better,
             length=len(places),
             facts=self.facts,
+            expected=self.expected,
             cut=asking.cut,
             judge=self.judge and self.judge(setting.scoring, setting.strict),
             breakdowns=self.breakdowns,

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from minicpmv.evaluate import harness
-from minicpmv.evaluate.answerers import Answer, LocalModel
+from minicpmv.evaluate.answerers import Answer, LocalModel, QuestionError
 from minicpmv.evaluate.benchmark import Benchmark, Judge, Subtitles
 from minicpmv.evaluate.data_sets import Records
 from minicpmv.evaluate.sample_log import read_entries, read_scored
@@ -210,6 +210,29 @@ def test_a_judge_decides_what_rules_leave_open_and_is_named(tmp_path):
     assert not parrot.asked and judged["scoring"]["judge"] == {"model": "lenient"}
     summary = judged["rows"]["colors"]
     assert (summary["judge"], summary["undecided"], summary["mean"]) == ("lenient", 0, {"exact": 1})
+
+
+def test_a_question_that_cannot_be_asked_ends_the_run_with_its_name_or_counts_as_wrong(nano, tmp_path):
+    def content(sample):
+        if sample["index"] == "4":
+            return [*sample.pictures, "What color? " * 9000]  # too long for a prompt
+        if sample["index"] == "6":
+            raise SuiteError("the picture is gone")
+        return ASKING.content(sample)
+
+    asked = benchmark(task=replace(TASK, plain=replace(ASKING, content=content)))
+    with pytest.raises(QuestionError, match=r"question [46] of colors \(seed 0\)"):
+        harness.measure(LocalModel(*nano, batch_size=3), asked, tmp_path / "strict", name="nano")
+    lenient = harness.measure(LocalModel(*nano, batch_size=3), asked, tmp_path, name="nano", keep_going=True)
+    entries = {entry["index"]: entry for entry in read_entries(tmp_path / "samples.jsonl")}
+    assert set(entries) == set(range(9)) and lenient["rows"]["colors"]["failed"] == 2
+    assert {index for index, entry in entries.items() if "error" in entry} == {4, 6}
+    assert "the picture is gone" in entries[6]["error"] and entries[4]["scores"]["exact"] == 0
+    assert entries[4]["expected"] == "green" and entries[4]["facts"]["part"] == "open"
+    others = harness.measure(LocalModel(*nano), benchmark(), tmp_path / "others", name="nano")
+    assert lenient["rows"]["colors"]["mean"]["exact"] <= others["rows"]["colors"]["mean"]["exact"]
+    again = harness.measure(LocalModel(*nano, batch_size=3), asked, tmp_path, name="nano")
+    assert again == lenient
 
 
 def test_a_run_without_facts_writes_no_file_of_scores(tmp_path):
