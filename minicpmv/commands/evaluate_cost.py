@@ -36,7 +36,8 @@ def cost(
             raise shared.EvaluateError(f"there is no benchmark {name!r}; there are {', '.join([*GROUPS, *SUITES])}")
         suites = list(GROUPS[name][0]) if name in GROUPS else [name]
         video = VideoSetting(max_num_frames=max_num_frames, max_num_packing=max_num_packing)
-        rows = workloads(suites, Setting(as_published=as_published, video=video), pilot and read_run(pilot))
+        measured = read_run(pilot) if pilot is not None else None
+        rows = workloads(suites, Setting(as_published=as_published, video=video), measured)
         found = [estimate(row, batch_size) for row in rows]
 
         from rich.console import Console
