@@ -3,6 +3,7 @@
 from statistics import fmean
 
 import pytest
+from conftest import REPOSITORY
 
 from minicpmv.evaluate.published import COLUMNS, MARKS, OURS, ROWS
 
@@ -42,3 +43,22 @@ def test_marks_are_explained_and_sources_are_named():
 def test_rows_that_are_better_when_lower_say_so():
     lower = {row.id for row in ROWS if row.lower_is_better}
     assert lower == {"omnidocbench_en", "omnidocbench_zh", "objhal_chair_s", "objhal_chair_i", "mmhal_rate"}
+
+
+def cells_of(page, heading):
+    """The cells of the first table below a heading."""
+    section = (REPOSITORY / page).read_text(encoding="utf-8").split(f"## {heading}\n")[1]
+    lines = [line for line in section.split("\n## ")[0].splitlines() if line.startswith("|")]
+    return [[cell.strip().replace("\\*", "*") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_pages_show_the_figures_with_an_empty_column_for_ones_own():
+    head, _, *lines = cells_of("docs/evaluation.md", "Published figures")
+    assert head == ["benchmark", *(column.model for column in COLUMNS[:6]), "yours"]
+    assert lines == [
+        [row.title + " ↓" * row.lower_is_better, *(str(column.figures.get(row.id, "-")) for column in COLUMNS[:6]), ""]
+        for row in ROWS
+    ]
+    shown = [line[place : place + 3] for line in cells_of("README.md", "Measure it")[2:] for place in (0, 3, 6)]
+    known = {str(figure) for figure in COLUMNS[0].figures.values()}
+    assert len(shown) == 12 and all(figure in known and own == "" for _, figure, own in shown)
