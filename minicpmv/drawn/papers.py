@@ -144,7 +144,7 @@ class Block:
         if self.kind == "title":
             return f"# {self.rows[0][0]}"
         if self.kind == "text":
-            return "\n".join(row[0] for row in self.rows)
+            return self.text
         lines = ["| " + " | ".join(row) + " |" for row in self.rows]
         return "\n".join([lines[0], "| " + " | ".join("---" for _ in self.rows[0]) + " |", *lines[1:]])
 
@@ -154,9 +154,11 @@ class Block:
 
 
 def draw_blocks(rng: random.Random, blocks: list[Block]) -> Drawing:
-    """The blocks below each other in one typeface: columns of a table side by side, a title in the middle."""
+    """The blocks below each other in one typeface: columns of a table side by side, a title in the middle; values of a form
+    stand behind their keys or at the right edge."""
     style = any_print(rng, rng.randint(17, 22))
     gap = style.size * rng.uniform(0.8, 1.6)
+    at_edge = rng.random() < 0.5
     columns = {
         id(block): [max(style.width(row[i]) for row in block.rows) + gap for i in range(len(block.rows[0]))]
         for block in blocks
@@ -170,14 +172,16 @@ def draw_blocks(rng: random.Random, blocks: list[Block]) -> Drawing:
     width = round(widest * rng.uniform(1.05, 1.3)) + 8
     drawing, dark = blank((width, round(pitch * (lines + 0.3 * (len(blocks) - 1)) + style.size)), rng)
     name, rgb = ink(rng, dark, colored=0.3)
-    left, y = rng.uniform(3, 8), style.size * 0.4
+    left, y, blank_width = rng.uniform(3, 8), style.size * 0.4, style.width(" ")
     for block in blocks:
         first = len(drawing.things)
         for row in block.rows:
             x, own = left, style
             if block.kind == "title":
                 x, own = (width - heading.width(row[0])) / 2, heading
-            for cell, step in zip(row, columns[id(block)], strict=True):
+            for number, (cell, step) in enumerate(zip(row, columns[id(block)], strict=True)):
+                if block.kind == "text" and number:
+                    x = width - left - style.width(cell) if at_edge else left + style.width(row[0]) + blank_width
                 add_text(drawing, cell, name, (x, y), own, rgb)
                 x += step
             y += pitch
@@ -194,8 +198,8 @@ def paper_scene(rng: random.Random, say: Wording, split: str, kind: str) -> tupl
     blocks, facts, language = [], [], "English"
     if kind == "form":
         kind = rng.choice(("form", "receipt"))
-        values = entries(rng, split, rng.randint(2, 4))
-        blocks = [Block("text", [[f"{key}: {value}"] for key, value in values.items()])]
+        values = entries(rng, split, rng.randint(2, 5))
+        blocks = [Block("text", [[f"{key}:", value] for key, value in values.items()])]
         facts += form_facts(rng, values, kind)
     elif kind == "table":
         table = table_rows(rng, split)
@@ -283,7 +287,7 @@ def pages_scene(rng: random.Random, say: Wording, split: str) -> tuple[list[Draw
     keys, cut = list(values), rng.randint(1, 2)
     drawings, facts = [], []
     for number, part in enumerate((keys[:cut], keys[cut:]), 1):
-        drawings.append(draw_blocks(rng, [Block("text", [[f"{key}: {values[key]}"] for key in part])]))
+        drawings.append(draw_blocks(rng, [Block("text", [[f"{key}:", values[key]] for key in part])]))
         facts += [Fact("page_question", key, f"{values[key]} [page {number}]") for key in part]
     told = f"A form with {', '.join(keys[:-1])} and {keys[-1]}."
     return drawings, [*facts, Fact("page_summary", "", told)]

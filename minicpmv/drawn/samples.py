@@ -109,6 +109,7 @@ class Sample:
     shown: how many of the drawings come with each turn; all with the first, if empty.
     labels: what stands before each drawing.
     system: the system's message.
+    use_image_id: whether what comes with a clip is numbered.
     """
 
     drawings: list[Drawing]
@@ -120,6 +121,7 @@ class Sample:
     shown: list[int] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     system: str = ""
+    use_image_id: bool = False
 
     @property
     def images(self) -> list[Image.Image]:
@@ -215,6 +217,7 @@ def draw_scene(
         fewest, most = mixture.characters
         drawing, facts = line_scene(rng, say, split, (fewest, most), lower=scene == "lower")
     sample = Sample(drawings or [drawing], [], temporal_ids, max_slice_nums)
+    sample.use_image_id = scene == "mixed" and rng.random() < 0.5
     if scene in ("shapes", "repeated"):
         sample.objects = [say.named(thing.color, thing.kind) for thing in drawing.things]
     return sample, facts

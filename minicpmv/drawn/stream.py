@@ -65,7 +65,7 @@ def conversation_row(sample: Sample) -> dict[str, Any]:
         messages.append(answer)
     row: dict[str, Any] = {"messages": messages, "max_slice_nums": sample.max_slice_nums}
     if sample.temporal_ids is not None:
-        row |= {"temporal_ids": sample.temporal_ids, "use_image_id": False}
+        row |= {"temporal_ids": sample.temporal_ids, "use_image_id": sample.use_image_id}
     return row
 
 

@@ -58,12 +58,13 @@ def _boxes(text: str) -> tuple[bool, list[tuple[float, ...]]]:
 
 
 def same_json(answer: str, expected: str) -> Scores:
-    """`exact`: JSON, and the same value, in any order of keys; `valid`: JSON at all."""
+    """`exact`: JSON, and the same value, in any order of keys; `valid`: JSON of the same kind, such as an object."""
     try:
         value = json.loads(answer)
     except ValueError:
         return {"exact": 0.0, "valid": 0.0}
-    return {"exact": float(value == json.loads(expected)), "valid": 1.0}
+    wanted = json.loads(expected)
+    return {"exact": float(value == wanted), "valid": float(isinstance(value, type(wanted)))}
 
 
 def same_cells(answer: str, expected: str) -> Scores:

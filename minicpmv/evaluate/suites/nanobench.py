@@ -54,7 +54,7 @@ def question_of(sample: Sample) -> Prompt:
     """The sample's question, asked as it was taught: an image with its slices, or frames packed into one unit."""
     options: dict[str, Any] = {"max_slice_nums": sample.max_slice_nums}
     if sample.temporal_ids is not None:
-        options |= {"temporal_ids": sample.temporal_ids, "use_image_id": False}
+        options |= {"temporal_ids": sample.temporal_ids, "use_image_id": sample.use_image_id}
     shown = [part for pair in zip_longest(sample.labels, sample.images) for part in pair if part is not None]
     return Prompt([*shown, sample.turns[0].question], sample.turns[0].answer, options)
 

@@ -123,6 +123,7 @@ def test_where_nothing_is_there_the_sentence_counts():
         ('{"b":2.5,\n "a":"1"}', (1.0, 1.0)),
         ('{"a": 1, "b": 2.5}', (0.0, 1.0)),  # a number is no string
         ('{"a": "1"}', (0.0, 1.0)),
+        ("47", (0.0, 0.0)),  # JSON, but no object
         ('```json\n{"a": "1", "b": 2.5}\n```', (0.0, 0.0)),
         ("", (0.0, 0.0)),
     ],
