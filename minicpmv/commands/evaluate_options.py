@@ -170,6 +170,13 @@ Rules = Annotated[
     Scoring,
     typer.Option("--scoring", help="Time of the rules, where they changed; 2025-09 is that of the published figures."),
 ]
+PublicRules = Annotated[
+    Scoring | None,
+    typer.Option(
+        "--scoring",
+        help="Time of the rules, where they changed: 2025-09, that of the published figures, with --as-published; else current.",
+    ),
+]
 Strict = Annotated[
     bool,
     typer.Option("--strict", help="Rules without the reference's defects: not comparable with published figures."),

@@ -38,7 +38,7 @@ def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> Non
         keep_going: shared.KeepGoing = False,
         output: shared.Output = None,
         json_file: shared.Json = None,
-        scoring: shared.Rules = shared.Scoring.current,
+        scoring: shared.PublicRules = None,
         strict: shared.Strict = False,
         judge_endpoint: shared.JudgeEndpoint = None,
         judge_model: shared.JudgeModelName = None,
@@ -86,7 +86,7 @@ def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> Non
                 )
             setting = Setting(
                 as_published=as_published,
-                scoring=scoring.value,
+                scoring=scoring.value if scoring else None,
                 strict=strict,
                 video=VideoSetting(fps, max_num_frames, max_num_packing, packings),
                 max_new_tokens=max_new_tokens or (FIXTURE_TOKENS if fixtures else None),

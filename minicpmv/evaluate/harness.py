@@ -248,6 +248,8 @@ def score_again(plan: Sequence[tuple[Row, Sequence[SampleKey]]], log: SampleLog,
     for row, keys in plan:
         for key in keys:
             entry = log.entries[key]
+            if row.cut:
+                entry["cut"] = row.cut(entry["answer"])
             entry["scores"] = _scores(row, entry["answer"], entry["expected"])
     if judge is not None:
         for entry, scores in judge.judge([(row, log.entries[key]) for row, keys in plan for key in keys]):

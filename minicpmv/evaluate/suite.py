@@ -92,10 +92,14 @@ class Setting:
     """How a suite is asked and scored."""
 
     as_published: bool = False
-    scoring: Scoring = "current"
+    scoring: Scoring | None = None  # None: the rules of the published figures as published, else today's
     strict: bool = False  # rules that mend the reference's defects: figures are not comparable with published ones
     video: VideoSetting = field(default_factory=VideoSetting)
     max_new_tokens: int | None = None  # most tokens of thought and answer together, below the suites' own
+
+    @property
+    def rules(self) -> Scoring:
+        return self.scoring or ("2025-09" if self.as_published else "current")
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,7 @@ class Task:
             title=self.title if packing is None else f"{self.title}, {packing} frames in a group",
             sample=sample,
             prompt=prompt,
-            scorer=partial(self.scorer, scoring=setting.scoring, strict=setting.strict),
+            scorer=partial(self.scorer, scoring=setting.rules, strict=setting.strict),
             aggregate=self.aggregate,
             max_new_tokens=limit,
             max_thought_tokens=0 if decoding.thinking else 4 * limit,
@@ -221,7 +225,7 @@ class Task:
             facts=self.facts,
             expected=self.expected,
             cut=asking.cut,
-            judge=self.judge and self.judge(setting.scoring, setting.strict),
+            judge=self.judge and self.judge(setting.rules, setting.strict),
             breakdowns=self.breakdowns,
             points=self.points,
             upload=self.upload,
@@ -311,7 +315,7 @@ class Suite:
             settings["video"] = setting.video.options(None) | {"packings": list(setting.video.packings)}
         if setting.max_new_tokens is not None:
             settings["max_new_tokens"] = setting.max_new_tokens
-        scoring = {"version": setting.scoring, "strict": setting.strict}
+        scoring = {"version": setting.rules, "strict": setting.strict}
         return Benchmark(self.id, self.title, self.version, tuple(bound), settings, scoring)
 
 

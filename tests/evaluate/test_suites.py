@@ -209,6 +209,12 @@ def test_other_answers_as_published_are_scored_whole(name):
     assert rows_of(name, as_published=True)[0].cut is None
 
 
+def test_rules_are_those_of_the_published_figures_where_they_are_compared_with_them():
+    versions = [load_suite("mmstar").open(Setting(as_published, scoring), fixtures=True).scoring["version"]
+                for as_published in (False, True) for scoring in (None, "2025-07")]  # fmt: skip
+    assert versions == ["current", "2025-07", "2025-09", "2025-07"]
+
+
 def test_rotations_of_a_question_are_asked_one_after_the_other():
     for row in rows_of("mmbench"):
         groups = [row.facts(row.sample(0, index))["group"] for index in range(row.length)]
@@ -412,6 +418,7 @@ def test_as_published_runs_three_times_and_thinks(nano, tmp_path):
     entries = read_entries(tmp_path / "samples.jsonl")
     assert sorted((entry["seed"], entry["index"]) for entry in entries) == [(s, i) for s in range(3) for i in range(2)]
     assert all(entry["mode"] == "deep" and entry["thought"].startswith("I") for entry in entries)
+    assert json.loads((tmp_path / "results.json").read_text())["scoring"]["version"] == "2025-09"
     assert "±" in result.output and "seeds 0, 1, 2" in result.output
 
 

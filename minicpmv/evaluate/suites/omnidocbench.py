@@ -1,7 +1,7 @@
 r"""OmniDocBench V1.0 (Ouyang et al. 2024): 981 pages to be written as Markdown, by edit distance to what stands there; lower is better.
 
 Published are the means of four distances (text, formulas, tables, reading order), of English and of Chinese pages. Which prompt the
-authors took is not known: this one is the benchmark's own, in the form that VLMEvalKit sends.
+authors took is not known: this one is the benchmark's own, in the form that VLMEvalKit (e8e78f0) sends, with a line marked out.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from minicpmv.evaluate.suite import Asking, Decoding, Record, Sample, Suite, Tas
 from minicpmv.evaluate.suites.asking import pictures_then
 
 
-CONVERT = r""" You are an AI assistant specialized in converting PDF images to Markdown format. Please follow these instructions for the conversion:
+CONVERT = r"""You are an AI assistant specialized in converting PDF images to Markdown format. Please follow these instructions for the conversion:
 
     1. Text Processing:
     - Accurately recognize all text content in the PDF image without guessing or inferring.
@@ -21,7 +21,7 @@ CONVERT = r""" You are an AI assistant specialized in converting PDF images to M
 
     2. Mathematical Formula Processing:
     - Convert all mathematical formulas to LaTeX format.
-    - Enclose inline formulas with \( \). For example: This is an inline formula \( E = mc^2 \)
+    # - Enclose inline formulas with \( \). For example: This is an inline formula \( E = mc^2 \)
     - Enclose block formulas with \\[ \\]. For example: \[ \frac{-b \pm \sqrt{b^2 - 4ac}}{2a} \]
 
     3. Table Processing:
@@ -36,7 +36,7 @@ CONVERT = r""" You are an AI assistant specialized in converting PDF images to M
     - For complex layouts, try to maintain the original document's structure and format as closely as possible.
 
     Please strictly follow these guidelines to ensure accuracy and consistency in the conversion. Your task is to accurately convert the content of the PDF image into Markdown format without adding any extra explanations or comments.
-"""
+    """
 PAGE = Decoding(max_new_tokens=8192)
 
 
