@@ -99,11 +99,14 @@ def gguf_file(name: str | Path) -> Path | None:
     """The GGUF file that a name means: itself, or the only language model in a folder without other weights; else None.
 
     Raises:
+        CheckpointError: the name is that of a GGUF file which is not there.
         GGUFError: it is the file of a tower, or the folder holds several language models.
     """
     from minicpmv.runtimes.gguf import SUFFIX, find_language_model
 
     place = Path(name).expanduser()
+    if place.suffix == SUFFIX and not place.exists():
+        raise CheckpointError(f"{name}: no such file; minicpmv export gguf writes one from a checkpoint")
     is_file = place.is_file() and place.suffix == SUFFIX
     is_folder = place.is_dir() and not any(any(place.glob(pattern)) for pattern in WEIGHTS)
     return find_language_model(place) if is_file or is_folder else None

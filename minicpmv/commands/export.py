@@ -56,10 +56,13 @@ def gguf(
     model: Checkpoint,
     output: Output,
     type: Annotated[
-        list[FileType] | None, typer.Option(help="Type of the language model; repeatable. q4_k_m by default.")
+        list[FileType] | None,
+        typer.Option(case_sensitive=False, help="Type of the language model; repeatable. q4_k_m by default."),
     ] = None,
-    mmproj_type: Annotated[TowerType, typer.Option(help="Type of the vision tower.")] = TowerType.f16,
-    samples: Samples = 10,
+    mmproj_type: Annotated[
+        TowerType, typer.Option(case_sensitive=False, help="Type of the vision tower.")
+    ] = TowerType.f16,
+    samples: Samples = 5,
     no_check: NoCheck = False,
 ) -> None:
     """Write a model as GGUF for llama.cpp: minicpmv ask, chat and evaluate run it, and so does llama-server.

@@ -68,7 +68,7 @@ def export(
     kinds: Sequence[str],
     *,
     mmproj_kind: str = "f16",
-    samples: int = 10,
+    samples: int = 5,
     is_checked: bool = True,
     note: Callable[[str], None] = lambda what: None,
 ) -> list[Path]:
@@ -371,8 +371,9 @@ def write_tensors(writer: Any, infos: list, tensors: Any, label: str, threads: i
     total = sum(stored_bytes(shape, kind) for _, kind, shape in infos)
     with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=not sys.stderr.isatty()) as bar:
         for _, kind, _, values in tensors:
-            parts = list(stored(values, kind, threads))
-            whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            writer.write_tensor_data(np.ascontiguousarray(whole))
-            bar.update(whole.nbytes)
+            parts = []
+            for part in stored(values, kind, threads):
+                parts.append(part)
+                bar.update(part.nbytes)
+            writer.write_tensor_data(parts[0] if len(parts) == 1 else np.concatenate(parts))
     writer.close()

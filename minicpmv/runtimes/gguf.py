@@ -68,6 +68,7 @@ TOWER_LAYER_NAMES = {
     "mlp.fc1": "ffn_up",
     "mlp.fc2": "ffn_down",
 }
+SWAPS = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
 POSITIONS, POSITIONS_IN_FILE = "vpm.embeddings.position_embedding.weight", "v.position_embd.weight"
 PROJECTION, PROJECTION_IN_FILE = "resampler.proj", "resampler.proj.weight"  # transposed there
 IN_PROJECTION = "resampler.attn.in_proj"  # three tensors there
@@ -224,8 +225,12 @@ def tower_tensors(file: Path, layers: int, table_side: int) -> Iterator[tuple[st
         tensor = tensors[name]
         return gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
 
+    width = len(values("v.post_ln.weight"))
+    # Older converters called the two halves of an MLP by each other's names, and llama.cpp reads both.
+    is_swapped = values("v.blk.0.ffn_up.weight").shape[0] == width
     for theirs, ours in tower_names(layers).items():
-        yield ours, values(theirs)
+        name = ".".join(SWAPS.get(part, part) for part in theirs.split(".")) if is_swapped else theirs
+        yield ours, values(name)
     cells = np.array(field(reader, CELLS) or range(TABLE_SIDE))
     yield POSITIONS, gathered_positions(values(POSITIONS_IN_FILE), cells, table_side)
     yield PROJECTION, np.ascontiguousarray(values(PROJECTION_IN_FILE).T)

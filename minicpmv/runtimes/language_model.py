@@ -104,7 +104,7 @@ class LlamaCppForCausalLM(nn.Module):
         return None  # they are in the file
 
     def get_decoder(self) -> nn.Module:
-        raise LlamaCppError(f"{self.file.name} runs in llama.cpp, which cannot be trained: load the checkpoint itself")
+        raise self._refusal("the hidden states")
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text by llama.cpp's own tokenizer, control tokens among them."""
@@ -136,16 +136,13 @@ class LlamaCppForCausalLM(nn.Module):
         Raises:
             LlamaCppError: what llama.cpp cannot give is asked for, or it fails.
         """
-        if labels is not None or output_attentions or output_hidden_states:
-            raise LlamaCppError(
-                f"{self.file.name} runs in llama.cpp, which gives logits alone: no loss, attentions or hidden states"
-            )
+        asked = {"a loss": labels is not None, "attentions": output_attentions, "hidden states": output_hidden_states}
+        for what, is_asked in asked.items():
+            if is_asked:
+                raise self._refusal(what)
         cache = past_key_values if cache is None else cache
         if not (cache is None or isinstance(cache, DynamicCache)):
-            raise LlamaCppError(
-                f"{self.file.name} runs in llama.cpp, which keeps its own states: leave out cache_implementation "
-                f"({type(cache).__name__})"
-            )
+            raise self._refusal(f"a {type(cache).__name__}")
         rows = inputs_embeds.detach().float().cpu()  # [B, L, D]
         numbers = self._numbers(rows)  # [B, L]
         new = rows.shape[1]
@@ -153,6 +150,7 @@ class LlamaCppForCausalLM(nn.Module):
             # As one layer whose keys are the numbers of the rows and whose values are the rows: [B, 1, cached + L, ...].
             keys, values = cache.update(numbers[:, None, :, None], rows[:, None], 0)
             numbers, rows = keys[:, 0, :, 0], values[:, 0]
+            del cache.layers[1:]  # which transformers 4 could not crop, since nothing is in them
         is_real = torch.ones(rows.shape[:2], dtype=torch.bool)
         if attention_mask is not None:
             if attention_mask.dim() != 2 or attention_mask.shape[1] < rows.shape[1]:
@@ -176,6 +174,12 @@ class LlamaCppForCausalLM(nn.Module):
         if logits.shape[1] != len(kept) or (kept.diff() < 0).any():  # asked for in an order of the caller's
             logits = logits[:, torch.searchsorted(wanted.nonzero()[:, 0], kept)]
         return CausalLMOutputWithPast(logits=logits.to(inputs_embeds.device), **{CACHE_FIELD: cache})
+
+    def _refusal(self, what: str) -> LlamaCppError:
+        return LlamaCppError(
+            f"{self.file.name} runs in llama.cpp, which gives logits alone, from states of its own: for {what} load the "
+            "checkpoint itself"
+        )
 
     def _numbers(self, rows: Tensor) -> Tensor:
         """One number for each row, int64 [B, L]."""

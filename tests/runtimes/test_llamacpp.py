@@ -1,5 +1,7 @@
 """A model whose language model runs in llama.cpp does all that the model in PyTorch does, from the same cache objects."""
 
+import base64
+import re
 import shutil
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from minicpmv import checkpoint
 from minicpmv.chat import ChatSession
+from minicpmv.checkpoint import CheckpointError
 from minicpmv.errors import MiniCPMVError
 from minicpmv.evaluate.fingerprint import weights_fingerprint
 from minicpmv.runtimes import llamacpp as binding
@@ -20,11 +23,14 @@ from minicpmv.runtimes.gguf import (
     cells_to_buckets,
     find_mmproj,
     gathered_positions,
+    open_gguf,
     spread_positions,
+    tower_tensors,
 )
 from minicpmv.runtimes.llamacpp import CONTEXT_DEFAULTS, MODEL_DEFAULTS, LlamaCppError, check_layout
 
 
+gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
 ASSETS = REPOSITORY / "assets"
@@ -116,13 +122,13 @@ def test_files_of_other_types_are_other_weights(llamacpp):
 def test_what_llama_cpp_cannot_do_is_refused(llamacpp):
     model, _ = llamacpp("f16")
     ids = torch.tensor([[5, 17]])
-    with pytest.raises(LlamaCppError, match="no loss, attentions or hidden states"):
+    with pytest.raises(LlamaCppError, match="for a loss load the checkpoint itself"):
         model(ids, labels=ids)
-    with pytest.raises(LlamaCppError, match="leave out cache_implementation"):
+    with pytest.raises(LlamaCppError, match="load the checkpoint itself"):
         model.generate(ids, cache_implementation="static", max_new_tokens=2)
     with pytest.raises(LlamaCppError, match="there is room for 256 of 4096"):
         model(torch.zeros(1, 4097, dtype=torch.long))
-    with pytest.raises(LlamaCppError, match="cannot be trained"):
+    with pytest.raises(LlamaCppError, match="for the hidden states load the checkpoint itself"):
         model.base_model(ids)
 
 
@@ -177,6 +183,27 @@ def test_the_most_exact_tower_of_the_same_model_is_taken(tmp_path):
     for name in ("mmproj-other-F32", "mmproj-nano-Q8_0", "mmproj-nano-F16", "mmproj-nano-BF16", "nano-Q4_K_M"):
         (tmp_path / f"{name}.gguf").touch()
     assert find_mmproj(tmp_path / "nano-Q4_K_M.gguf").name == "mmproj-nano-F16.gguf"
+
+
+def test_a_file_that_is_not_there_is_named():
+    with pytest.raises(CheckpointError, match=r"nowhere/x\.gguf: no such file"):
+        checkpoint.load("nowhere/x.gguf")
+
+
+def test_a_tower_of_an_older_converter_is_read_as_llama_cpp_reads_it(ggufs):
+    tensors = dict(tower_tensors(ggufs / "mmproj-nano-F16.gguf", 6, 16))
+    swapped = ggufs.parent / "mmproj-swapped.gguf"
+    swap = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+    reader = open_gguf(ggufs / "mmproj-nano-F16.gguf")
+    writer = gguf.GGUFWriter(swapped, "clip")
+    writer.add_array("minicpmv.position_cells", reader.get_field("minicpmv.position_cells").contents())
+    for tensor in reader.tensors:
+        writer.add_tensor(re.sub("ffn_(up|down)", lambda found: swap[found[0]], tensor.name), np.array(tensor.data))
+    for step in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{step}_to_file")()
+    writer.close()
+    found = dict(tower_tensors(swapped, 6, 16))
+    assert found.keys() == tensors.keys() and all(np.array_equal(found[name], tensors[name]) for name in tensors)
 
 
 def test_a_cut_file_is_refused(copied):
@@ -237,3 +264,19 @@ def test_llama_cpp_reads_the_rows_of_a_small_table_that_we_read():
 
 def test_a_table_of_the_published_size_stays_as_it_is():
     assert np.array_equal(cells_to_buckets(TABLE_SIDE, 32, buckets_of(TABLE_SIDE)), np.arange(TABLE_SIDE))
+
+
+def test_the_server_answers_about_images_and_videos_from_a_file(llamacpp):
+    pytest.importorskip("fastapi")
+    from starlette.testclient import TestClient
+
+    from minicpmv.serving.app import build_app
+
+    client = TestClient(build_app(*llamacpp("f16"), "nano"))
+    for (file, question), kind, answer in ((NUMBER, "image", "47"), (STAR, "video", "right")):
+        data = base64.b64encode(file.read_bytes()).decode()
+        part = {"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{kind}/any;base64,{data}"}}
+        content = [part, {"type": "text", "text": question}]
+        body = {"model": "nano", "messages": [{"role": "user", "content": content}], "temperature": 0}
+        reply = client.post("/v1/chat/completions", json=body).json()
+        assert reply["choices"][0]["message"]["content"] == answer, reply
