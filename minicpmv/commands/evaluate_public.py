@@ -73,7 +73,7 @@ def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> Non
             require("evaluate", "matplotlib", *RULE_PACKAGES)
             shared.check_endpoint(endpoint, model)
             from minicpmv.evaluate.processes import Processes
-            from minicpmv.evaluate.suite import Setting, VideoSetting
+            from minicpmv.evaluate.suite import Setting, VideoSetting, check_videos
             from minicpmv.files import check_writable
 
             processes = Processes()
@@ -92,6 +92,8 @@ def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> Non
                 max_new_tokens=max_new_tokens or (FIXTURE_TOKENS if fixtures else None),
             )
             benchmarks = open_benchmarks(name, is_group, setting, data, fixtures, shared.names(rows))
+            for benchmark in () if keep_going else benchmarks.values():
+                check_videos(benchmark, samples)
             if processes.is_main and not fixtures:
                 tell_of_other_files(benchmarks.values())
             shown, answerer = shared.open_answerer(

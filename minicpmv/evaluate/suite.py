@@ -37,7 +37,7 @@ from minicpmv.evaluate.benchmark import (
     UnknownRowError,
     main_score,
 )
-from minicpmv.evaluate.data_sets import Data, Record, Records, open_data
+from minicpmv.evaluate.data_sets import Data, MissingDataError, Record, Records, open_data
 from minicpmv.evaluate.scoring import Scoring
 
 
@@ -317,6 +317,30 @@ class Suite:
             settings["max_new_tokens"] = setting.max_new_tokens
         scoring = {"version": setting.rules, "strict": setting.strict}
         return Benchmark(self.id, self.title, self.version, tuple(bound), settings, scoring)
+
+
+def check_videos(benchmark: Benchmark, samples: int | None = None) -> None:
+    """Look for the videos of the first `samples` questions of each row, or of all, before a model is loaded.
+
+    Raises:
+        MissingDataError: says of a row how many are not there, and which is the first.
+    """
+    for row in benchmark.rows:
+        count = min(samples or row.length or 0, row.length or 0)
+        if not count or "video" not in row.sample(0, 0).record:
+            continue
+        missing = {}
+        for index in range(count):
+            sample = row.sample(0, index)
+            try:
+                sample.data.media(sample["video"])
+            except MissingDataError as error:
+                missing[sample["video"]] = error
+        if missing:
+            raise MissingDataError(
+                f"{row.id}: {len(missing)} videos are not there ({next(iter(missing.values()))}); with --keep-going "
+                "questions about them count as wrong"
+            )
 
 
 def enlarged(picture: Image.Image, rng: random.Random) -> Image.Image:

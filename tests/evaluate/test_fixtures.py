@@ -2,12 +2,15 @@
 
 import io
 import json
+import shutil
 
 import pytest
 from PIL import Image
 
-from minicpmv.evaluate.data_sets import DATA_SETS, open_data, read_subtitles
+from minicpmv.evaluate.data_sets import DATA_SETS, MissingDataError, open_data, read_subtitles
 from minicpmv.evaluate.fixtures import fixture_folder, write_fixtures
+from minicpmv.evaluate.suite import check_videos
+from minicpmv.evaluate.suites import load_suite
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,3 +99,15 @@ def test_object_halbench_comes_with_the_annotations_of_coco():
     ]
     known = {image["id"] for part in instances for image in part["images"]}
     assert {record["image_id"] for record in data.records} == known
+
+
+def test_videos_that_are_not_there_are_told_before_a_model_is_loaded(tmp_path):
+    shutil.copytree(fixture_folder() / "LVBench", tmp_path / "LVBench")
+    suite = load_suite("lvbench").open(folder=tmp_path)
+    check_videos(suite)
+    (tmp_path / "LVBench" / "videos" / "drawn3.mp4").unlink()
+    suite = load_suite("lvbench").open(folder=tmp_path)
+    check_videos(suite, 4)  # those of the first questions are there
+    with pytest.raises(MissingDataError, match=r"lvbench: 1 videos are not there .*drawn3\.mp4.*--keep-going"):
+        check_videos(suite)
+    check_videos(load_suite("mmstar").open(fixtures=True))
