@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from minicpmv.evaluate.judging import JudgeModel
 
 DEFAULT_FOLDER = Path("runs")
+JUDGE_OPTIONS = (
+    "concurrency",
+    "retries",
+    "timeout",
+    "token_parameter",
+    "temperature",
+    "reasoning_effort",
+    "extra_body",
+)  # of ChatClient
 MODES: dict[str, Any] = {"on": True, "off": False, "auto": "auto"}
 
 
@@ -236,6 +245,14 @@ JudgePrices = Annotated[
 JudgeCache = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder of the judge's replies; ~/.cache/minicpmv/judge by default.")
 ]
+JudgeOptions = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help='How the judge\'s API wants its requests, such as \'{"token_parameter": "max_completion_tokens", '
+        '"temperature": null}\'.',
+    ),
+]
 JudgeYes = Annotated[
     bool,
     typer.Option("--judge-yes", help="Agree to what asking the judge costs; without it, a run ends by telling that."),
@@ -331,6 +348,7 @@ def open_judge(
     key_env: str | None,
     prices: str | None,
     cache: Path | None,
+    more: dict[str, Any],
     yes: bool,
 ) -> "JudgeModel | None":
     """The judge that the options name, which is there and knows the model; None where they name none."""
@@ -340,10 +358,12 @@ def open_judge(
         return None
     if model is None:
         raise EvaluateError("--judge-endpoint also needs --judge-model NAME: the name that it knows")
+    if unknown := sorted(set(more) - set(JUDGE_OPTIONS)):
+        raise EvaluateError(f"--judge-options: no option {', '.join(unknown)}; there are {', '.join(JUDGE_OPTIONS)}")
     from minicpmv.evaluate.client import ChatClient
     from minicpmv.evaluate.judging import JudgeModel
 
-    client = ChatClient(endpoint, model, api_key=api_key("--judge-key-env", key_env))
+    client = ChatClient(endpoint, model, api_key=api_key("--judge-key-env", key_env), **more)
     client.check()
     return JudgeModel(client, cache, confirmed=yes, prices=two_numbers(prices) if prices else None)
 

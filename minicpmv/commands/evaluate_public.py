@@ -45,6 +45,7 @@ def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> Non
         judge_key_env: shared.JudgeKeyEnv = None,
         judge_prices: shared.JudgePrices = None,
         judge_cache: shared.JudgeCache = None,
+        judge_options: shared.JudgeOptions = None,
         judge_yes: shared.JudgeYes = False,
         fps: shared.Fps = 5,
         max_num_frames: shared.MaxNumFrames = 180,
@@ -82,7 +83,13 @@ def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> Non
                 if json_file is not None:
                     check_writable(json_file)
                 judge = shared.open_judge(
-                    judge_endpoint, judge_model, judge_key_env, judge_prices, judge_cache, judge_yes
+                    judge_endpoint,
+                    judge_model,
+                    judge_key_env,
+                    judge_prices,
+                    judge_cache,
+                    shared.json_object(judge_options),
+                    judge_yes,
                 )
             setting = Setting(
                 as_published=as_published,
@@ -144,7 +151,8 @@ def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> Non
             if is_group:
                 from minicpmv.evaluate.report import write_report
 
-                written += "".join(f"\n{file}" for file in write_report([output], output / "report.html"))
+                for kind in ("html", "md", "csv"):
+                    written += f"\n{write_report([output], output / f'report.{kind}')[0]}"
             terminal.write(f"{shared.show_results(results)}{written}")
             if judge is not None:
                 judge.refuse_if_owing()

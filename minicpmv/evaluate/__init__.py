@@ -7,7 +7,8 @@
 
 `benchmark` says what a benchmark is and `suite` what a public one is; `suites/` holds them (one file each), `data_sets/` their
 data, `scoring/` their rules. `answerers` and `endpoint` answer, `harness` asks and `groups` asks several, `judging` has
-answers judged, `sample_log` keeps every answer, `report` makes tables and charts of them.
+answers judged, `sample_log` keeps every answer. `report`, `pairing` and `leaderboard` compare runs, beside what is `published`;
+`adapters/` bring the model to the harnesses of others.
 """
 
 import importlib
@@ -18,7 +19,9 @@ _PLACES = {
     "Answer": "answerers",
     "Answerer": "answerers",
     "Benchmark": "benchmark",
+    "ChatClient": "client",
     "Endpoint": "endpoint",
+    "JudgeModel": "judging",
     "LocalModel": "answerers",
     "Prompt": "benchmark",
     "Question": "answerers",
@@ -31,7 +34,9 @@ _PLACES = {
     "measure": "harness",
     "measure_group": "groups",
     "open_group": "groups",
+    "pair_runs": "pairing",
     "threshold_curve": "calibration",
+    "write_leaderboard": "leaderboard",
     "write_report": "report",
 }
 __all__ = list(_PLACES)

@@ -4,8 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
+from conftest import NANO
 from test_endpoint import completion, serving
+from typer.testing import CliRunner
 
+from minicpmv.commands.evaluate import evaluate_app
 from minicpmv.evaluate.benchmark import Judge, Prompt, Row
 from minicpmv.evaluate.client import ChatClient, EndpointError
 from minicpmv.evaluate.judging import JudgeError, JudgeModel
@@ -158,3 +161,47 @@ def test_a_kept_reply_that_cannot_be_read_is_named(tmp_path, content):
         kept.write_text(content)
         with pytest.raises(DamagedFileError, match=f"{kept}.*delete it"):
             judge_of(server, tmp_path, entries=[entry(0)])
+
+
+# --- A judged suite, from the command ---
+
+
+def evaluate(*arguments):
+    return CliRunner().invoke(
+        evaluate_app, ["mmvet", "-m", str(NANO), "--fixtures", "--samples", "2", *map(str, arguments)]
+    )
+
+
+def results_in(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]["mmvet"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_judged_suite_tells_the_cost_and_is_judged_by_the_same_command_with_consent(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_JUDGE_KEY", "secret-key")
+    folder = tmp_path / "run"
+    with serving(lambda number, body: (200, completion("0.5") | {"model": "m-2026"})) as server:
+        judge = ["--judge-endpoint", server.url, "--judge-model", "m", "--judge-cache", tmp_path / "cache"]
+        judge += ["--output", folder, "--judge-key-env", "MY_JUDGE_KEY", "--judge-prices", "1,2"]
+        refused = evaluate(*judge)
+        assert (
+            refused.exit_code == 1 and "m would get 2 requests" in refused.stderr and "--judge-yes" in refused.stderr
+        )
+        assert not server.requests and results_in(folder)["judge"] == "rules only"
+        agreed = evaluate(*judge, "--judge-yes", "--judge-options", '{"temperature": null, "reasoning_effort": "low"}')
+        assert agreed.exit_code == 0, agreed.output
+    assert len(server.requests) == 2 and server.headers[0]["Authorization"] == "Bearer secret-key"
+    assert "temperature" not in server.requests[0] and server.requests[0]["reasoning_effort"] == "low"
+    row = results_in(folder)
+    assert (row["judge"], row["judge_returned"], row["mean"]["score"], row["undecided"]) == ("m", ["m-2026"], 0.5, 0)
+    assert row["interval"]["score"] == [0.5, 0.5]
+    stored = "".join(path.read_text() for path in tmp_path.rglob("*.json*"))
+    assert "secret" not in stored + agreed.output
+
+
+def test_options_of_a_judge_that_do_not_exist_are_named(tmp_path):
+    refused = evaluate(
+        "--judge-endpoint", "http://127.0.0.1:1/v1", "--judge-model", "m", "--judge-options", '{"top_k": 1}'
+    )
+    assert refused.exit_code == 1 and "no option top_k; there are concurrency, retries" in refused.stderr
