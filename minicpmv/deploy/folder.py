@@ -60,7 +60,9 @@ def staged(output: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
         raise
     for file in sorted(stage.iterdir(), key=lambda file: file.name.startswith(name)):  # what counts comes last
-        os.replace(file, output / file.name)
+        if (there := output / file.name).is_dir():
+            shutil.rmtree(there)
+        os.replace(file, there)
     stage.rmdir()
 
 
