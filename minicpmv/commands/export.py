@@ -2,11 +2,11 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from minicpmv.commands import terminal
+from minicpmv.commands import media, options, terminal
 from minicpmv.errors import one_line_errors
 
 
@@ -97,3 +97,35 @@ def gguf(
         for file in files:
             terminal.write(str(file))
         terminal.write(f"figures: {output / 'README.md'}")
+
+
+@export_app.command()
+def slot(
+    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="Video file.")],
+    model: Annotated[str, typer.Option("--model", "-m", metavar="FILE.gguf", help="Language model in llama.cpp.")],
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for the files: llama-server's --slot-save-path.")
+    ],
+    fps: options.Fps = None,
+    packing: Annotated[
+        int | None, typer.Option(metavar="N", min=1, max=6, help="Frames packed into one; as few as fit by default.")
+    ] = None,
+) -> None:
+    """Write a video for an unmodified llama-server, which then answers about it packed.
+
+    Examples:
+
+    \b
+      minicpmv export slot holiday.mp4 -m exports/nano-Q8_0.gguf --output slots
+    """
+    from rich.console import Console
+
+    with one_line_errors(OSError):
+        media.check_media([str(video)])
+        loaded, processor = terminal.load_shown(Console(stderr=True), model, None, False)
+        from minicpmv.deploy.slot import export_slot
+
+        settings: dict[str, Any] = {} if fps is None else {"fps": fps}
+        if packing is not None:
+            settings |= {"max_num_packing": packing, "force_packing": packing}
+        terminal.write(str(export_slot(loaded, processor, video.expanduser(), output.expanduser(), **settings)))

@@ -110,6 +110,21 @@ class LlamaCppForCausalLM(nn.Module):
         """Ids of a text by llama.cpp's own tokenizer, control tokens among them."""
         return self._model.tokenize(text)
 
+    def save_states(self, ids: list[int], inputs_embeds: Tensor, file: Path) -> None:
+        """Read a prompt and write its states into a file, which a llama-server of the same llama.cpp restores.
+
+        Args:
+            ids: the tokens of the prompt [L].
+            inputs_embeds: what stands in their places [1, L, D], image features among them.
+        """
+        rows = inputs_embeds.detach().float().cpu()
+        places = torch.arange(rows.shape[1])
+        history = History(rows[0], places, self._numbers(rows)[0].numpy(), (places == len(places) - 1).numpy())
+        with self._lock:
+            self._read([history])
+            sequence = max(range(len(self._known)), key=lambda place: self._known[place].used)
+            self._model.save(sequence, ids, file)
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         # The file's own bytes, which tell one model from another.
         for tensor in self._tensors:

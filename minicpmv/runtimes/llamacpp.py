@@ -144,6 +144,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
     "llama_decode": (c_int32, [c_void_p, Batch]),
+    "llama_state_seq_save_file": (c_size_t, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_size_t]),
     "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
     "ggml_quantize_chunk": (
         c_size_t,
@@ -310,6 +311,19 @@ class LlamaCpp:
                 self.lib.llama_get_logits_ith(self._context, int(place)), (self.vocab_size,)
             )
         return found
+
+    def save(self, sequence: int, ids: Sequence[int], file: Path) -> None:
+        """Write the states of a sequence into a file that a llama-server of the same llama.cpp restores into a slot.
+
+        Args:
+            ids: the tokens that they count for there.
+
+        Raises:
+            LlamaCppError: the file cannot be written.
+        """
+        tokens = (c_int32 * len(ids))(*ids)
+        if not self.lib.llama_state_seq_save_file(self._context, str(file).encode(), sequence, tokens, len(ids)):
+            raise LlamaCppError(f"llama.cpp cannot write {file}{self._reason()}: choose another place")
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text by llama.cpp's own tokenizer; control tokens are read as such, and none is added."""
