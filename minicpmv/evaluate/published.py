@@ -184,7 +184,7 @@ def _read(table: str, columns: Sequence[tuple[str, str, str]]) -> tuple[list[Pub
     return rows, [Column(*column, found) for column, found in zip(columns, figures, strict=True)]
 
 
-ROWS, _main = _read(MAIN_TABLE, [(model, "† thinks, the others do not", PAPER) for model in MAIN_MODELS])
+ROWS, _main = _read(MAIN_TABLE, [(model, "thinking where marked †", PAPER) for model in MAIN_MODELS])
 _peer_rows, _peers = _read(PEER_TABLE, PEERS)
 ALL_ROWS = ROWS + [row for row in _peer_rows if row.id not in {known.id for known in ROWS}]
 COLUMNS: list[Column] = [*_main, *_peers]

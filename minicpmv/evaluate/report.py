@@ -91,6 +91,7 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
         "rows": compare(runs),
         "notes": notes(runs),
         "published": beside_published(runs),
+        "breakdowns": breakdowns(runs),
         "costs": costs(runs),
         "pairs": pairs(labels, folders),
         "mistakes": [
@@ -258,6 +259,28 @@ def beside_published(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
     }
 
 
+def breakdowns(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The main metric of each row by what a data set says about its questions: categories, durations, tasks."""
+    found = []
+    for row in row_ids(runs):
+        metric, _ = main_metric(runs, row)
+        points = is_points(runs, row, metric)
+        parts = [run["rows"].get(row, {}).get("by", {}) for run in runs]
+        for fact in dict.fromkeys(fact for part in parts for fact in part):
+            columns = [part.get(fact, {}) for part in parts]
+            values = dict.fromkeys(value for column in columns for value in column)
+            lines = [
+                {
+                    "value": value,
+                    "n": max(column.get(value, {}).get("n", 0) for column in columns),
+                    "cells": [shown(column.get(value, {}).get(metric), None, points) for column in columns],
+                }
+                for value in values
+            ]
+            found.append({"row": row, "fact": fact, "metric": metric, "lines": lines})
+    return found
+
+
 def sources(columns: Sequence[Any]) -> dict[str, list[str]]:
     """The models of each source, each once."""
     found: dict[str, list[str]] = {}
@@ -374,7 +397,7 @@ def mistakes(folder: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The first wrong answers of each row, those with an image first."""
     found: dict[str, list[dict[str, Any]]] = {row: [] for row in run["rows"]}
     for entry in sorted(read_scored(folder), key=lambda entry: (entry["seed"], entry["index"])):
-        if entry["row"] in found and main_score(entry["scores"]) == 0 and not entry["scores"].get("undecided"):
+        if entry["row"] in found and main_score(entry["scores"]) == 0:
             found[entry["row"]].append(entry | {"picture": picture_of(folder, entry)})
     return [
         {"id": row, "entries": sorted(entries, key=lambda entry: entry["picture"] is None)[:MISTAKES]}

@@ -240,6 +240,24 @@ def test_a_public_report_shows_intervals_costs_the_judge_and_images_of_mistakes(
     assert "(report-pictures/0-mmstar-0-1.jpg)" in files[0].read_text(encoding="utf-8")
 
 
+def test_rows_are_broken_down_by_what_their_data_say(tmp_path):
+    first, second = (store_public_run(tmp_path / name) for name in ("one", "two"))
+    stored = json.loads((first / "results.json").read_text())
+    stored["rows"]["mmstar"]["by"] = {"category": {"math": {"n": 2, "exact": 0.5}, LIVELY: {"n": 2, "exact": None}}}
+    (first / "results.json").write_text(json.dumps(stored))
+    (part,) = report.breakdowns([report.read_run(first), report.read_run(second)])
+    assert (part["row"], part["fact"], part["metric"]) == ("mmstar", "category", "exact")
+    assert [(line["n"], line["cells"]) for line in part["lines"]] == [(2, ["50.0", "-"]), (2, ["-", "-"])]
+    report.write_report([first, second], tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert ["math", "2", "50.0", "-"] in page.rows and not {"a", "script"} & {tag for tag, _ in page.tags}
+    report.write_report([first, second], tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| `mmstar` | `category` | `math` | 2 | `exact` | 50.0 | - |" in text
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
+    assert not any(token.type.startswith("html") for token in tokens)
+
+
 def test_a_log_cannot_name_an_image_outside_of_its_run(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.jpg")
     run = store_public_run(tmp_path / "run")
