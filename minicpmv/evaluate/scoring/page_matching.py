@@ -7,9 +7,11 @@ What is special:
   by itself and in a run; parts of the reply that are left over when references are left over too are dropped.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 
@@ -68,7 +70,7 @@ def _add_contained(
     """References that stand inside an element of the reply; such an element counts as used, even if another had them."""
     taken: set[int] = set()
     for place, answer in enumerate(answers):
-        inside = [row for row in sorted(unmatched) if _distance_inside(answer, references[row]) < INSIDE]
+        inside = [row for row in sorted(unmatched) if _share_of_edits(answer, references[row]) < INSIDE]
         if inside:
             run = next((places for places in matched if strict and place in places), (place,))
             matched.setdefault(run, []).extend(row for row in inside if row not in taken)
@@ -132,11 +134,7 @@ def _run(reference: str, answers: Sequence[str], first: int, taken: set[int]) ->
         longer = " ".join([*before, last])
         if _distance(reference, longer) > _distance(reference, " ".join(before)):
             break
-        distances = [_distance_within(reference, text) for text in before]
-        if any(distance is None or distance > PART for distance in distances):
-            break
-        distance = _distance_within(reference, last)
-        if distance is None or distance >= PART:
+        if any(_share_of_edits(reference, text) > PART for text in before) or _share_of_edits(reference, last) >= PART:
             break
         run.append(following)
         if len(longer) > len(reference):
@@ -191,19 +189,23 @@ def _distances(texts: Sequence[str], others: Sequence[str]) -> "np.ndarray":
     return np.array([[_distance(text, other) for other in others] for text in texts]).reshape(len(texts), len(others))
 
 
-def _distance_within(text: str, piece: str) -> float | None:
-    """The least edit distance of a piece to a stretch of the text as long as the piece; None where it is longer."""
+@lru_cache(maxsize=4096)  # a reply that repeats itself asks the same again and again
+def _share_of_edits(text: str, piece: str) -> float:
+    """The least edits of a piece to a stretch of the text as long as the piece, over that length.
+
+    1 where the piece is longer than the text; only exact up to PART, above which nobody looks.
+    """
     from rapidfuzz.distance import Levenshtein
 
     if not piece or len(piece) > len(text):
-        return None
-    stretches = (text[start : start + len(piece)] for start in range(len(text) - len(piece) + 1))
-    return min(Levenshtein.distance(stretch, piece) for stretch in stretches) / len(piece)
-
-
-def _distance_inside(answer: str, reference: str) -> float:
-    distance = _distance_within(answer, reference)
-    return 1.0 if distance is None else distance
+        return 1.0
+    least = math.ceil(PART * len(piece)) + 1
+    for start in range(len(text) - len(piece) + 1):
+        edits = Levenshtein.distance(text[start : start + len(piece)], piece, score_cutoff=least - 1)
+        least = min(least, edits)
+        if least == 0:
+            break
+    return least / len(piece)
 
 
 def _assigned(costs) -> tuple[list[int], list[int]]:
