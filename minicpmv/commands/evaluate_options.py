@@ -443,7 +443,9 @@ def notes(results: dict[str, Any]) -> list[str]:
         if shown := summary.get("video"):
             packings = " to ".join(map(str, dict.fromkeys((shown["packing"][0], shown["packing"][-1]))))
             rate = f" at {shown['fps']:g} a second" if shown["fps"] else ""
-            found.append(f"{row}: {shown['frames']:.1f} frames a video{rate}, in groups of {packings}")
+            cost = f"{summary['prompt_tokens']:.0f} tokens read and " if summary["prompt_tokens"] else ""
+            cost += f"{summary['seconds']:.2f} seconds a question" if summary["seconds"] else "seconds unknown"
+            found.append(f"{row}: {shown['frames']:.1f} frames a video{rate}, in groups of {packings}; {cost}")
         if summary.get("failed"):
             found.append(
                 f"{row}: {summary['failed']} questions could not be asked, and count as wrong: see error in the log"

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from minicpmv.evaluate.judging import JudgeModel
 
 
+OF_A_SUITE = ("benchmark", "version", "data", "video")  # settings that differ from suite to suite
+
+
 def open_group(
     name: str,
     setting: Setting,
@@ -84,7 +87,8 @@ def measure_group(
         As of a single run, with the rows of all suites; `suites` says for each where its folder is and its settings, and
         `averages` holds those that the group has.
     """
-    results: dict[str, Any] = {"model": model, "settings": {"benchmark": name, "version": 1}, "samples": samples}
+    version = sum(load_suite(suite).version for suite in GROUPS[name][0])  # counted up with each of them
+    results: dict[str, Any] = {"model": model, "settings": {"benchmark": name, "version": version}, "samples": samples}
     rows: dict[str, Any] = {}
     suites: dict[str, Any] = {}
     seen: set[int] = set()
@@ -102,10 +106,7 @@ def measure_group(
         suites[suite] = {"title": benchmark.title, "folder": suite, "settings": found["settings"]}
         rows |= found["rows"]
         seen.update(found["seeds"])
-        shared = {
-            key: value for key, value in found["settings"].items() if key not in ("benchmark", "version", "data")
-        }
-        results["settings"] |= {key: value for key, value in shared.items() if key != "video"}
+        results["settings"] |= {name: value for name, value in found["settings"].items() if name not in OF_A_SUITE}
         results |= {"versions": found["versions"], "scoring": found["scoring"]}
     results |= {"seeds": sorted(seen), "rows": rows, "suites": suites, "averages": averages(rows)}
     if Processes().is_main:

@@ -300,9 +300,8 @@ def test_a_dry_run_of_everything_gives_figures_and_a_report(published):
         assert (folder / suite / "results.json").is_file()
     assert all(summary["n"] >= 10 for summary in results["rows"].values())
     assert results["averages"] == {"opencompass": None}  # MM-Vet has no figure without a judge
-    assert (folder / "report.html").is_file() and set(json.loads((folder / "figures.json").read_text())) == set(
-        results["rows"]
-    )
+    assert all((folder / f"report.{suffix}").stat().st_size > 1000 for suffix in ("html", "md", "csv"))
+    assert set(json.loads((folder / "figures.json").read_text())) == set(results["rows"])
     assert "mathvista: rules only" in output and "judge" in output
 
 
