@@ -22,8 +22,8 @@ RESAMPLES, SEED = 1000, 0  # the same questions give the same interval, whenever
 FEWEST_RESAMPLES, AFFORDABLE = 200, 3_000_000  # of large data sets: answers that are aggregated in some seconds
 CONFIDENCE = 0.95
 # What questions share that were not drawn independently: rotations of one question, pairs about one picture, the figures
-# of a set, questions about one video.
-TOGETHER = ("group", "picture", "set", "video")
+# of a set, questions about one video. And whether metrics look at it, so that a group that is drawn twice has to be two.
+TOGETHER = {"group": True, "picture": True, "set": True, "video": False}
 
 
 class StatisticsError(MiniCPMVError):
@@ -72,7 +72,7 @@ def bootstrap_metrics(
         metrics = []
         for scores in runs:
             again = [
-                _renamed(scores[place], name, number) if name else scores[place]
+                _renamed(scores[place], name, number) if name and TOGETHER[name] else scores[place]
                 for number, group in enumerate(drawn)
                 for place in members[group]
             ]
