@@ -91,7 +91,7 @@ def table_of(rows: Sequence["RowPair"]) -> str:
     from rich.markup import escape
     from rich.table import Table
 
-    from minicpmv.evaluate.report import pair_cells
+    from minicpmv.evaluate.comparison import pair_cells
 
     table = Table(
         title="second minus first", caption="lost, gained: right in one run only; p: McNemar's exact test of these"

@@ -407,7 +407,7 @@ def as_table(results: dict[str, Any]) -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
-    from minicpmv.evaluate.report import percent, sample_counts, title_of
+    from minicpmv.evaluate.comparison import percent, sample_counts, title_of
 
     several = len(results["seeds"]) > 1
     table = Table(
@@ -436,16 +436,16 @@ def as_table(results: dict[str, Any]) -> "Table":
 
 def notes(results: dict[str, Any]) -> list[str]:
     """What a reader has to know before comparing the figures with published ones."""
+    from minicpmv.evaluate.comparison import frames_in_words
+
     found = []
     for row, summary in results["rows"].items():
         if summary.get("judge") == "rules only" and summary["undecided"]:
             found.append(f"{row}: rules only; {summary['undecided']} answers are left to a judge (--judge-endpoint)")
         if shown := summary.get("video"):
-            packings = " to ".join(map(str, dict.fromkeys((shown["packing"][0], shown["packing"][-1]))))
-            rate = f" at {shown['fps']:g} a second" if shown["fps"] else ""
             cost = f"{summary['prompt_tokens']:.0f} tokens read and " if summary["prompt_tokens"] else ""
             cost += f"{summary['seconds']:.2f} seconds a question" if summary["seconds"] else "seconds unknown"
-            found.append(f"{row}: {shown['frames']:.1f} frames a video{rate}, in groups of {packings}; {cost}")
+            found.append(f"{row}: frames of a video: {frames_in_words(shown)}; {cost}")
         if summary.get("failed"):
             found.append(
                 f"{row}: {summary['failed']} questions could not be asked, and count as wrong: see error in the log"

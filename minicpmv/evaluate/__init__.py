@@ -7,8 +7,8 @@
 
 `benchmark` says what a benchmark is and `suite` what a public one is; `suites/` holds them (one file each), `data_sets/` their
 data, `scoring/` their rules. `answerers` and `endpoint` answer, `harness` asks and `groups` asks several, `judging` has
-answers judged, `sample_log` keeps every answer. `report`, `pairing` and `leaderboard` compare runs, beside what is `published`;
-`adapters/` bring the model to the harnesses of others.
+answers judged, `sample_log` keeps every answer. `comparison`, `pairing` and `leaderboard` set runs beside each other and
+beside what is `published`, `report` writes that down. `adapters/` bring the model to the harnesses of others.
 """
 
 import importlib

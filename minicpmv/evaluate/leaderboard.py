@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minicpmv.evaluate.comparison import thinking_in_words
 from minicpmv.evaluate.published import ALL_ROWS, COLUMNS, MARKS, PublishedRow, caveats
-from minicpmv.evaluate.report import ReportError, inert_cell, read_run, render, thinking_in_words
+from minicpmv.evaluate.report import ReportError, inert_cell, read_run, render
 from minicpmv.files import check_writable
 
 

@@ -12,7 +12,6 @@ import base64
 import csv
 import glob
 import io
-import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,9 +21,25 @@ from typing import TYPE_CHECKING, Any
 
 from minicpmv.errors import MiniCPMVError
 from minicpmv.evaluate.benchmark import main_score
+from minicpmv.evaluate.comparison import (
+    COSTS,
+    beside_published,
+    breakdowns,
+    cells,
+    compare,
+    costs,
+    facts,
+    frames_in_words,
+    is_points,
+    labels_of,
+    main_metric,
+    notes,
+    pairs,
+    row_ids,
+    title_of,
+)
 from minicpmv.evaluate.harness import RESULTS_FILE
-from minicpmv.evaluate.pairing import PairingError, pair_runs
-from minicpmv.evaluate.published import ALL_ROWS, COLUMNS, MARKS, caveats
+from minicpmv.evaluate.published import COLUMNS
 from minicpmv.evaluate.sample_log import read_scored
 from minicpmv.files import DamagedFileError, check_writable, read_json
 
@@ -42,23 +57,6 @@ ROW_FIELDS: dict[str, type] = {"title": str, "lower_is_better": bool, "n": int, 
 
 class ReportError(MiniCPMVError):
     """A report cannot be made of these folders: the message says why."""
-
-
-def percent(value: float | None, spread: float | None = None) -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
-
-
-def title_of(run: Mapping[str, Any]) -> str:
-    return f"{run['settings'].get('benchmark')}, version {run['settings'].get('version')}"
-
-
-def shown(value: float | None, spread: float | None = None, points: bool = False) -> str:
-    """A figure: a share as a percentage, points as they are."""
-    if not points or value is None:
-        return percent(value, spread)
-    return f"{value:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
 
 
 def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
@@ -138,215 +136,6 @@ def read_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def facts(run: Mapping[str, Any]) -> dict[str, str]:
-    """How a run was made, heading by heading."""
-    settings = run["settings"]
-    return {
-        "model": run["model"],
-        "weights": settings.get("weights") or settings.get("endpoint") or "-",
-        "dtype": settings.get("dtype", "-"),
-        "thinking": thinking_in_words(settings.get("thinking")),
-        "samples a row": " or ".join(map(str, sample_counts(run))),
-        "seeds": ", ".join(map(str, run["seeds"])),
-        "software": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
-    }
-
-
-def sample_counts(run: Mapping[str, Any]) -> list[int]:
-    """How many samples its rows have, each number once."""
-    return sorted({row["n"] // max(1, len(run["seeds"])) for row in run["rows"].values()})
-
-
-def thinking_in_words(thinking: Any) -> str:
-    return (
-        ", ".join(map(str, thinking))
-        if isinstance(thinking, list)
-        else {True: "on", False: "off"}.get(thinking, str(thinking))
-    )
-
-
-def labels_of(folders: Sequence[Path], runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The first of these that tells the runs apart: names of models, names of folders, whole paths."""
-    models = [Path(run["model"]).name or run["model"] for run in runs]
-    for names in (models, [folder.resolve().name for folder in folders]):
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
-
-
-def row_ids(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """All rows of all runs, in the order of the first run that has them."""
-    return list(dict.fromkeys(row for run in runs for row in run["rows"]))
-
-
-def cells(runs: Sequence[Mapping[str, Any]], row: str, metric: str, part: str) -> list[float | None]:
-    """One value a run, None where a run lacks it; `part` is "mean" or "std"."""
-    return [run["rows"].get(row, {}).get(part, {}).get(metric) for run in runs]
-
-
-def main_metric(runs: Sequence[Mapping[str, Any]], row: str) -> tuple[str, bool]:
-    """The first metric of a row, and whether low values are the better ones."""
-    summary = next(run["rows"][row] for run in runs if row in run["rows"])
-    return next(iter(summary["mean"])), summary["lower_is_better"]
-
-
-def is_points(runs: Sequence[Mapping[str, Any]], row: str, metric: str) -> bool:
-    """Whether a metric is no share."""
-    return any(metric in run["rows"].get(row, {}).get("points", ()) for run in runs)
-
-
-def compare(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of the comparison: id, title, metric, texts of the cells and which of them are the best."""
-    lines = []
-    for row in row_ids(runs):
-        summary = next(run["rows"][row] for run in runs if row in run["rows"])
-        main, lower_is_better = main_metric(runs, row)
-        for metric in summary["mean"]:
-            values, spreads = cells(runs, row, metric, "mean"), cells(runs, row, metric, "std")
-            points = metric in summary.get("points", ())
-            known = [value for value in values if value is not None]
-            best = (min if lower_is_better else max)(known) if len(set(known)) > 1 and metric == main else None
-            lines.append(
-                {
-                    "id": row,
-                    "title": summary["title"],
-                    "lower_is_better": lower_is_better,
-                    "metric": metric,
-                    "is_main": metric == main,
-                    "cells": [
-                        {
-                            "text": shown(value, spread, points),
-                            "interval": interval_of(run, row, metric, points),
-                            "best": best is not None and value == best,
-                        }
-                        for run, value, spread in zip(runs, values, spreads, strict=True)
-                    ],
-                }
-            )
-    return lines
-
-
-def interval_of(run: Mapping[str, Any], row: str, metric: str, points: bool) -> str:
-    """ "81.0 to 87.1", or nothing where a run has no interval."""
-    found = run["rows"].get(row, {}).get("interval", {}).get(metric)
-    return " to ".join(shown(value, None, points) for value in found) if found else ""
-
-
-def beside_published(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The figures of the runs, and those that are published for the same rows; None where there are none."""
-    rows = [(row, [row.own(run) for run in runs]) for row in ALL_ROWS]
-    rows = [(row, own) for row, own in rows if any(own)]
-    if not rows:
-        return None
-    columns = [column for column in COLUMNS if any(row.id in column.figures for row, _ in rows)]
-    used = "".join(figure.mark for column in columns for row, _ in rows if (figure := column.figures.get(row.id)))
-    return {
-        "columns": [{"model": column.model, "mode": column.mode} for column in columns],
-        "rows": [
-            {
-                "title": row.title,
-                "lower_is_better": row.lower_is_better,
-                "own": [value or "-" for value in own],
-                "figures": [str(column.figures.get(row.id, "-")) for column in columns],
-            }
-            for row, own in rows
-        ],
-        "notes": [
-            *dict.fromkeys(sentence for run in runs for sentence in caveats(run)),
-            *(f"{mark} {meaning}." for mark, meaning in MARKS.items() if mark in used),
-            *(f"{source}: {', '.join(models)}." for source, models in sources(columns).items()),
-        ],
-    }
-
-
-def breakdowns(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The main metric of each row by what a data set says about its questions: categories, durations, tasks."""
-    found = []
-    for row in row_ids(runs):
-        metric, _ = main_metric(runs, row)
-        points = is_points(runs, row, metric)
-        parts = [run["rows"].get(row, {}).get("by", {}) for run in runs]
-        for fact in dict.fromkeys(fact for part in parts for fact in part):
-            columns = [part.get(fact, {}) for part in parts]
-            values = dict.fromkeys(value for column in columns for value in column)
-            lines = [
-                {
-                    "value": value,
-                    "n": max(column.get(value, {}).get("n", 0) for column in columns),
-                    "cells": [shown(column.get(value, {}).get(metric), None, points) for column in columns],
-                }
-                for value in values
-            ]
-            found.append({"row": row, "fact": fact, "metric": metric, "lines": lines})
-    return found
-
-
-def sources(columns: Sequence[Any]) -> dict[str, list[str]]:
-    """The models of each source, each once."""
-    found: dict[str, list[str]] = {}
-    for column in columns:
-        models = found.setdefault(column.source, [])
-        if column.model not in models:
-            models.append(column.model)
-    return found
-
-
-COSTS = {
-    "tokens": "tokens written",
-    "prompt_tokens": "tokens read",
-    "seconds": "seconds",
-    "cut_off": "cut off",
-    "undecided": "undecided",
-    "judge": "judge",
-}
-
-
-def costs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What a question of each row took, and who decided, run by run; None where no run tells."""
-    known = [name for name in COSTS if any(row.get(name) is not None for run in runs for row in run["rows"].values())]
-
-    def text(run: Mapping[str, Any], row: str, name: str) -> str:
-        value = run["rows"].get(row, {}).get(name)
-        if value is None:
-            return "-"
-        if name == "judge" and (returned := run["rows"][row].get("judge_returned")):
-            return ", ".join(dict.fromkeys([value, *returned]))
-        if isinstance(value, (int, float)):
-            return f"{value:.3g}" if name == "seconds" else f"{value:.0f}"
-        return str(value)
-
-    rows = [{"id": row, "cells": [[text(run, row, name) for name in known] for run in runs]} for row in row_ids(runs)]
-    return {"names": [COSTS[name] for name in known], "rows": rows} if known else None
-
-
-def pairs(labels: Sequence[str], folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Each further run against the first, question by question."""
-    found = []
-    for label, folder in list(zip(labels, folders, strict=True))[1:]:
-        try:
-            rows = pair_runs(folders[0], folder)
-        except PairingError:
-            continue
-        found.append({"first": labels[0], "second": label, "rows": [pair_cells(row) for row in rows]})
-    return found
-
-
-def pair_cells(row: Any) -> dict[str, str]:
-    """The cells of a row that two runs share, heading by heading."""
-    pairing = row.pairing
-    return {
-        "row": row.row,
-        "n": str(pairing.questions),
-        "first": percent(pairing.first),
-        "second": percent(pairing.second),
-        "difference": f"{100 * pairing.difference:+.1f}",
-        "95 %": f"{100 * pairing.interval.low:+.1f} to {100 * pairing.interval.high:+.1f}",
-        "lost": str(len(pairing.only_first)),
-        "gained": str(len(pairing.only_second)),
-        "p": f"{pairing.p:.2g}",
-    }
-
-
 CSV_COLUMNS = ("run", "model", "row", "metric", "unit", "value", "low", "high", "std", "n", *COSTS, "published")
 
 
@@ -364,6 +153,7 @@ def as_csv(labels: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> str:
                 line |= {"low": low, "high": high, "std": summary["std"].get(metric), "n": summary["n"]}
                 line |= {"unit": "points" if metric in summary.get("points", ()) else "share"}
                 line |= {name: summary.get(name) for name in COSTS}
+                line["video"] = frames_in_words(summary["video"]) if summary.get("video") else None
                 if row in published and metric == next(iter(summary["mean"])):
                     line["published"] = str(published[row])
                 table.writerow({name: inert_cell(value) for name, value in line.items()})
@@ -373,24 +163,6 @@ def as_csv(labels: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> str:
 def inert_cell(value: Any) -> Any:
     """A spreadsheet takes text that begins like a formula for one."""
     return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
-
-
-def notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader has to know before believing a difference."""
-    asked = max(1, min((row["n"] for run in runs for row in run["rows"].values()), default=1))
-    found = [
-        f"Figures are percentages, unless they are said to be points. A share of right answers out of {asked} has a standard "
-        f"error of up to {50 / math.sqrt(asked):.1f} points."
-    ]
-    if any(row.get("interval") for run in runs for row in run["rows"].values()):
-        found.append("In small print: 95 % intervals, bootstrapped over questions.")
-    if any(len(run["seeds"]) > 1 for run in runs):
-        found.append("±: standard deviation over the seeds.")
-    if len({(*sample_counts(run), "seeds", *run["seeds"]) for run in runs}) > 1:
-        found.append("The runs were not asked about the same samples: see samples and seeds.")
-    if any(summary["lower_is_better"] for run in runs for summary in run["rows"].values()):
-        found.append("↓: the lower, the better.")
-    return found
 
 
 def mistakes(folder: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:

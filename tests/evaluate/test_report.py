@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from minicpmv.commands.evaluate import evaluate_app
-from minicpmv.evaluate import report
+from minicpmv.evaluate import comparison, report
 from minicpmv.evaluate.charts import bars, radar
 from minicpmv.evaluate.sample_log import SampleLog
 
@@ -126,7 +126,7 @@ def test_the_report_sets_runs_side_by_side_with_their_spread(runs, tmp_path):
 
 
 def test_the_best_main_figure_of_a_row_is_marked_low_ones_where_low_is_better(runs):
-    lines = report.compare([report.read_run(folder) for folder in runs])
+    lines = comparison.compare([report.read_run(folder) for folder in runs])
     best = {(line["id"], line["metric"]): [cell["best"] for cell in line["cells"]] for line in lines}
     assert best["count", "exact"] == [True, False]
     assert best["printed_line", "exact"] == [False, True]
@@ -144,10 +144,10 @@ def test_mistakes_are_shown_with_the_thought_and_right_answers_are_not(runs, tmp
 
 def test_a_reader_is_told_how_far_to_trust_a_difference(runs):
     first, second = (report.read_run(folder) for folder in runs)
-    assert "out of 50 has a standard error of up to 7.1 points" in report.notes([first])[0]
-    assert not any("same samples" in note for note in report.notes([first]))
-    assert any("not asked about the same samples" in note for note in report.notes([first, second]))
-    assert any("standard deviation" in note for note in report.notes([second]))
+    assert "out of 50 has a standard error of up to 7.1 points" in comparison.notes([first])[0]
+    assert not any("same samples" in note for note in comparison.notes([first]))
+    assert any("not asked about the same samples" in note for note in comparison.notes([first, second]))
+    assert any("standard deviation" in note for note in comparison.notes([second]))
 
 
 def test_a_markdown_report_has_tables_of_even_width_and_charts_beside_it(runs, tmp_path):
@@ -170,6 +170,10 @@ def test_a_markdown_report_has_tables_of_even_width_and_charts_beside_it(runs, t
 PUBLIC_ROWS = {
     "mmstar": {"mean": {"exact": 0.721}, "interval": {"exact": [0.62, 0.81]}, "tokens": 812.4, "seconds": 1.234},
     "mme": {"mean": {"total": 2468.2}, "points": ["total"], "judge": "judge-1", "judge_returned": ["judge-1-2026"]},
+    "videomme": {
+        "mean": {"accuracy": 0.679},
+        "video": {"fps": 5.0, "frames": 402.5, "groups": 150.0, "packing": [1, 3]},
+    },
     "mmbench_en": {"mean": {"accuracy": 0.8}},
     "mmbench_cn": {"mean": {"accuracy": 0.9}},
     "mmhal": {
@@ -197,6 +201,8 @@ def store_public_run(folder, model="nano", wrong=(0, 1), pictures=True, **settin
             entry["picture"] = "pictures/mmstar-0-1.jpg"
         log.append([{"finish_reason": "stop", "thought": None, **entry}])
     results = {"model": model, "settings": {"benchmark": "published", "version": 1} | settings, "samples": None}
+    judge = {"model": "judge-1", "endpoint": "http://127.0.0.1/v1"}
+    results["scoring"] = {"version": "2025-09", "strict": True, "judge": judge}
     results |= {"seeds": [0], "versions": {}, "rows": rows, "averages": {"opencompass": 0.7704}}
     results["suites"] = {"mmstar": {"folder": "mmstar", "settings": {"as_published": False, "data": {"mmstar": "0"}}}}
     (folder / "results.json").write_text(json.dumps(results))
@@ -205,7 +211,7 @@ def store_public_run(folder, model="nano", wrong=(0, 1), pictures=True, **settin
 
 def test_figures_stand_beside_the_published_ones_in_their_own_units(tmp_path):
     run = report.read_run(store_public_run(tmp_path / "run"))
-    found = report.beside_published([run])
+    found = comparison.beside_published([run])
     own = {row["title"]: (row["own"][0], row["figures"][0]) for row in found["rows"]}
     assert own == {
         "OpenCompass average": ("77.0", "77.0†"),
@@ -216,11 +222,12 @@ def test_figures_stand_beside_the_published_ones_in_their_own_units(tmp_path):
         "MMBench V1.1 CN": ("90.0", "-"),
         "MMHal-Bench score (0 to 6)": ("5.0", "5.0†"),
         "MMHal-Bench rate": ("19.4", "19.4†"),
+        "Video-MME without subtitles": ("67.9", "67.9"),
     }
     told = " ".join(found["notes"])
     for part in ("Plain setting", "Rules only, without a judge: mmhal", "mmstar", "MMBench is the dev set", "† with"):
         assert part in told
-    assert report.beside_published([report.read_run(store_run(tmp_path / "drawn", "nano", FIRST))]) is None
+    assert comparison.beside_published([report.read_run(store_run(tmp_path / "drawn", "nano", FIRST))]) is None
 
 
 def test_a_public_report_shows_intervals_costs_the_judge_and_images_of_mistakes(tmp_path):
@@ -230,8 +237,10 @@ def test_a_public_report_shows_intervals_costs_the_judge_and_images_of_mistakes(
     rows = {row[0]: row for row in page.rows if row}
     assert ["mmstar", "exact", "72.162.0 to 81.0", "mmstar"] in page.rows
     assert ["mme", "total", "2468", "mme"] in page.rows
-    assert rows["mme"] and ["mmstar", "812", "1.23", "-", "-"] in page.rows
-    assert ["mme", "-", "-", "-", "judge-1, judge-1-2026"] in page.rows
+    assert rows["mme"] and ["mmstar", "812", "1.23", "-", "-", "-"] in page.rows
+    assert ["mme", "-", "-", "-", "-", "judge-1, judge-1-2026"] in page.rows
+    assert ["videomme", "-", "-", "402.5 at 5 a second, in groups of 1 to 3", "-", "-"] in page.rows
+    assert [*page.rows[1][-3:]] == ["plain", "2025-09, strict", "judge-1 at http://127.0.0.1/v1"]
     assert sum(address.startswith("data:image/jpeg") for address in page.pictures) == 1
     wrong = [row for row in page.rows if len(row) == 6 and row[1].startswith("0/")]
     assert [row[1] for row in wrong] == ["0/1", "0/0"]  # those with an image first
@@ -245,7 +254,7 @@ def test_rows_are_broken_down_by_what_their_data_say(tmp_path):
     stored = json.loads((first / "results.json").read_text())
     stored["rows"]["mmstar"]["by"] = {"category": {"math": {"n": 2, "exact": 0.5}, LIVELY: {"n": 2, "exact": None}}}
     (first / "results.json").write_text(json.dumps(stored))
-    (part,) = report.breakdowns([report.read_run(first), report.read_run(second)])
+    (part,) = comparison.breakdowns([report.read_run(first), report.read_run(second)])
     assert (part["row"], part["fact"], part["metric"]) == ("mmstar", "category", "exact")
     assert [(line["n"], line["cells"]) for line in part["lines"]] == [(2, ["50.0", "-"]), (2, ["-", "-"])]
     report.write_report([first, second], tmp_path / "report.html")
@@ -279,7 +288,7 @@ def test_a_table_for_spreadsheets_has_a_line_for_each_metric_and_no_formulas(tmp
     report.write_report([run], tmp_path / "report.csv")
     with open(tmp_path / "report.csv", newline="") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 6 and {line["model"] for line in lines} == {"'=HYPERLINK(1)"}
+    assert len(lines) == 7 and {line["model"] for line in lines} == {"'=HYPERLINK(1)"}
     assert [(line["value"], line["low"], line["published"]) for line in lines[:2]] == [
         ("0.721", "0.62", "72.1†"),
         ("2468.2", "", "2500"),
@@ -365,7 +374,9 @@ def test_rows_that_a_run_lacks_stay_out_of_the_radar_and_empty_in_the_table(tmp_
     part = store_run(tmp_path / "part", "other", {"count": {"exact": [None]}})
     pair = [report.read_run(folder) for folder in (whole, part)]
     assert set(report.draw(["whole", "part"], pair)) == {"bars"}  # a radar needs three rows
-    cells = {line["id"]: [cell["text"] for cell in line["cells"]] for line in report.compare(pair) if line["is_main"]}
+    cells = {
+        line["id"]: [cell["text"] for cell in line["cells"]] for line in comparison.compare(pair) if line["is_main"]
+    }
     assert cells == {
         "count": ["90.0", "-"],
         "printed_line": ["50.0", "-"],
@@ -379,9 +390,9 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path):
     places = ("a/base", "a/thinking", "b/base")
     folders = [store_run(tmp_path / place, "nano", {"count": {"exact": [1.0]}}) for place in places]
     loaded = [report.read_run(folder) for folder in folders]
-    assert report.labels_of(folders[:2], [loaded[0], loaded[1] | {"model": "me/tuned"}]) == ["nano", "tuned"]
-    assert report.labels_of(folders[:2], loaded[:2]) == ["base", "thinking"]
-    assert report.labels_of(folders, loaded) == [str(folder) for folder in folders]
+    assert comparison.labels_of(folders[:2], [loaded[0], loaded[1] | {"model": "me/tuned"}]) == ["nano", "tuned"]
+    assert comparison.labels_of(folders[:2], loaded[:2]) == ["base", "thinking"]
+    assert comparison.labels_of(folders, loaded) == [str(folder) for folder in folders]
 
 
 def test_the_command_writes_a_report_and_names_its_files(runs, tmp_path):
