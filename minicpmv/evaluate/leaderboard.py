@@ -90,6 +90,8 @@ def own_lines(folders: Sequence[Path]) -> list[Line]:
             if row.id not in line.figures and (figure := row.own(run)) is not None:
                 line.figures[row.id] = figure
         line.caveats += [sentence for sentence in caveats(run) if sentence not in line.caveats]
+        if line.caveats:
+            line.source = "your run, see below"
     return list(lines.values())
 
 
