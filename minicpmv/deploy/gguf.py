@@ -47,7 +47,6 @@ TEXT_IS_READ = "\n    {%- set ns.texts = ns.texts + [ns.text] %}"  # where our t
 NAMESPACE = "namespace("
 GENERATION_TAGS = ("\n        {%- generation %}", "\n        {%- endgeneration %}")
 
-
 # Relative error that image features may have, by the type of the tower's weights.
 FEATURE_MARGINS = {"f32": 1e-3, "f16": 5e-3, "bf16": 2e-2, "q8_0": 5e-2}
 
@@ -90,10 +89,6 @@ def export(
         CheckpointError, ExportError, QuantizationError, OutputError: before anything is written.
         ParityError: the answers differ beyond what a type allows; the files stay in a folder whose name says so.
     """
-
-    def tell(who: str) -> Callable[[str], None]:
-        return lambda what: note(f"{who}: {what}")
-
     checkpoint, output = Checkpoint(model), Path(output).expanduser()
     for kind in kinds:
         check(checkpoint, kind)
@@ -104,16 +99,11 @@ def export(
 
     import torch
     from transformers import AutoProcessor
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     name, source = checkpoint.folder.name, str(checkpoint.folder)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
-    threads, side = torch.get_num_threads(), position_side(checkpoint)
-    # The tower's own rule, from the code of the checkpoint.
-    tower = get_class_from_dynamic_module("vision_minicpmv.MiniCPMVVisionTransformer", source)
-    buckets_of = sys.modules[tower.__module__].position_buckets
     asked = cases(processor) if is_checked else []
-    reference = observe(partial(_pytorch, source), asked, samples, note=tell("PyTorch")) if is_checked else None
+    reference = observe(partial(_pytorch, source), asked, samples, note=_by("PyTorch", note)) if is_checked else None
     mmproj = f"{names.MMPROJ}-{name}-{mmproj_kind.upper()}{names.SUFFIX}"
     files = []
     for kind in kinds:
@@ -122,10 +112,8 @@ def export(
         with staged(output, export_name) as stage:
             note(f"Writing {file}")
             checkpoint.copy_small_files(stage)
-            write_mmproj(
-                checkpoint, processor, lambda count: buckets_of(count, side), mmproj_kind, stage / mmproj, name
-            )
-            write_language_model(checkpoint, processor, kind, stage / file, name, threads)
+            write_mmproj(checkpoint, processor, mmproj_kind, stage / mmproj, name)
+            write_language_model(checkpoint, processor, kind, stage / file, name, torch.get_num_threads())
             if reference is not None:
                 found = hold(
                     reference,
@@ -138,7 +126,7 @@ def export(
                     feature_margin=FEATURE_MARGINS[mmproj_kind],
                     samples=samples,
                     reference_type=str(checkpoint.config.get("torch_dtype", checkpoint.config.get("dtype"))),
-                    note=tell(export_name),
+                    note=_by(export_name, note),
                 )
                 write_record(stage, found)
                 if found.faults:
@@ -150,6 +138,10 @@ def export(
         files.append(output / file)
         _write_card(output, checkpoint, file, mmproj)
     return files
+
+
+def _by(who: str, note: Callable[[str], None]) -> Callable[[str], None]:
+    return lambda what: note(f"{who}: {what}")
 
 
 def _pytorch(source: str) -> ModelRuntime:
@@ -173,6 +165,15 @@ def position_side(checkpoint: Checkpoint) -> int:
     """Rows a side of the tower's position table."""
     vision = checkpoint.config["vision_config"]
     return vision["image_size"] // vision["patch_size"]
+
+
+def position_rule(checkpoint: Checkpoint) -> Callable[[int], np.ndarray]:
+    """The tower's own rule, from the code of the checkpoint: which rows of its table a side of n patches reads."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    tower = get_class_from_dynamic_module("vision_minicpmv.MiniCPMVVisionTransformer", str(checkpoint.folder))
+    position_buckets = sys.modules[tower.__module__].position_buckets
+    return lambda count: position_buckets(count, position_side(checkpoint))
 
 
 def check(checkpoint: Checkpoint, kind: str) -> None:
@@ -287,18 +288,16 @@ def llama_template(template: str) -> str:
 # ---- tower and resampler ----
 
 
-def write_mmproj(checkpoint: Checkpoint, processor: Any, buckets_of: Any, kind: str, file: Path, name: str) -> None:
-    """Write tower and resampler.
-
-    Args:
-        buckets_of: the tower's own rule: which rows of the position table a side of n patches reads.
-    """
+def write_mmproj(checkpoint: Checkpoint, processor: Any, kind: str, file: Path, name: str) -> None:
+    """Write tower and resampler."""
     import gguf
 
     config, vision = checkpoint.config, checkpoint.config["vision_config"]
     images = processor.image_processor
     layers = vision["num_hidden_layers"] - bool(config.get("drop_vision_last_layer"))
-    cells = names.cells_to_buckets(position_side(checkpoint), images.scale_resolution // images.patch_size, buckets_of)
+    cells = names.cells_to_buckets(
+        position_side(checkpoint), images.scale_resolution // images.patch_size, position_rule(checkpoint)
+    )
     writer = gguf.GGUFWriter(file, "clip")
     writer.add_type(names.MMPROJ)
     writer.add_name(name)
