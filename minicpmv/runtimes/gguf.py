@@ -10,12 +10,10 @@ What is special:
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from minicpmv.errors import MiniCPMVError, require
-from minicpmv.runtimes.llamacpp import EXTRA
+from minicpmv.runtimes.gguf_file import GGUFError, GGUFFile
 
 
 TABLE_SIDE = 70  # of llama.cpp's position table
@@ -73,10 +71,6 @@ POSITIONS, POSITIONS_IN_FILE = "vpm.embeddings.position_embedding.weight", "v.po
 PROJECTION, PROJECTION_IN_FILE = "resampler.proj", "resampler.proj.weight"  # transposed there
 IN_PROJECTION = "resampler.attn.in_proj"  # three tensors there
 POSITIONS_OF_KEYS = "resampler.pos_embed_k"  # has to be there, and is not read
-
-
-class GGUFError(MiniCPMVError):
-    """A GGUF file cannot be used: the message says why and what to do."""
 
 
 def language_names(layers: int, is_tied: bool) -> dict[str, str]:
@@ -142,29 +136,6 @@ def gathered_positions(table: np.ndarray, cells: np.ndarray, side: int) -> np.nd
 # ---- files ----
 
 
-def open_gguf(file: Path) -> Any:
-    """A reader whose tensors stay on the disk until they are looked at.
-
-    Raises:
-        GGUFError: it is no whole GGUF file.
-        MissingPackageError: the package that reads it is not installed.
-    """
-    require(EXTRA, "gguf")
-    import gguf
-
-    try:
-        # "c": tensors count as writable, which torch wants to be sure of; what is written stays in memory.
-        return gguf.GGUFReader(file, "c")
-    except (ValueError, IndexError, KeyError) as error:
-        raise GGUFError(f"{file} is no whole GGUF file ({error}): export or fetch it again") from error
-
-
-def field(reader: Any, name: str) -> Any:
-    """A value of the file's head; None where it is not there."""
-    found = reader.get_field(name)
-    return None if found is None else found.contents()
-
-
 def is_mmproj(file: Path) -> bool:
     return file.name.lower().startswith(MMPROJ)
 
@@ -214,16 +185,12 @@ def tower_tensors(file: Path, layers: int, table_side: int) -> Iterator[tuple[st
     Raises:
         GGUFError: it is another tower's.
     """
-    import gguf
-
-    reader = open_gguf(file)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    found = GGUFFile(file)
 
     def values(name: str) -> np.ndarray:
-        if name not in tensors:
+        if name not in found.tensors:
             raise GGUFError(f"{file} has no tensor {name}: it belongs to another model")
-        tensor = tensors[name]
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        return found.tensors[name].rows()
 
     width = len(values("v.post_ln.weight"))
     # Older converters called the two halves of an MLP by each other's names, and llama.cpp reads both.
@@ -231,7 +198,7 @@ def tower_tensors(file: Path, layers: int, table_side: int) -> Iterator[tuple[st
     for theirs, ours in tower_names(layers).items():
         name = ".".join(SWAPS.get(part, part) for part in theirs.split(".")) if is_swapped else theirs
         yield ours, values(name)
-    cells = np.array(field(reader, CELLS) or range(TABLE_SIDE))
+    cells = np.array(found.fields.get(CELLS, range(TABLE_SIDE)))
     yield POSITIONS, gathered_positions(values(POSITIONS_IN_FILE), cells, table_side)
     yield PROJECTION, np.ascontiguousarray(values(PROJECTION_IN_FILE).T)
     for kind in ("weight", "bias"):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from minicpmv.runtimes.gguf import GGUFError, open_gguf
+from minicpmv.runtimes.gguf_file import GGUFError, GGUFFile, StoredTensor
 from minicpmv.runtimes.llamacpp import LlamaCpp, LlamaCppError, Part
 
 
@@ -32,17 +32,14 @@ CACHE_FIELD = next(name for name in reversed(CACHE_NAMES) if name in CausalLMOut
 class FileEmbedding(nn.Module):
     """The embeddings of tokens, from their table in a file."""
 
-    def __init__(self, table: Any):
+    def __init__(self, table: StoredTensor):
         super().__init__()
-        self._table = table  # a tensor of gguf's reader: [V, bytes of a row], on the disk
+        self._table = table  # [V, D], on the disk
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> float32 [..., D]."""
-        from gguf.quants import dequantize
-
         distinct, places = torch.unique(ids.cpu(), return_inverse=True)
-        rows = dequantize(self._table.data[distinct.numpy()], self._table.tensor_type).astype(np.float32, copy=False)
-        return torch.from_numpy(rows)[places].to(ids.device)
+        return torch.from_numpy(self._table.rows(distinct.numpy()))[places].to(ids.device)
 
 
 class Known(NamedTuple):
@@ -76,11 +73,9 @@ class LlamaCppForCausalLM(nn.Module):
 
     def __init__(self, file: Path, config: Any, threads: int | None = None):
         super().__init__()
-        reader = open_gguf(file)
         self.file, self.config = file, config
-        self._tensors = reader.tensors
-        table = next((tensor for tensor in self._tensors if tensor.name == "token_embd.weight"), None)
-        if table is None:
+        self._tensors = GGUFFile(file).tensors
+        if (table := self._tensors.get("token_embd.weight")) is None:
             raise GGUFError(f"{file} has no token_embd.weight: it is no language model")
         self._model = LlamaCpp(file, threads or torch.get_num_threads())
         found, wanted = (self._model.vocab_size, self._model.hidden_size), (config.vocab_size, config.hidden_size)
@@ -127,8 +122,8 @@ class LlamaCppForCausalLM(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         # The file's own bytes, which tell one model from another.
-        for tensor in self._tensors:
-            destination[f"{prefix}{tensor.name}"] = torch.from_numpy(tensor.data)
+        for name, tensor in self._tensors.items():
+            destination[f"{prefix}{name}"] = torch.from_numpy(tensor.data)
 
     def forward(
         self,

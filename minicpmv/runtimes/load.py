@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from minicpmv.errors import require
-from minicpmv.runtimes.gguf import GGUFError, find_mmproj, tower_tensors
+from minicpmv.runtimes.gguf import find_mmproj, tower_tensors
+from minicpmv.runtimes.gguf_file import GGUFError
 from minicpmv.runtimes.llamacpp import EXTRA, PACKAGES
 
 

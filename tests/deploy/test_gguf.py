@@ -28,7 +28,6 @@ from minicpmv.deploy import gguf as export_gguf  # noqa: E402
 from minicpmv.deploy.gguf import export, llama_template  # noqa: E402
 from minicpmv.deploy.quantization import FILE_TYPES, QuantizationError, stored, type_of  # noqa: E402
 from minicpmv.deploy.source import Checkpoint, ExportError  # noqa: E402
-from minicpmv.runtimes.gguf import open_gguf  # noqa: E402
 
 
 ASSETS = REPOSITORY / "assets"
@@ -36,7 +35,7 @@ ASSETS = REPOSITORY / "assets"
 
 @pytest.fixture(scope="module")
 def head(ggufs):
-    return open_gguf(ggufs / "nano-Q4_K_M.gguf")
+    return gguf.GGUFReader(ggufs / "nano-Q4_K_M.gguf")
 
 
 def names_of(folder):
@@ -153,7 +152,7 @@ def test_a_mix_stores_layers_better_in_which_errors_cost_more(head):
 
 
 def test_f16_holds_the_checkpoint_bit_for_bit(ggufs):
-    tensors = {tensor.name: tensor for tensor in open_gguf(ggufs / "nano-F16.gguf").tensors}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(ggufs / "nano-F16.gguf").tensors}
     source = Checkpoint(NANO)
     for theirs, ours in export_gguf.names.language_names(4, True).items():
         expected = source.tensor(ours)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GREEDY, NANO, REPOSITORY, ground_floor
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minicpmv import checkpoint
@@ -19,14 +19,13 @@ from minicpmv.evaluate.fingerprint import weights_fingerprint
 from minicpmv.runtimes import llamacpp as binding
 from minicpmv.runtimes.gguf import (
     TABLE_SIDE,
-    GGUFError,
     cells_to_buckets,
     find_mmproj,
     gathered_positions,
-    open_gguf,
     spread_positions,
     tower_tensors,
 )
+from minicpmv.runtimes.gguf_file import GGUFError, GGUFFile
 from minicpmv.runtimes.llamacpp import CONTEXT_DEFAULTS, MODEL_DEFAULTS, LlamaCppError, check_layout
 
 
@@ -194,7 +193,7 @@ def test_a_tower_of_an_older_converter_is_read_as_llama_cpp_reads_it(ggufs):
     tensors = dict(tower_tensors(ggufs / "mmproj-nano-F16.gguf", 6, 16))
     swapped = ggufs.parent / "mmproj-swapped.gguf"
     swap = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
-    reader = open_gguf(ggufs / "mmproj-nano-F16.gguf")
+    reader = gguf.GGUFReader(ggufs / "mmproj-nano-F16.gguf")
     writer = gguf.GGUFWriter(swapped, "clip")
     writer.add_array("minicpmv.position_cells", reader.get_field("minicpmv.position_cells").contents())
     for tensor in reader.tensors:
@@ -206,13 +205,39 @@ def test_a_tower_of_an_older_converter_is_read_as_llama_cpp_reads_it(ggufs):
     assert found.keys() == tensors.keys() and all(np.array_equal(found[name], tensors[name]) for name in tensors)
 
 
-def test_a_cut_file_is_refused(copied):
+def test_a_file_is_read_as_the_package_gguf_reads_it(ggufs):
+    for file in ggufs.glob("*.gguf"):
+        ours, theirs = GGUFFile(file), gguf.GGUFReader(file)
+        assert list(ours.tensors) == [tensor.name for tensor in theirs.tensors]
+        for tensor in theirs.tensors:
+            found = ours.tensors[tensor.name]
+            assert found.kind == tensor.tensor_type and np.array_equal(found.data, tensor.data)
+        texts_in_lists = {"tokenizer.ggml.tokens", "tokenizer.ggml.merges"}
+        names = [name for name in theirs.fields if not name.startswith("GGUF.")]
+        assert list(ours.fields) == names
+        for name in set(names) - texts_in_lists:
+            assert ours.fields[name] == theirs.get_field(name).contents(), name
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.1, 0.9, 0.9999])
+def test_a_file_that_is_cut_anywhere_is_no_whole_one(copied, share):
     file = copied / "nano-F16.gguf"
     data = file.read_bytes()
     file.unlink()
-    file.write_bytes(data[: len(data) // 2])
-    with pytest.raises(MiniCPMVError, match=r"nano-F16\.gguf.*again"):
-        checkpoint.load(file)
+    file.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(GGUFError, match=r"nano-F16\.gguf is no whole GGUF file"):
+        GGUFFile(file)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 2000), byte=st.integers(0, 255))
+def test_a_damaged_head_is_no_traceback(ggufs, place, byte):
+    data = bytearray((ggufs / "mmproj-nano-F16.gguf").read_bytes()[:20000])
+    data[place] = byte
+    file = ggufs.parent / "damaged.gguf"
+    file.write_bytes(data)
+    with pytest.raises(GGUFError):  # if for nothing else, since it is cut
+        GGUFFile(file)
 
 
 def test_a_model_beside_files_of_another_one_is_refused(copied):
