@@ -58,8 +58,8 @@ class GGUFFile:
         require("gguf", "gguf")
         self.path = path
         # "c": the arrays count as writable, which torch wants to be sure of; what is written stays in memory.
-        self._bytes: Any = np.memmap(path, np.uint8, "c") if path.stat().st_size else np.empty(0, np.uint8)
-        self._view, self._place = memoryview(self._bytes), 0
+        data: Any = np.memmap(path, np.uint8, "c") if path.stat().st_size else np.empty(0, np.uint8)
+        self._bytes, self._view, self._place = data, memoryview(data), 0
         try:
             self.fields = self._read_head()
             infos = [self._read_info() for _ in range(self._tensor_count)]
