@@ -26,7 +26,7 @@ xllamacpp = pytest.importorskip("xllamacpp")
 
 from minicpmv.deploy import gguf as export_gguf  # noqa: E402
 from minicpmv.deploy.gguf import export, llama_template  # noqa: E402
-from minicpmv.deploy.quantization import FILE_TYPES, QuantizationError, stored, type_of  # noqa: E402
+from minicpmv.deploy.quantization import FILE_TYPES, QuantizationError, gets_more_bits, stored, type_of  # noqa: E402
 from minicpmv.deploy.source import Checkpoint, ExportError  # noqa: E402
 
 
@@ -149,6 +149,15 @@ def test_a_mix_stores_layers_better_in_which_errors_cost_more(head):
     assert kinds["token_embd.weight"] == "Q6_K" and kinds["blk.0.attn_q.weight"] == "Q4_K"
     assert [kinds[f"blk.{layer}.ffn_down.weight"] for layer in range(4)] == ["Q4_K", "Q4_K", "Q6_K", "Q6_K"]
     assert kinds["blk.0.attn_norm.weight"] == "F32" and "output.weight" not in kinds
+
+
+def test_the_mix_of_36_layers_is_that_of_llama_cpp():
+    better = [layer for layer in range(36) if gets_more_bits(layer, 36)]
+    assert better == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 31, 32, 33, 34, 35]
+    kinds = [type_of(f"blk.{layer}.attn_v.weight", (256, 256), FILE_TYPES["q5_k_m"], 36, False) for layer in (3, 4)]
+    assert kinds == ["Q6_K", "Q5_K"]
+    assert type_of("token_embd.weight", (9, 256), FILE_TYPES["q5_k_m"], 36, False) == "Q5_K"
+    assert type_of("output.weight", (9, 256), FILE_TYPES["q5_k_m"], 36, False) == "Q6_K"
 
 
 def test_f16_holds_the_checkpoint_bit_for_bit(ggufs):

@@ -3,6 +3,8 @@
 import base64
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -79,6 +81,17 @@ def test_a_conversation_about_a_video_and_an_image_goes_on_forks_and_is_taken_ba
     ours, theirs = (talk(*each) for each in pair)
     assert ours == theirs
     assert ours[0][1][2] > 200  # the video was not read again
+
+
+def test_sessions_in_several_threads_share_one_llama_cpp(pair):
+    def talk(model, processor, content):
+        session = ChatSession(model, processor, max_new_tokens=8, **GREEDY)
+        return [session.send(content).text, session.send("What color is the shape?").text]
+
+    contents = [STAR, NUMBER, RECEIPT]
+    with ThreadPoolExecutor(3) as pool:
+        theirs = list(pool.map(partial(talk, *pair[1]), contents))
+    assert theirs == [talk(*pair[0], content) for content in contents]
 
 
 def test_logits_of_float32_weights_are_those_of_pytorch(nano, llamacpp):
