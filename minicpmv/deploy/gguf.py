@@ -77,7 +77,7 @@ def export(
         model: folder of the checkpoint.
         output: folder for the files, the card, and the checkpoint's small files.
         kinds: types of the language model, of `FILE_TYPES`; one file each.
-        mmproj_kind: type of the tower, of `TOWER_TYPES`.
+        mmproj_kind: type of the tower, of `FEATURE_MARGINS`.
         samples: questions of each row of NanoBench.
         is_checked: False leaves out the comparison, where PyTorch has no memory for the checkpoint.
         note: is told what happens.
@@ -183,7 +183,7 @@ def check(checkpoint: Checkpoint, kind: str) -> None:
         ExportError, QuantizationError: names the value and the limit.
         MissingPackageError: a package is not installed.
     """
-    require(EXTRA, *(PACKAGES if FILE_TYPES[kind].is_k else PACKAGES[:1]))
+    require(EXTRA, *(PACKAGES if FILE_TYPES[kind].needs_ggml else PACKAGES[:1]))
     config, side = checkpoint.config, position_side(checkpoint)
     if config["hidden_size"] % RESAMPLER_HEAD_DIM:
         raise ExportError(

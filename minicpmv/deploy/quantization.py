@@ -17,7 +17,6 @@ from minicpmv.runtimes.llamacpp import quantize as quantize_blocks
 
 
 VALUES_AT_ONCE = 2**24  # of a tensor that are quantized in one step: 64 MB of float32
-FALLBACK = "f16"  # of the tower, whose rows no block divides
 
 
 class QuantizationError(MiniCPMVError):
@@ -39,8 +38,9 @@ class FileType:
     margin: float
 
     @property
-    def is_k(self) -> bool:
-        return self.base.endswith("_K")
+    def needs_ggml(self) -> bool:
+        """Whether a tensor is of a K type, which ggml's own code makes."""
+        return self.base.endswith("_K") or self.better.endswith("_K")
 
 
 # Q8_0 errs by about 0.4 % of a logit, Q4_K_M by several: margins are for logits that spread over some ten nats.
@@ -57,7 +57,6 @@ FILE_TYPES = {
         FileType("q4_0", 2, "Q4_0", "Q6_K", 1.5),
     )
 }
-TOWER_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def type_of(name: str, shape: tuple[int, ...], file_type: FileType, layers: int, is_tied: bool) -> str:

@@ -1,6 +1,5 @@
 """The checkpoint that an export starts from."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 
 from minicpmv.checkpoint import check_name, source_of
 from minicpmv.errors import MiniCPMVError
+from minicpmv.files import read_json
 
 
 # What the folder of a checkpoint holds besides weights, their index and its card.
@@ -33,7 +33,7 @@ class Checkpoint:
             raise ExportError(f"{folder} is no folder here: get the checkpoint first, with minicpmv fetch")
         check_name(folder)
         self.folder = Path(source_of(folder)["pretrained_model_name_or_path"])
-        self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        self.config = read_json(self.folder / "config.json")
         if self.config.get("model_type") != "minicpmv" or "vision_config" not in self.config:
             raise ExportError(
                 f"{folder} is a {self.config.get('model_type')}, not a MiniCPM-V 4.5: name another checkpoint"
@@ -42,11 +42,9 @@ class Checkpoint:
             raise ExportError(f"{folder} is quantized already: name the checkpoint that it was made from")
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            self.files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self.files = read_json(index)["weight_map"]
         elif (self.folder / "model.safetensors").is_file():
-            from safetensors import safe_open
-
-            with safe_open(self.folder / "model.safetensors", "pt") as file:
+            with self._file("model.safetensors") as file:
                 self.files = dict.fromkeys(file.keys(), "model.safetensors")
         else:
             raise ExportError(
@@ -55,14 +53,17 @@ class Checkpoint:
         self.is_tied = bool(self.config.get("tie_word_embeddings"))
 
     def _open(self, name: str) -> Any:
-        from safetensors import SafetensorError, safe_open
-
         if name not in self.files:
             raise ExportError(f"{self.folder} has no weight {name}: it is not a whole MiniCPM-V 4.5")
+        return self._file(self.files[name])
+
+    def _file(self, name: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
         try:
-            return safe_open(self.folder / self.files[name], "pt")
+            return safe_open(self.folder / name, "pt")
         except (SafetensorError, OSError) as error:
-            raise ExportError(f"{self.folder / self.files[name]} is damaged ({error}): get it again") from error
+            raise ExportError(f"{self.folder / name} is damaged ({error}): get it again") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         with self._open(name) as file:

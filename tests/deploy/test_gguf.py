@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
+from minicpmv.commands.export import FileType, TowerType
 from minicpmv.commands.main import app
 from minicpmv.errors import MissingPackageError
+from minicpmv.files import DamagedFileError
 
 
 gguf = pytest.importorskip("gguf")
@@ -98,8 +100,9 @@ def test_k_types_need_llama_cpp_and_plain_ones_do_not(monkeypatch):
     find_spec = __import__("importlib.util").util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "xllamacpp" else find_spec(name))
     checkpoint = Checkpoint(NANO)
-    with pytest.raises(MissingPackageError, match=r"xllamacpp is not installed.*\[gguf\]"):
-        export_gguf.check(checkpoint, "q4_k_m")
+    for kind in ("q4_k_m", "q4_0"):  # the latter stores its head as Q6_K
+        with pytest.raises(MissingPackageError, match=r"xllamacpp is not installed.*\[gguf\]"):
+            export_gguf.check(checkpoint, kind)
     export_gguf.check(checkpoint, "q8_0")
 
 
@@ -119,6 +122,22 @@ def test_what_is_no_whole_checkpoint_is_refused_before_anything_is_written(tmp_p
     with pytest.raises(ExportError, match=r"hidden_size \(320\) is no multiple of 128"):
         export(quantized, tmp_path / "out", ["f16"])
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files_of_a_checkpoint_are_named(tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(NANO, folder, symlinks=False)
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ExportError, match=r"model\.safetensors is damaged"):
+        Checkpoint(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(DamagedFileError, match=r"config\.json is not JSON"):
+        Checkpoint(folder)
+
+
+def test_the_command_offers_every_type():
+    assert [kind.value for kind in FileType] == list(FILE_TYPES)
+    assert [kind.value for kind in TowerType] == list(export_gguf.FEATURE_MARGINS)
 
 
 def test_a_checkpoint_is_not_written_over():
