@@ -71,10 +71,11 @@ def write_record(folder: Path, parity: Parity) -> None:
     write_whole(folder / f"{parity.name}{RECORD}", json.dumps(asdict(parity), indent=1) + "\n")
 
 
-def write_card(folder: Path, title: str, base: str, use: str, names: Iterable[str]) -> None:
+def write_card(folder: Path, library: str, title: str, base: str, use: str, names: Iterable[str]) -> None:
     """Write the card of a folder from the records in it.
 
     Args:
+        library: what the Hub calls the software.
         base: Markdown: what was exported.
         use: Markdown: how to use it.
         names: of all exports in the folder, whether they have a record or not.
@@ -90,7 +91,7 @@ def write_card(folder: Path, title: str, base: str, use: str, names: Iterable[st
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     unchecked = [f"`{name}`" for name, file in zip(names, files, strict=True) if not file.is_file()]
     template = environment.get_template("card.md.jinja")
-    card = template.render(title=title, base=base, use=use, exports=found, unchecked=unchecked)
+    card = template.render(library=library, title=title, base=base, use=use, exports=found, unchecked=unchecked)
     write_whole(folder / CARD, card.rstrip() + "\n")
 
 

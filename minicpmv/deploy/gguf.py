@@ -158,7 +158,9 @@ def _llamacpp(file: Path) -> ModelRuntime:
 def _write_card(folder: Path, checkpoint: Checkpoint, file: str, mmproj: str) -> None:
     exports = [found.stem for found in folder.glob(f"*{names.SUFFIX}") if not names.is_mmproj(found)]
     base = f"`{checkpoint.folder.name}`, a MiniCPM-V 4.5, as GGUF for llama.cpp, written by `minicpmv export gguf`."
-    write_card(folder, f"{checkpoint.folder.name} as GGUF", base, USE.format(file=file, mmproj=mmproj), exports)
+    write_card(
+        folder, "gguf", f"{checkpoint.folder.name} as GGUF", base, USE.format(file=file, mmproj=mmproj), exports
+    )
 
 
 def position_side(checkpoint: Checkpoint) -> int:

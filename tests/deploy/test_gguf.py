@@ -12,6 +12,7 @@ import jinja2
 import numpy as np
 import pytest
 from conftest import GREEDY, NANO, REPOSITORY
+from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -53,6 +54,7 @@ def test_the_command_writes_a_file_that_ask_answers_from(tmp_path):
     assert result.exit_code == 0, result.output
     file = tmp_path / "out" / "nano-Q8_0.gguf"
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert ModelCard(card).data.to_dict() == {"library_name": "gguf", "pipeline_tag": "image-text-to-text"}
     assert "| `nano-Q8_0` | 2.8 |" in card and "8 of 8" in card and "| video_order | exact | 1 |" in card
     result = CliRunner().invoke(
         app, ["ask", str(ASSETS / "star.mp4"), "Which way does the shape move?", "-m", str(file)]
