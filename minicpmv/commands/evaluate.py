@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from minicpmv.commands import evaluate_options as shared
 from minicpmv.commands import options, terminal
@@ -14,12 +15,20 @@ from minicpmv.commands.evaluate_cost import cost
 from minicpmv.commands.evaluate_get import get
 from minicpmv.commands.evaluate_public import FIXTURE_TOKENS, add_public
 from minicpmv.errors import one_line_errors, require
-from minicpmv.evaluate.suites import BENCHMARKS, GROUPS, SUITES
+from minicpmv.evaluate.suites import BENCHMARKS, GROUPS, SUITES, spelled
 
 
 AGAIN = "To continue after an interruption, run the same command again."
 
-evaluate_app = typer.Typer(help="Measure a model; compare measurements.", no_args_is_help=True)
+
+class AnySpelling(TyperGroup):
+    """Takes Video-MME for videomme."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return super().get_command(ctx, cmd_name) or super().get_command(ctx, spelled(cmd_name))
+
+
+evaluate_app = typer.Typer(cls=AnySpelling, help="Measure a model; compare measurements.", no_args_is_help=True)
 
 
 def add_benchmark(benchmark_name: str, summary: str) -> None:

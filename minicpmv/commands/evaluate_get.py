@@ -69,10 +69,10 @@ def data_sets_of(names: list[str]) -> "list[DataSet]":
         UnknownDataSetError: there is none of a name.
     """
     from minicpmv.evaluate.data_sets import find_data_set
-    from minicpmv.evaluate.suites import GROUPS, SUITES, load_suite
+    from minicpmv.evaluate.suites import GROUPS, SUITES, load_suite, spelled
 
     ids: list[str] = []
-    for name in names:
+    for name in map(spelled, names):
         suites = GROUPS[name][0] if name in GROUPS else (name,) if name in SUITES else ()
         ids += [data for suite in suites for data in load_suite(suite).data] if suites else [name]
     return list({data_set.id: data_set for data_set in map(find_data_set, ids)}.values())

@@ -72,6 +72,10 @@ def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> Non
         fields = shared.json_object(extra_body)
         with one_line_errors(OSError):
             require("evaluate", "matplotlib", *RULE_PACKAGES)
+            if fixtures and data is not None:
+                raise shared.EvaluateError(
+                    "--fixtures takes drawn questions instead of the data: leave --data or --fixtures out"
+                )
             shared.check_endpoint(endpoint, model)
             from minicpmv.evaluate.processes import Processes
             from minicpmv.evaluate.suite import Setting, VideoSetting, check_videos

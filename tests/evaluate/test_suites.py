@@ -434,6 +434,17 @@ def test_packings_are_compared_in_one_run(nano, tmp_path):
     assert shown["mlvu_packing1"]["timestamps"] == shown["mlvu_packing6"]["timestamps"]
 
 
+@pytest.mark.parametrize(
+    ("name", "id"),
+    [("Video-MME", "videomme"), ("MMT-Bench val", "mmtbench"), ("ocrbench-v2", "ocrbench_v2"), ("Object HalBench", "objhal"),
+     ("MMHal-Bench", "mmhal"), ("MM-Vet", "mmvet"), ("OpenCompass", "opencompass"), ("report", "report")],
+)  # fmt: skip
+def test_names_are_understood_in_any_spelling(name, id):
+    helps = [CliRunner().invoke(evaluate_app, [each, "--help"]) for each in (name, id)]
+    assert [result.exit_code for result in helps] == [0, 0]
+    assert helps[0].output.partition("\n\n")[2] == helps[1].output.partition("\n\n")[2]
+
+
 # --- What is refused ---
 
 
@@ -455,6 +466,7 @@ def test_what_lacks_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
         (["videomme", "--packing", "1,9"], "packing 9 does not exist"),
         (["mmstar", "--rows", "mmmu"], "mmstar has no row mmmu; its rows are mmstar"),
         (["opencompass", "--rows", "chartqa"], "opencompass has no row chartqa"),
+        (["mmstar", "--data", "."], "leave --data or --fixtures out"),
         (["mmstar", "--judge-model", "gpt"], "--judge-model also needs --judge-endpoint"),
         (["mmstar", "--judge-endpoint", "http://127.0.0.1:9/v1"], "--judge-endpoint also needs --judge-model"),
         (["mmstar", "--endpoint", "http://127.0.0.1:9/v1"], "--endpoint also needs --model"),

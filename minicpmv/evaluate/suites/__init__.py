@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from minicpmv.errors import MiniCPMVError
 from minicpmv.evaluate.benchmark import Benchmark
+from minicpmv.evaluate.data_sets.catalog import squeezed
 
 
 if TYPE_CHECKING:
@@ -93,12 +94,22 @@ def load_benchmark(name: str, *, folder: Path | None = None, fixtures: bool = Fa
     return load_suite(name).open(folder=folder, fixtures=fixtures)
 
 
+def spelled(name: str) -> str:
+    """The id of the benchmark or group of this name; case, hyphens and blanks do not matter. A name that is none stays."""
+    for known in (*BENCHMARKS, *SUITES, *GROUPS):
+        title = SUITES[known].partition(":")[0] if known in SUITES else known
+        if squeezed(name) in (squeezed(known), squeezed(title)):
+            return known
+    return name
+
+
 def load_suite(name: str) -> "Suite":
-    """The public benchmark with this id, not yet opened.
+    """The public benchmark with this id or name, not yet opened.
 
     Raises:
         UnknownBenchmarkError: there is none.
     """
+    name = spelled(name)
     if name not in SUITES:
         known = [*BENCHMARKS, *SUITES]
         raise UnknownBenchmarkError(f"there is no benchmark {name!r}; there are {', '.join(known)}")
