@@ -43,7 +43,7 @@ Media = dict[str, Any]  # see `Answer.media`
 
 
 class RefusedQuestionError(QuestionError, EndpointError):
-    """The endpoint refuses a question: a filter of its own, a picture that is too large."""
+    """The endpoint refuses a question: a filter of its own, an image that is too large."""
 
 
 class Endpoint:

@@ -4,10 +4,10 @@ A suite's file is a card: which data set, which words, which decoding, which sco
 Opening the suite binds the card to the data and to the settings of the run.
 
 What is special:
-- two ways to ask. *Plain*: greedy, the evaluation kit's general prompt, nothing done to pictures or answers: for comparing
-  models. *As published*: what the authors' own class does (their prompts, thinking, sampling or beams, small pictures
+- two ways to ask. *Plain*: greedy, the evaluation kit's general prompt, nothing done to images or answers: for comparing
+  models. *As published*: what the authors' own class does (their prompts, thinking, sampling or beams, small images
   enlarged, answers cut): for comparing with their figures;
-- everything that is drawn by chance about a question (the width of an enlarged picture, sampled tokens) comes from the
+- everything that is drawn by chance about a question (the width of an enlarged image, sampled tokens) comes from the
   question's own key, so that neither the order nor the batch decides;
 - nothing of a data set is read before its questions are asked, but for the columns that choose them.
 """
@@ -41,7 +41,7 @@ from minicpmv.evaluate.data_sets import Data, MissingDataError, Record, Records,
 from minicpmv.evaluate.scoring import Scoring
 
 
-ENLARGED = 1344 * 1344  # pixels below which the authors' class enlarges a picture
+ENLARGED = 1344 * 1344  # pixels below which the authors' class enlarges an image
 VIDEO_PROMPT_TOKENS = 32768  # most tokens of a prompt with a video: 180 groups of 64, and subtitles
 
 
@@ -109,7 +109,7 @@ class Decoding:
     max_new_tokens: int  # of thought and answer together, where the row thinks
     options: Mapping[str, Any] = field(default_factory=dict)  # of chat(), over greedy
     thinking: bool | None = None  # None: as the run is set
-    enlarge: bool = False  # small pictures, to a random width
+    enlarge: bool = False  # small images, to a random width
     runs: int = 1  # of which the mean is published
 
 
@@ -128,24 +128,24 @@ class Sample:
         return self.record.get(column, default)
 
     @property
-    def pictures(self) -> list[Image.Image]:
+    def images(self) -> list[Image.Image]:
         """Those of the question, which may have none.
 
         Raises:
             SuiteError: one of them is no image.
         """
-        pictures: list[Image.Image] = []
+        images: list[Image.Image] = []
         for number, file in enumerate(self.record.get("image", ()), start=1):
             try:
-                picture = Image.open(io.BytesIO(file))
-                picture.load()
+                image = Image.open(io.BytesIO(file))
+                image.load()
             except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
                 raise SuiteError(
-                    f"picture {number} of question {self.key} in {self.data.id} cannot be read ({error}): fetch the data "
+                    f"image {number} of question {self.key} in {self.data.id} cannot be read ({error}): fetch the data "
                     "anew"
                 ) from error
-            pictures.append(picture)
-        return pictures
+            images.append(image)
+        return images
 
     def video(self, name: str) -> dict[str, Any]:
         """A part of a message."""
@@ -343,13 +343,13 @@ def check_videos(benchmark: Benchmark, samples: int | None = None) -> None:
             )
 
 
-def enlarged(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """A small picture in a width drawn between its own and the one that makes it 1344 x 1344 pixels large.
+def enlarged(image: Image.Image, rng: random.Random) -> Image.Image:
+    """A small image in a width drawn between its own and the one that makes it 1344 x 1344 pixels large.
 
     Source: class MiniCPM_V_4_5 of VLMEvalKit, added by the model's authors.
     """
-    width, height = picture.size
+    width, height = image.size
     if width * height >= ENLARGED:
-        return picture
+        return image
     new_width = rng.randint(width, int(width * math.sqrt(ENLARGED / (width * height))))
-    return picture.convert("RGB").resize((new_width, max(1, int(new_width / width * height))))
+    return image.convert("RGB").resize((new_width, max(1, int(new_width / width * height))))

@@ -49,7 +49,7 @@ def same(answer, expected, *, scoring, strict):
     return {"exact": float(right), "undecided": not right}
 
 
-ASKING = Asking(lambda sample: [*sample.pictures, "What color?"], Decoding(8))
+ASKING = Asking(lambda sample: [*sample.images, "What color?"], Decoding(8))
 TASK = Task(
     id="colors",
     title="colors",
@@ -215,7 +215,7 @@ def test_a_judge_decides_what_rules_leave_open_and_is_named(tmp_path):
 def test_a_question_that_cannot_be_asked_ends_the_run_with_its_name_or_counts_as_wrong(nano, tmp_path):
     def content(sample):
         if sample["index"] == "4":
-            return [*sample.pictures, "What color? " * 9000]  # too long for a prompt
+            return [*sample.images, "What color? " * 9000]  # too long for a prompt
         if sample["index"] == "6":
             raise SuiteError("the picture is gone")
         return ASKING.content(sample)

@@ -184,7 +184,7 @@ def test_decoding_as_published_goes_by_groups_of_data_sets(names, thinks, tokens
         assert prompt.options.items() >= options.items()
         assert (prompt.options.get("think_prefix") == "I") == thinks
         (picture, *_) = [part for part in prompt.content if isinstance(part, Image.Image)]
-        assert (picture.size != sample.pictures[0].size) == enlarges, name
+        assert (picture.size != sample.images[0].size) == enlarges, name
         plain = rows_of(name)[0]
         assert plain.thinking is None and plain.runs == 1 and not prompt_of(plain).options
 

@@ -2,7 +2,7 @@
 
 Sources, if a suite names no other:
 - as published: the class MiniCPM_V_4_5 of VLMEvalKit (open-compass/VLMEvalKit, pull request 1237, September 2025), which the
-  model's authors wrote: prompts, decoding and answer cuts by data set. It shows the picture with the model's own limit of
+  model's authors wrote: prompts, decoding and answer cuts by data set. It shows the image with the model's own limit of
   9 slices, and keeps the thought; here the thought is cut off before the answer is cut, since a thought may hold "Answer:";
 - plain: the prompts that VLMEvalKit (e8e78f0) gives to models without words of their own, with greedy decoding.
 """
@@ -86,21 +86,21 @@ def direct_choice(sample: Sample) -> str:
     return f"{asked}\n{LETTER_DIRECTLY}"
 
 
-def pictures_then(words: Callable[[Sample], str]) -> Callable[[Sample], list[Any]]:
-    """The content of a message that shows the question's pictures, then asks."""
-    return lambda sample: [*sample.pictures, words(sample)]
+def images_then(words: Callable[[Sample], str]) -> Callable[[Sample], list[Any]]:
+    """The content of a message that shows the question's images, then asks."""
+    return lambda sample: [*sample.images, words(sample)]
 
 
 def question(sample: Sample) -> str:
     return sample["question"]
 
 
-PLAIN_CHOICE = Asking(pictures_then(general_choice), GREEDY)
-PLAIN_QUESTION = Asking(pictures_then(question), GREEDY)
-PLAIN_SHORT = Asking(pictures_then(lambda sample: f"{sample['question']}\n{SHORTLY}"), GREEDY)
-THOUGHTFUL_CHOICE = Asking(pictures_then(step_by_step_choice), THINKING, cut_choice)
-THOUGHTFUL_QUESTION = Asking(pictures_then(lambda sample: STEP_BY_STEP + sample["question"]), THINKING, cut_value)
-DIRECT_CHOICE = Asking(pictures_then(direct_choice), DIRECT)
+PLAIN_CHOICE = Asking(images_then(general_choice), GREEDY)
+PLAIN_QUESTION = Asking(images_then(question), GREEDY)
+PLAIN_SHORT = Asking(images_then(lambda sample: f"{sample['question']}\n{SHORTLY}"), GREEDY)
+THOUGHTFUL_CHOICE = Asking(images_then(step_by_step_choice), THINKING, cut_choice)
+THOUGHTFUL_QUESTION = Asking(images_then(lambda sample: STEP_BY_STEP + sample["question"]), THINKING, cut_value)
+DIRECT_CHOICE = Asking(images_then(direct_choice), DIRECT)
 
 # --- What scorers expect, and what is logged ---
 

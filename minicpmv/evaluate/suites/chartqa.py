@@ -9,7 +9,7 @@ from minicpmv.evaluate.suites.asking import (
     STEP_BY_STEP,
     columns,
     expected_answers,
-    pictures_then,
+    images_then,
 )
 
 
@@ -23,7 +23,7 @@ SUITE = Suite(
             title="values and words in charts, within 5 %",
             data="chartqa",
             plain=PLAIN_SHORT,
-            published=Asking(pictures_then(lambda sample: STEP_BY_STEP + sample["question"]), REASONING, cut_value),
+            published=Asking(images_then(lambda sample: STEP_BY_STEP + sample["question"]), REASONING, cut_value),
             expected=expected_answers,
             facts=columns("split"),
             scorer=relaxed_accuracy,

@@ -1,6 +1,6 @@
 """MMBench V1.1, test sets: answers to be uploaded to mmbench.opencompass.org.cn, which alone can score them.
 
-A run writes `mmbench_test_en.xlsx` and `mmbench_test_cn.xlsx`: the columns of the data without the pictures, and `prediction`.
+A run writes `mmbench_test_en.xlsx` and `mmbench_test_cn.xlsx`: the columns of the data without the images, and `prediction`.
 """
 
 from pathlib import Path

@@ -1,13 +1,13 @@
-"""MME (Fu et al. 2023): two yes-or-no questions about each picture, in 14 subtasks. Published is the sum of all, 2800 at most.
+"""MME (Fu et al. 2023): two yes-or-no questions about each image, in 14 subtasks. Published is the sum of all, 2800 at most.
 
-The subtasks of perception are worth 2000 points, those of cognition 800; each is the share of right answers and of pictures with both
+The subtasks of perception are worth 2000 points, those of cognition 800; each is the share of right answers and of images with both
 answers right.
 """
 
 from minicpmv.evaluate.benchmark import Facts
 from minicpmv.evaluate.scoring.yes_no import COGNITION, PERCEPTION, judge_of_yes_no, mme, yes_no
 from minicpmv.evaluate.suite import Asking, Sample, Suite, Task
-from minicpmv.evaluate.suites.asking import DIRECT, PLAIN_QUESTION, columns, pictures_then, question
+from minicpmv.evaluate.suites.asking import DIRECT, PLAIN_QUESTION, columns, images_then, question
 
 
 def facts(sample: Sample) -> Facts:
@@ -21,10 +21,10 @@ SUITE = Suite(
     (
         Task(
             id="mme",
-            title="yes or no, two questions about each picture",
+            title="yes or no, two questions about each image",
             data="mme",
             plain=PLAIN_QUESTION,
-            published=Asking(pictures_then(question), DIRECT),
+            published=Asking(images_then(question), DIRECT),
             expected=lambda sample: {"answer": sample["answer"], "question": sample["question"]},
             facts=facts,
             scorer=yes_no,

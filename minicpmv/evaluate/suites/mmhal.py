@@ -8,7 +8,7 @@ from typing import Any
 
 from minicpmv.evaluate.scoring.mmhal import judge_of_mmhal, mmhal, mmhal_score
 from minicpmv.evaluate.suite import Asking, Sample, Suite, Task
-from minicpmv.evaluate.suites.asking import DIRECT, PLAIN_QUESTION, columns, pictures_then, question
+from minicpmv.evaluate.suites.asking import DIRECT, PLAIN_QUESTION, columns, images_then, question
 
 
 def expected(sample: Sample) -> dict[str, Any]:
@@ -25,7 +25,7 @@ SUITE = Suite(
             title="questions that tempt to invent, judged (0 to 6)",
             data="mmhal",
             plain=PLAIN_QUESTION,
-            published=Asking(pictures_then(question), DIRECT),
+            published=Asking(images_then(question), DIRECT),
             expected=expected,
             facts=columns("question_type", "question_topic", id="image_id"),
             scorer=mmhal,

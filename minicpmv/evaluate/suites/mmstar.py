@@ -1,4 +1,4 @@
-"""MMStar (Chen et al. 2024): 1500 multiple choice questions that cannot be answered without the picture."""
+"""MMStar (Chen et al. 2024): 1500 multiple choice questions that cannot be answered without the image."""
 
 from minicpmv.evaluate.scoring.choice import accuracy, choice, judge_of_choice
 from minicpmv.evaluate.suite import Suite, Task
@@ -12,7 +12,7 @@ SUITE = Suite(
     (
         Task(
             id="mmstar",
-            title="multiple choice that needs the picture",
+            title="multiple choice that needs the image",
             data="mmstar",
             plain=PLAIN_CHOICE,
             published=THOUGHTFUL_CHOICE,

@@ -11,7 +11,7 @@ from typing import Any
 
 from minicpmv.evaluate.scoring.objects import chair, judge_of_objects, objects_in_image, objhal
 from minicpmv.evaluate.suite import Asking, Sample, Suite, Task
-from minicpmv.evaluate.suites.asking import DIRECT, PLAIN_QUESTION, columns, pictures_then, question
+from minicpmv.evaluate.suites.asking import DIRECT, PLAIN_QUESTION, columns, images_then, question
 from minicpmv.files import read_json
 
 
@@ -56,7 +56,7 @@ SUITE = Suite(
             title="objects in descriptions that are not in the image, judged",
             data="objhal",
             plain=PLAIN_QUESTION,
-            published=Asking(pictures_then(question), DIRECT),
+            published=Asking(images_then(question), DIRECT),
             expected=expected,
             facts=columns(id="image_id"),
             scorer=objhal,

@@ -1,4 +1,4 @@
-"""OCRBench (Liu et al. 2023): 1000 questions about text in pictures, of ten kinds. Published are points of 1000, or a tenth of them."""
+"""OCRBench (Liu et al. 2023): 1000 questions about text in images, of ten kinds. Published are points of 1000, or a tenth of them."""
 
 from minicpmv.evaluate.scoring.ocrbench import ocrbench, ocrbench_points
 from minicpmv.evaluate.suite import Asking, Suite, Task
@@ -8,7 +8,7 @@ from minicpmv.evaluate.suites.asking import (
     REASONING,
     columns,
     expected_answers,
-    pictures_then,
+    images_then,
 )
 
 
@@ -22,7 +22,7 @@ SUITE = Suite(
             title="reading text, ten kinds of questions",
             data="ocrbench",
             plain=PLAIN_QUESTION,
-            published=Asking(pictures_then(lambda sample: READ_CAREFULLY + sample["question"]), REASONING),
+            published=Asking(images_then(lambda sample: READ_CAREFULLY + sample["question"]), REASONING),
             expected=lambda sample: expected_answers(sample) | {"category": sample["category"]},
             facts=columns("category"),
             scorer=ocrbench,

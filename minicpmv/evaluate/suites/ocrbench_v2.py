@@ -14,7 +14,7 @@ from minicpmv.evaluate.suites.asking import (
     REASONING,
     columns,
     expected_answers,
-    pictures_then,
+    images_then,
     question,
 )
 
@@ -38,8 +38,8 @@ SUITE = Suite(
             id="ocrbench_v2",
             title="reading, finding and parsing text, English and Chinese",
             data="ocrbench_v2",
-            plain=Asking(pictures_then(question), Decoding(max_new_tokens=2048)),
-            published=Asking(pictures_then(lambda sample: READ_CAREFULLY + sample["question"]), REASONING),
+            plain=Asking(images_then(question), Decoding(max_new_tokens=2048)),
+            published=Asking(images_then(lambda sample: READ_CAREFULLY + sample["question"]), REASONING),
             expected=expected,
             facts=columns("category"),
             scorer=ocrbench_v2,

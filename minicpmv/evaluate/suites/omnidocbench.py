@@ -9,7 +9,7 @@ from typing import Any
 from minicpmv.evaluate.benchmark import Facts
 from minicpmv.evaluate.scoring.omnidocbench import KINDS, omnidocbench, omnidocbench_distance
 from minicpmv.evaluate.suite import Asking, Decoding, Record, Sample, Suite, Task
-from minicpmv.evaluate.suites.asking import pictures_then
+from minicpmv.evaluate.suites.asking import images_then
 
 
 CONVERT = r"""You are an AI assistant specialized in converting PDF images to Markdown format. Please follow these instructions for the conversion:
@@ -50,7 +50,7 @@ def facts(sample: Sample) -> Facts:
 
 
 def pages(id: str, language: str, name: str) -> Task:
-    asking = Asking(pictures_then(lambda sample: CONVERT), PAGE)
+    asking = Asking(images_then(lambda sample: CONVERT), PAGE)
     return Task(
         id=id,
         title=f"{name} pages to Markdown, edit distance",

@@ -9,7 +9,7 @@ from typing import Any
 from minicpmv.evaluate.benchmark import Facts
 from minicpmv.evaluate.scoring.boxes import mean_of_parts, refcoco
 from minicpmv.evaluate.suite import Asking, Sample, Suite, Task
-from minicpmv.evaluate.suites.asking import DIRECT, PLAIN_QUESTION, pictures_then, question
+from minicpmv.evaluate.suites.asking import DIRECT, PLAIN_QUESTION, images_then, question
 
 
 CORNERS = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
@@ -34,7 +34,7 @@ SUITE = Suite(
             title="the box of what is described, eight splits",
             data="refcoco",
             plain=PLAIN_QUESTION,
-            published=Asking(pictures_then(question), DIRECT),
+            published=Asking(images_then(question), DIRECT),
             expected=expected,
             facts=facts,
             scorer=refcoco,
