@@ -76,10 +76,22 @@ def test_mme_asks_twice_about_each_image():
 
 def test_pages_of_omnidocbench_hold_text_tables_and_formulas_in_both_languages():
     pages = [record["answer"] for record in open_data("omnidocbench", fixtures=True).records]
-    kinds = {box["category_type"] for page in pages for box in page["layout_dets"]}
-    assert kinds == {"title", "text_block", "table", "equation_isolated"}
-    languages = {page["page_info"]["page_attribute"]["language"] for page in pages}
-    assert languages == {"english", "simplified_chinese"}
+    kinds = {
+        (page["page_info"]["page_attribute"]["language"], box["category_type"])
+        for page in pages
+        for box in page["layout_dets"]
+    }
+    for language in ("english", "simplified_chinese"):
+        for kind in ("title", "text_block", "table", "equation_isolated"):
+            assert (language, kind) in kinds
+    assert all("</tr><tr>" in box["html"] for page in pages for box in page["layout_dets"] if "html" in box)
+
+
+def test_ocrbench_v2_asks_for_all_that_is_printed_and_every_bar():
+    records = {record["category"]: record["answer"][0] for record in open_data("ocrbench_v2", fixtures=True).records}
+    assert len(records["full-page OCR en"].splitlines()) >= 3
+    assert len(records["key information extraction en"]) >= 3 and len(records["chart parsing en"]) >= 3
+    assert set(records["formula recognition en"]) <= set("0123456789+-")
 
 
 def test_clips_have_six_frames_and_their_subtitles_can_be_read():
