@@ -57,10 +57,12 @@ class ResamplerAttention(nn.MultiheadAttention):
         key = nn.functional.linear(key, w_k, b_k)
         value = nn.functional.linear(value, w_v, b_v)
         outputs = []
-        for start, count, length in equal_runs(lengths):
-            run = slice(start, start + count * length)
+        runs = equal_runs(lengths)
+        # Split in one go: gradients of many slices would each fill a tensor as long as all of them.
+        keys, values = (states.split([count * length for _, count, length in runs]) for states in (key, value))
+        for own_keys, own_values, (_, count, _) in zip(keys, values, runs, strict=True):
             attended = nn.functional.scaled_dot_product_attention(
-                query.expand(count, -1, -1, -1), self._heads(key[run], count), self._heads(value[run], count)
+                query.expand(count, -1, -1, -1), self._heads(own_keys, count), self._heads(own_values, count)
             )
             outputs.append(attended.transpose(1, 2).flatten(2))
         return self.out_proj(torch.cat(outputs))

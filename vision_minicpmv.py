@@ -139,8 +139,10 @@ class MiniCPMVVisionAttention(nn.Module):
             output, weights = self._attend(states, (1, length), None, **lengths)
         else:
             outputs, weights = [], []
-            for start, count, run_length in packed.runs:
-                run = [state[0, start : start + count * run_length] for state in states]
+            # Split in one go: gradients of many slices would each fill a tensor as long as all of them.
+            sizes = [count * run_length for _, count, run_length in packed.runs]
+            runs = zip(*(state[0].split(sizes) for state in states), strict=True)
+            for run, (_, count, run_length) in zip(runs, packed.runs, strict=True):
                 run_output, run_weights = self._attend(run, (count, run_length), None)
                 outputs.append(run_output)
                 weights.extend(run_weights if run_weights is not None else ())

@@ -165,7 +165,7 @@ class Trainee(nn.Module):
         slices = [pixels for sample in batch["pixel_values"] for pixels in sample]
         sizes = [tuple(size) for sample in batch["tgt_sizes"] for size in sample.tolist()]
         with torch.set_grad_enabled(torch.is_grad_enabled() and tower_learns):
-            patches = self.model.vpm(slices, sizes).last_hidden_state  # [patches, D]
+            patches = self.patches(slices, sizes)
         kinds = self.kind_head(patches).float()
         dense_loss = F.cross_entropy(kinds, batch["kind_labels"], ignore_index=IGNORED)
         colors = self.color_head(patches).float()
@@ -176,6 +176,14 @@ class Trainee(nn.Module):
         tokens = self.model.resampler(patches, sizes, groups)  # [units, Q, D]
         answer_loss, right = self.answer(batch, tokens)
         return dense_loss, answer_loss, kinds, right
+
+    def patches(self, slices: list[torch.Tensor], sizes: list[tuple[int, int]]) -> torch.Tensor:
+        """The tower's output [patches, D], in the order of the slices; equally long ones go through it side by side."""
+        lengths = [rows * columns for rows, columns in sizes]
+        order = sorted(range(len(sizes)), key=lambda i: lengths[i])
+        states = self.model.vpm([slices[i] for i in order], [sizes[i] for i in order]).last_hidden_state
+        pieces = dict(zip(order, states.split([lengths[i] for i in order]), strict=True))
+        return torch.cat([pieces[i] for i in range(len(sizes))])
 
     def answer(self, batch: dict[str, Any], tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of the answers, and for each row whether it is what greedy search gives.
