@@ -45,7 +45,7 @@ def facts(run: Mapping[str, Any]) -> dict[str, str]:
         "model": run["model"],
         "weights": settings.get("weights") or settings.get("endpoint") or "-",
         "dtype": settings.get("dtype", "-"),
-        "thinking": thinking_in_words(settings.get("thinking")),
+        "thinking": "as published" if settings.get("as_published") else thinking_in_words(settings.get("thinking")),
         "samples a row": " or ".join(map(str, sample_counts(run))),
         "seeds": ", ".join(map(str, run["seeds"])),
         "software": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
@@ -71,8 +71,8 @@ def frames_in_words(shown: Mapping[str, Any]) -> str:
 
 
 def sample_counts(run: Mapping[str, Any]) -> list[int]:
-    """How many samples its rows have, each number once."""
-    return sorted({row["n"] // max(1, len(run["seeds"])) for row in run["rows"].values()})
+    """How many samples its rows have for each of their seeds, each number once."""
+    return sorted({row["n"] // max(1, len(row.get("seeds") or run["seeds"])) for row in run["rows"].values()})
 
 
 def thinking_in_words(thinking: Any) -> str:
@@ -266,6 +266,8 @@ def notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     if any(row.get("interval") for run in runs for row in run["rows"].values()):
         found.append("In small print: 95 % intervals, bootstrapped over questions.")
+    if any(run["settings"].get("fixtures") for run in runs):
+        found.append("Drawn questions stood in for the data (fixtures): these figures say nothing of a model.")
     if any(len(run["seeds"]) > 1 for run in runs):
         found.append("±: standard deviation over the seeds.")
     if len({(*sample_counts(run), "seeds", *run["seeds"]) for run in runs}) > 1:

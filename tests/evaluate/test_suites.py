@@ -18,6 +18,7 @@ from minicpmv.commands.evaluate import evaluate_app
 from minicpmv.evaluate import harness
 from minicpmv.evaluate.answerers import Answer
 from minicpmv.evaluate.benchmark import UnknownRowError, main_score
+from minicpmv.evaluate.comparison import sample_counts
 from minicpmv.evaluate.data_sets import DATA_SETS, MissingDataError
 from minicpmv.evaluate.groups import averages, measure_group, open_group
 from minicpmv.evaluate.sample_log import read_entries, read_scored
@@ -302,6 +303,7 @@ def test_a_dry_run_of_everything_gives_figures_and_a_report(published):
     assert results["averages"] == {"opencompass": None}  # MM-Vet has no figure without a judge
     assert all((folder / f"report.{suffix}").stat().st_size > 1000 for suffix in ("html", "md", "csv"))
     assert set(json.loads((folder / "figures.json").read_text())) == set(results["rows"])
+    assert "Drawn questions stood in for the data" in (folder / "report.md").read_text()
     assert "mathvista: rules only" in output and "judge" in output
 
 
@@ -419,6 +421,25 @@ def test_as_published_runs_three_times_and_thinks(nano, tmp_path):
     assert all(entry["mode"] == "deep" and entry["thought"].startswith("I") for entry in entries)
     assert json.loads((tmp_path / "results.json").read_text())["scoring"]["version"] == "2025-09"
     assert "±" in result.output and "seeds 0, 1, 2" in result.output
+
+
+def test_rows_of_one_run_and_of_three_tell_their_samples_alike(tmp_path):
+    command = [
+        "opencompass",
+        "-m",
+        str(NANO),
+        "--fixtures",
+        "--as-published",
+        "--samples",
+        "1",
+        "--max-new-tokens",
+        "2",
+    ]
+    result = CliRunner().invoke(evaluate_app, [*command, "--rows", "mmstar,ai2d", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {row: summary["n"] for row, summary in results["rows"].items()} == {"mmstar": 3, "ai2d": 1}
+    assert sample_counts(results) == [1] and results["seeds"] == [0, 1, 2]
 
 
 def test_packings_are_compared_in_one_run(nano, tmp_path):
