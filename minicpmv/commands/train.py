@@ -44,6 +44,7 @@ add_verb(train_app, "sft", "minicpmv.train.sft", "Supervised fine-tuning: full, 
 add_verb(train_app, "dpo", "minicpmv.train.dpo", "Direct preference optimization on pairs of answers.")
 add_verb(train_app, "reward", "minicpmv.train.reward", "A visual reward model from pairs of answers.")
 add_verb(train_app, "rl", "minicpmv.train.grpo", "Reinforcement learning with GRPO, thinking and fast rollouts mixed.")
+add_verb(train_app, "distill", "minicpmv.train.distill", "Distillation: a smaller model learns from a larger one.")
 add_verb(train_app, "merge", "minicpmv.train.merge", "Merge an adapter into its model.", trains=False)
 add_verb(
     train_app, "estimate", "minicpmv.train.common.memory", "Compute the GPU memory that QLoRA takes.", trains=False

@@ -10,8 +10,8 @@ What is special:
 - Queries are chosen together: each next one is that whose features the chosen ones explain least.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -175,10 +175,20 @@ def calibration_rows(source: str | None, count: int) -> list[dict[str, Any]]:
 
 def encode(processor: Any, rows: Iterable[dict[str, Any]], queries: int) -> list[Batch]:
     """Conversations as batches of one, for a model that has so many queries."""
-    images, own = processor.image_processor, processor.image_processor.image_feature_size
     collator = ConversationCollator(processor)
-    images.image_feature_size = queries
-    try:
+    with with_queries(processor, queries):
         return [collator([row]) for row in rows]
+
+
+@contextmanager
+def with_queries(processor: Any, queries: int) -> Iterator[None]:
+    """Give a processor the slots of a model with so many queries, for images and for frames; then its own again."""
+    readers = (processor.image_processor, processor.video_processor.image_processor)
+    own = [reader.image_feature_size for reader in readers]
+    try:
+        for reader in readers:
+            reader.image_feature_size = queries
+        yield
     finally:
-        images.image_feature_size = own
+        for reader, size in zip(readers, own, strict=True):
+            reader.image_feature_size = size

@@ -17,7 +17,14 @@ from typing import Any
 
 from minicpmv.checkpoint import CheckpointError, load, source_of
 from minicpmv.compress import plan, vocabulary
-from minicpmv.compress.importance import Importance, answer_loss, calibration_rows, encode, measure_importance
+from minicpmv.compress.importance import (
+    Importance,
+    answer_loss,
+    calibration_rows,
+    encode,
+    measure_importance,
+    with_queries,
+)
 from minicpmv.compress.plan import Curves, Target
 from minicpmv.compress.shapes import KINDS, CompressionError, Shape, check, measure, shape_of
 from minicpmv.compress.surgery import Kept, cut, first
@@ -309,12 +316,8 @@ def write(folder: Path, model: Any, processor: Any, kept: Kept) -> None:
     """Write the smaller checkpoint: weights, code, processor, tokenizer."""
     smaller = cut(model, kept)
     smaller.save_pretrained(folder)
-    images, queries = processor.image_processor, processor.image_processor.image_feature_size
-    images.image_feature_size = smaller.config.query_num
-    try:
+    with with_queries(processor, smaller.config.query_num):
         processor.save_pretrained(folder)
-    finally:
-        images.image_feature_size = queries
     if len(kept.vocabulary) < model.config.vocab_size:
         vocabulary.cut_files(folder, kept.vocabulary.tolist())
 

@@ -142,6 +142,10 @@ def test_given_sizes_queries_and_vocabulary_go_through_files_together(tmp_path):
         add_generation_prompt=True,
     )
     assert (inputs["input_ids"] == model.config.image_token_id).sum() % 18 == 0
+    clip = [{"role": "user", "content": [{"type": "video", "video": str(REPOSITORY / "assets" / "star.mp4")}]}]
+    frames = processor.apply_chat_template(clip, tokenize=True, return_dict=True, return_tensors="pt", force_packing=3)
+    with torch.no_grad():
+        assert model(**frames).logits.isfinite().all()  # a clip has as many slots as features
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
 
