@@ -75,6 +75,8 @@ runners: .venvs/lmms-eval/stamp .venvs/vlmevalkit/stamp tokenizer.json ## nano u
 web-screenshots: $(WEB)/stamp ## take the screenshots of the web page in docs/ anew
 	$(WEB)/bin/python tests/web/make_screenshots.py
 
+quantize-env: .venvs/quantize/stamp ## llm-compressor for minicpmv quantize --algorithm gptq or awq, in .venvs/quantize
+
 matrix: $(MATRIX:%=matrix-%) ## the version-dependent tests on every supported transformers; MATRIX="5.0.0" picks one
 
 matrix-%: .venvs/%/stamp tokenizer.json
@@ -140,6 +142,13 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(@D)/bin/python $(PIP_INSTALL) -c $(@D)/constraints.txt -e . "$(RUNNER)" pytest
 	$(@D)/bin/python -c "import torchvision" 2>/dev/null || cp tests/evaluate/adapters/torchvision_without_cuda.pth \
 		"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@
+
+# llm-compressor pins transformers and compressed-tensors.
+.venvs/quantize/stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	grep -viE '^(transformers|tokenizers|huggingface_hub|compressed-tensors)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python $(PIP_INSTALL) -c $(@D)/constraints.txt -e ".[calibrate]"
 	@touch $@
 
 .venvs/docs/stamp: docs/requirements.txt

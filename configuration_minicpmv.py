@@ -14,6 +14,8 @@ from typing import Any
 
 from transformers import PretrainedConfig, Qwen3Config
 
+from .compat_minicpmv import DEQUANTIZE
+
 
 RESAMPLER_HEAD_DIM = 128  # width of a resampler head; their number follows from `hidden_size`
 
@@ -58,6 +60,9 @@ LANGUAGE_DEFAULTS = {
     "eos_token_id": 151645,
     "tie_word_embeddings": False,
 }
+
+# What quantized checkpoints usually leave as it is.
+WHOLE_MODULES = ("vpm", "resampler", "lm_head")
 
 
 class MiniCPMVError(ValueError):
@@ -145,6 +150,8 @@ class MiniCPMVConfig(Qwen3Config):
         self.slice_config = _sub_config(MiniCPMVSliceConfig, slice_config)
         for name, published in OWN_DEFAULTS.items():
             setattr(self, name, kwargs.pop(name, published))
+        if isinstance(quantization := kwargs.get("quantization_config"), dict):
+            kwargs["quantization_config"] = _whole_quantization(quantization)
         if not kwargs.get("rope_parameters"):
             kwargs.setdefault("rope_theta", 1000000.0)
         super().__init__(**(LANGUAGE_DEFAULTS | kwargs))
@@ -177,6 +184,25 @@ class MiniCPMVConfig(Qwen3Config):
         if rope_parameters := output.get("rope_parameters"):
             output["rope_theta"] = rope_parameters["rope_theta"]
         return output
+
+
+def _whole_quantization(quantization: dict[str, Any]) -> dict[str, Any]:
+    """The quantization of a checkpoint with what loaders need to read this architecture.
+
+    - AWQ and GPTQ checkpoints often do not say which modules are whole; the tools that write them convert the layers of
+      the language model alone.
+    - compressed-tensors otherwise unpacks weights in the first call of the whole model, and nobody could call a part of
+      it before, as `base_model` does.
+    """
+    added: dict[str, Any] = {}
+    method = quantization.get("quant_method")
+    if method in ("awq", "gptq"):
+        added["modules_to_not_convert"] = list(WHOLE_MODULES)
+    if method == "gptq":
+        added["block_name_to_quantize"] = "llm.model.layers"
+    if method == "compressed-tensors" and not {"dequantize", "run_compressed"} & quantization.keys():
+        added |= DEQUANTIZE
+    return quantization | {name: value for name, value in added.items() if quantization.get(name) is None}
 
 
 def _sub_config(config_class, value):

@@ -63,7 +63,7 @@ def load(
         revision: commit, tag or branch of a Hub repository.
         dtype: `torch.dtype` or its name; "auto" is the checkpoint's.
         device_map: as in transformers; "auto" is the accelerator if there is one, else the CPU.
-        quantization_config: as in transformers.
+        quantization_config: as in transformers; that of a quantized checkpoint is in its folder.
 
     Raises:
         CheckpointError: it cannot be loaded, its code is not trusted, or it is a model of another kind.
@@ -79,7 +79,9 @@ def load(
 
     if device_map == "auto" and not (torch.cuda.is_available() or torch.accelerator.is_available()):
         device_map = None  # the CPU needs no plan, and so not the second that importing accelerate takes
-    settings = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
+    settings = {"dtype": dtype, "device_map": device_map}
+    if quantization_config is not None:  # None would hide the one in a checkpoint
+        settings["quantization_config"] = quantization_config
     try:
         model = AutoModel.from_pretrained(**source, **settings).eval()
         processor = AutoProcessor.from_pretrained(**source)

@@ -12,6 +12,7 @@ from minicpmv.commands.demo import demo
 from minicpmv.commands.evaluate import evaluate_app
 from minicpmv.commands.export import export_app
 from minicpmv.commands.fetch import fetch
+from minicpmv.commands.quantize import quantize
 from minicpmv.commands.read import read
 from minicpmv.commands.serve import serve
 from minicpmv.commands.show import show
@@ -22,7 +23,7 @@ from minicpmv.commands.web import web
 
 # Plain help: rich's cuts names where the terminal is narrow, and calls flags <bool>.
 app = typer.Typer(name="minicpmv", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-for verb in (ask, chat, read, video, web, serve, show, fetch, compress, demo, build_tokenizer):
+for verb in (ask, chat, read, video, web, serve, show, fetch, compress, quantize, demo, build_tokenizer):
     app.command()(verb)
 for name, group in {"train": train_app, "align": align_app, "evaluate": evaluate_app, "export": export_app}.items():
     app.add_typer(group, name=name)

@@ -66,6 +66,45 @@ def staged(output: Path, name: str) -> Iterator[Path]:
     stage.rmdir()
 
 
+def check_new(output: Path, size: int) -> None:
+    """Refuse a place where something is, or a disk that is too full.
+
+    Raises:
+        OutputError: names it.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise OutputError(f"{output} is there already: name a new folder")
+    check_output(output, size)
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A folder to write into, beside `output`, which becomes it at the end, all at once.
+
+    What was interrupted leaves nothing. What differs too much from PyTorch stays under its first name, to be looked at.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    output = output.absolute()
+    stage = output.with_name(f"unfinished-{output.name}")
+    try:
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{stage} cannot be made ({error.strerror}): name another folder") from error
+    try:
+        yield stage
+    except ParityError:
+        raise
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    if output.is_dir():
+        output.rmdir()  # it is empty
+    stage.rename(output)
+
+
 def write_record(folder: Path, parity: Parity) -> None:
     """Keep what was found as `NAME.parity.json`."""
     write_whole(folder / f"{parity.name}{RECORD}", json.dumps(asdict(parity), indent=1) + "\n")

@@ -69,10 +69,19 @@ class Checkpoint:
         with self._open(name) as file:
             return tuple(file.get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> Any:
+        """The `torch.dtype` that a tensor is stored in."""
+        with self._open(name) as file:
+            return file.get_slice(name)[:0].dtype
+
+    def stored(self, name: str) -> Any:
+        """A tensor as `torch.Tensor`, in the type that it is stored in."""
+        with self._open(name) as file:
+            return file.get_tensor(name)
+
     def tensor(self, name: str) -> np.ndarray:
         """A tensor as float32."""
-        with self._open(name) as file:
-            return file.get_tensor(name).float().numpy()
+        return self.stored(name).float().numpy()
 
     def copy_small_files(self, folder: Path) -> None:
         """Copy configuration, processor, tokenizer and code: all that a model needs besides its weights."""

@@ -43,9 +43,9 @@ def load_model_and_processor(
     """
     adapter_args, freeze_args = adapter_args or AdapterArguments(), freeze_args or FreezeArguments()
     has_adapter = adapter_args.adapter != "none"
-    quantization = None
+    settings = {"dtype": model_args.dtype or "auto", "attn_implementation": model_args.attn_implementation}
     if adapter_args.adapter == "qlora":
-        quantization = BitsAndBytesConfig(
+        settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
@@ -54,12 +54,7 @@ def load_model_and_processor(
         )
     source = source_of(model_args.model_name_or_path, model_args.model_revision, trust_remote_code)
     try:
-        model = load(
-            **source,
-            dtype=model_args.dtype or "auto",
-            attn_implementation=model_args.attn_implementation,
-            quantization_config=quantization,
-        )
+        model = load(**source, **settings)
         processor = AutoProcessor.from_pretrained(**source)
     except OSError as error:  # no such name on the Hub, no connection, a file that is missing
         name, reason = model_args.model_name_or_path, " ".join(str(error).split())

@@ -1,0 +1,303 @@
+"""Quantizes a checkpoint: in, a folder of whole weights; out, a folder that loads as any other, of a third to a half the
+size.
+
+What is special:
+- The language model is quantized. Tower, resampler and head stay whole unless asked for; `resampler.attn.out_proj` always
+  does, since no loader takes it for a linear layer and all quantize it.
+- The folder gets its name when it is whole, and answers as PyTorch does from whole weights.
+- Only `gptq` and `awq` need conversations, and llm-compressor, which has an environment of its own.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from minicpmv.checkpoint import load
+from minicpmv.deploy.folder import check_new, whole_folder, write_card, write_record
+from minicpmv.deploy.parity import ModelRuntime, ParityError, cases, hold, observe
+from minicpmv.deploy.source import Checkpoint
+from minicpmv.errors import MiniCPMVError, require
+from minicpmv.files import write_whole
+
+
+EXTRA = "quantize"
+PARTS = ("vpm", "resampler", "lm_head")  # that stay whole unless asked for
+NEVER = "resampler.attn.out_proj"
+GROUP_SIZES = (32, 64, 128, 256)  # of 4-bit integers that share a scale
+DEFAULT_GROUP = 128
+ALGORITHMS = ("nearest", "gptq", "awq")  # how w4a16 chooses its integers
+
+
+class QuantizeError(MiniCPMVError):
+    """A checkpoint cannot be quantized in this way: the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How weights are stored.
+
+    `margin` is what that may cost: where an answer differs from PyTorch's, PyTorch must have preferred its own token by no
+    more nats than this. `feature_margin` is the relative error of image features where the tower is quantized too.
+    """
+
+    package: str
+    bits: int
+    margin: float
+    feature_margin: float
+    about: str
+
+
+METHODS = {
+    "nf4": Method("bitsandbytes", 4, 2, 0.3, "4-bit normal floats of bitsandbytes, whose scales are quantized too"),
+    "int8": Method("bitsandbytes", 8, 0.5, 0.1, "8-bit integers of bitsandbytes (LLM.int8)"),
+    "torchao-int8": Method("torchao", 8, 0.5, 0.1, "8-bit integers of torchao"),
+    "torchao-8da8w": Method("torchao", 8, 0.5, 0.1, "8-bit integers of torchao, which rounds activations too"),
+    "w8a8": Method("compressed_tensors", 8, 0.5, 0.1, "8-bit integers of compressed-tensors, activations too in vLLM"),
+    "w4a16": Method("compressed_tensors", 4, 2, 0.3, "4-bit integers of compressed-tensors"),
+}
+WHOLE_FEATURE_MARGIN = 1e-3  # of a tower that stays whole
+
+USE = """\
+```text
+minicpmv ask IMAGE "What is in the image?" -m {folder}
+minicpmv chat -m {folder}
+```
+
+loads it, as does `AutoModel.from_pretrained(folder, trust_remote_code=True)`, with {package} installed."""
+
+
+def quantize(
+    model: str | Path,
+    output: Path,
+    method: str,
+    *,
+    group_size: int | None = None,
+    algorithm: str = "nearest",
+    also: Sequence[str] = (),
+    conversations: int = 48,
+    samples: int = 10,
+    is_checked: bool = True,
+    note: Callable[[str], None] = lambda what: None,
+) -> Path:
+    """Quantize a checkpoint and hold it against PyTorch.
+
+    Args:
+        model: folder of the checkpoint.
+        output: the new folder.
+        method: of `METHODS`.
+        group_size: weights that share a scale, for w4a16.
+        algorithm: of `ALGORITHMS`, for w4a16: to the nearest integer, or so that conversations change least.
+        also: parts of `PARTS` that are quantized too.
+        conversations: drawn ones, with images and packed videos, that gptq and awq look at.
+        samples: questions of each row of NanoBench.
+        is_checked: False leaves out the comparison, where there is no memory for the whole checkpoint.
+        note: is told what happens.
+
+    Returns:
+        the folder.
+
+    Raises:
+        CheckpointError, ExportError, QuantizeError, OutputError, MissingPackageError: before anything is written.
+        ParityError: the answers differ beyond what the method allows; the files stay in a folder whose name says so.
+    """
+
+    def tell(who: str) -> Callable[[str], None]:
+        return lambda what: note(f"{who}: {what}")
+
+    kind, output = METHODS[method], Path(output).expanduser()
+    group_size = check(method, group_size, algorithm, also)
+    checkpoint = Checkpoint(model)
+    layers = linear_layers(checkpoint, also)
+    if method == "w4a16":
+        check_groups(layers, group_size)
+    check_new(output, quantized_bytes(checkpoint, layers, kind.bits))
+    name = "-".join([checkpoint.folder.name, method, *([algorithm] if algorithm != "nearest" else [])])
+    with whole_folder(output) as stage:
+        note(f"Quantizing {len(layers)} layers of {checkpoint.folder.name}")
+        if algorithm != "nearest":
+            from minicpmv.deploy.calibrate import calibrate
+
+            settings = calibrate(checkpoint, stage, algorithm, group_size, patterns(whole(also)), conversations, note)
+        elif kind.package == "compressed_tensors":
+            from minicpmv.deploy import rounding
+
+            scheme = rounding.scheme_of(method, group_size)
+            rounding.write(checkpoint, layers, scheme, stage / "model.safetensors")
+            settings = rounding.config_of(scheme, patterns(whole(also)))
+        else:
+            settings = write_with_transformers(checkpoint, stage, method, whole(also))
+        finish(checkpoint, stage, settings)
+        if is_checked:
+            _compare(checkpoint, stage, name, method, also, samples, tell)
+        _write_card(stage, checkpoint, name, output, kind)
+    return output
+
+
+def check(method: str, group_size: int | None, algorithm: str, also: Sequence[str]) -> int:
+    """Refuse settings that do not go together, and packages that lack. Returns the group size.
+
+    Raises:
+        QuantizeError, MissingPackageError: names them.
+    """
+    if method != "w4a16" and (group_size is not None or algorithm != "nearest"):
+        raise QuantizeError(f"{method} has no groups and no algorithms: leave them out, or take w4a16")
+    if method.startswith("torchao") and "lm_head" in also:
+        raise QuantizeError("torchao under transformers keeps lm_head whole: leave it out, or take another method")
+    if algorithm == "nearest":
+        require(EXTRA, METHODS[method].package)
+    else:
+        require("calibrate", "llmcompressor")
+    return group_size or DEFAULT_GROUP
+
+
+def linear_layers(checkpoint: Checkpoint, also: Sequence[str]) -> dict[str, int]:
+    """`{name: values that it reads}` of the layers that are quantized.
+
+    Raises:
+        QuantizeError: the head that is to be quantized is the embeddings, too.
+    """
+    if "lm_head" in also and checkpoint.is_tied:
+        raise QuantizeError("lm_head shares its weights with the embeddings, which stay whole: leave it out")
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=True)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=True)
+    return {
+        name: module.in_features
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and not {*name.split(".")} & {*PARTS} - {*also}
+    }
+
+
+def check_groups(layers: dict[str, int], group_size: int) -> None:
+    """Refuse a group size that does not divide the rows of a layer.
+
+    Raises:
+        QuantizeError: names the layer, and the sizes that divide all.
+    """
+    name, values = next(((name, count) for name, count in layers.items() if count % group_size), (None, 0))
+    if name is None:
+        return
+    legal = [str(size) for size in GROUP_SIZES if not any(count % size for count in layers.values())]
+    remedy = f"choose {' or '.join(legal)}" if legal else f"leave {name.split('.')[0]} whole"
+    raise QuantizeError(f"{name} has rows of {values} weights, which groups of {group_size} do not divide: {remedy}")
+
+
+def quantized_bytes(checkpoint: Checkpoint, layers: dict[str, int], bits: int) -> int:
+    """About how many bytes the new weights take, scales included."""
+    import math
+
+    quantized = sum(math.prod(checkpoint.shape(f"{layer}.weight")) for layer in layers)
+    whole_bytes = sum(
+        math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize
+        for name in checkpoint.files
+        if name.removesuffix(".weight") not in layers
+    )
+    return whole_bytes + quantized * (bits + 1) // 8
+
+
+def whole(also: Sequence[str]) -> list[str]:
+    """Beginnings of the names of what stays whole."""
+    return [*(part for part in PARTS if part not in also), *([NEVER] if "resampler" in also else [])]
+
+
+def patterns(names: Sequence[str]) -> list[str]:
+    """Names as compressed-tensors reads them, wherever a loader hangs the parts."""
+    return [f"re:.*{name.replace('.', '[.]')}.*" for name in names]
+
+
+def write_with_transformers(checkpoint: Checkpoint, folder: Path, method: str, names: list[str]) -> dict[str, Any]:
+    """Load a checkpoint quantized, which goes tensor by tensor, and save it. Returns `quantization_config`."""
+    import torch
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    # The type in which the model computes, and not that of the stored weights: bitsandbytes does not turn one into the other.
+    dtype = getattr(torch, checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16")
+    config: Any
+    if method == "nf4":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=names,
+        )
+    elif method == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=names)
+    else:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+
+        kinds = {"torchao-int8": Int8WeightOnlyConfig, "torchao-8da8w": Int8DynamicActivationInt8WeightConfig}
+        config = TorchAoConfig(kinds[method](version=2), modules_to_not_convert=names)
+    model, _ = load(checkpoint.folder, dtype=dtype, quantization_config=config)
+    model.save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+
+
+def finish(checkpoint: Checkpoint, folder: Path, settings: dict[str, Any]) -> None:
+    """Put the checkpoint's small files beside the weights, and `quantization_config` into its configuration."""
+    checkpoint.copy_small_files(folder)
+    config = checkpoint.config | {"quantization_config": settings}
+    write_whole(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+# ---- what is left beside it ----
+
+
+def _runtime(source: str, package: str | None = None) -> ModelRuntime:
+    model, processor = load(source)
+    names = ["torch", "transformers", *([package] if package else [])]
+    return ModelRuntime(model, processor, {name: version(name) for name in names})
+
+
+def _compare(
+    checkpoint: Checkpoint, stage: Path, name: str, method: str, also: Sequence[str], samples: int, tell: Any
+) -> None:
+    """Hold what was written against PyTorch, and write down what was found.
+
+    Raises:
+        ParityError: the answers differ too much.
+    """
+    from transformers import AutoProcessor
+
+    kind, source = METHODS[method], str(checkpoint.folder)
+    asked = cases(AutoProcessor.from_pretrained(source, trust_remote_code=True))
+    reference = observe(partial(_runtime, source), asked, samples, note=tell("PyTorch"))
+    found = hold(
+        reference,
+        partial(_runtime, str(stage), kind.package),
+        asked,
+        name=name,
+        type=method,
+        size=weights_bytes(stage),
+        margin=kind.margin,
+        feature_margin=kind.feature_margin if {"vpm", "resampler"} & {*also} else WHOLE_FEATURE_MARGIN,
+        samples=samples,
+        reference_type=str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")),
+        note=tell(name),
+    )
+    write_record(stage, found)
+    if found.faults:
+        _write_card(stage, checkpoint, name, stage, kind)
+        raise ParityError(
+            f"{name} does not answer as PyTorch does: {'; '.join(found.faults)}. It stays in {stage}, to be looked at; "
+            "choose a method with more bits"
+        )
+
+
+def weights_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _write_card(folder: Path, checkpoint: Checkpoint, name: str, output: Path, kind: Method) -> None:
+    package = kind.package.replace("_", "-")
+    before = weights_bytes(checkpoint.folder) / 1e6
+    base = f"`{checkpoint.folder.name}`, a MiniCPM-V 4.5 ({before:,.1f} MB), in {kind.about}, written by `minicpmv quantize`."
+    use = USE.format(folder=output.name, package=package)
+    write_card(folder, "transformers", name, base, use, [name])
