@@ -22,15 +22,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from transformers import (
-    AutoProcessor,
-    DynamicCache,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    ProcessorMixin,
-    StoppingCriteriaList,
-)
+from transformers import AutoProcessor, DynamicCache, GenerationConfig, GenerationMixin, ProcessorMixin
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from .compat_minicpmv import CACHE_NAME
 from .configuration_minicpmv import MiniCPMVError, check_whole, did_you_mean
@@ -163,9 +156,7 @@ class ChatSettings:
             hint = f"max_new_tokens={max_new_tokens} bounds thought and answer together, and closing takes {closing}"
             check_whole("thinking_budget", thinking_budget, 0, max_new_tokens - closing - 1, hint, ChatError)
         if decoding is not None and (decoding not in DECODINGS or sampling is not None):
-            raise ChatError(
-                f"decoding={decoding!r}: choose one of {', '.join(DECODINGS)}, not its older name sampling=."
-            )
+            raise ChatError(f"decoding={decoding!r}: choose {', '.join(DECODINGS)}, and not its older name sampling=.")
 
         config, tokenizer = model.generation_config, processor.tokenizer
         asks_to_sample = any(given.get(name) is not None for name in ("temperature", "top_p", "top_k"))
@@ -624,9 +615,7 @@ class ChatMixin:
     def _load_processor(self) -> ProcessorMixin:
         folder: str = self.config._name_or_path
         if not folder:
-            raise ChatError(
-                "The model was not loaded from a folder: pass processor=AutoProcessor.from_pretrained(...)."
-            )
+            raise ChatError("The model came from no folder: pass processor=AutoProcessor.from_pretrained(...).")
         where: dict[str, Any] = {}
         if not os.path.isdir(folder):
             where["revision"] = getattr(self.config, "_commit_hash", None)

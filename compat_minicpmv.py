@@ -4,26 +4,16 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import (
-    BatchFeature,
-    Cache,
-    CompressedTensorsConfig,
-    GenerationMixin,
-    ProcessorMixin,
-    Qwen2TokenizerFast,
-    Qwen3Model,
-)
+from transformers import BatchFeature, Cache, GenerationMixin, ProcessorMixin, Qwen2TokenizerFast, Qwen3Model
+from transformers.utils.quantization_config import CompressedTensorsConfig
 
 
 # transformers 5.24 renamed `past_key_values` to `cache`, in calls and in outputs.
 CACHE_NAME = "cache" if "cache" in inspect.signature(Qwen3Model.forward).parameters else "past_key_values"
 CACHE_NAMES = ("cache", "past_key_values")
-# How `quantization_config` says that compressed weights become whole while they are loaded; 5.24 renamed it.
-DEQUANTIZE = (
-    {"dequantize": True}
-    if "dequantize" in inspect.signature(CompressedTensorsConfig.__init__).parameters
-    else {"run_compressed": False}
-)
+# It also renamed how `quantization_config` says that compressed weights become whole while they are loaded.
+_DEQUANTIZES = "dequantize" in inspect.signature(CompressedTensorsConfig).parameters
+DEQUANTIZE = {"dequantize": True} if _DEQUANTIZES else {"run_compressed": False}
 
 
 def take_cache(arguments: dict) -> Cache | None:

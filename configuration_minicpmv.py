@@ -61,9 +61,6 @@ LANGUAGE_DEFAULTS = {
     "tie_word_embeddings": False,
 }
 
-# What quantized checkpoints usually leave as it is.
-WHOLE_MODULES = ("vpm", "resampler", "lm_head")
-
 
 class MiniCPMVError(ValueError):
     """Base of the errors that a caller of the model or its processor may meet.
@@ -187,21 +184,15 @@ class MiniCPMVConfig(Qwen3Config):
 
 
 def _whole_quantization(quantization: dict[str, Any]) -> dict[str, Any]:
-    """The quantization of a checkpoint with what loaders need to read this architecture.
-
-    - AWQ and GPTQ checkpoints often do not say which modules are whole; the tools that write them convert the layers of
-      the language model alone.
-    - compressed-tensors otherwise unpacks weights in the first call of the whole model, and nobody could call a part of
-      it before, as `base_model` does.
-    """
-    added: dict[str, Any] = {}
+    """The quantization of a checkpoint, with what loaders have to know of this architecture where it does not say so."""
     method = quantization.get("quant_method")
-    if method in ("awq", "gptq"):
-        added["modules_to_not_convert"] = list(WHOLE_MODULES)
+    added: dict[str, Any] = {}
+    if method in ("awq", "gptq"):  # what writes these converts the layers of the language model alone
+        added["modules_to_not_convert"] = ["vpm", "resampler", "lm_head"]
     if method == "gptq":
         added["block_name_to_quantize"] = "llm.model.layers"
     if method == "compressed-tensors" and not {"dequantize", "run_compressed"} & quantization.keys():
-        added |= DEQUANTIZE
+        added |= DEQUANTIZE  # else the first call of the whole model does it, and none of a part may come before
     return quantization | {name: value for name, value in added.items() if quantization.get(name) is None}
 
 

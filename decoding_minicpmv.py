@@ -124,16 +124,14 @@ class Watch(StoppingCriteria):
 
 
 class AnswerStreamer(TextIteratorStreamer):
-    """Text of the generated tokens without the prompt and the closing token; other control tokens, such as boxes,
-    belong to the answer."""
+    """Text of the generated tokens without prompt and closing token; other control tokens, such as boxes, belong to it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         super().__init__(tokenizer, skip_special_tokens=False)
         self.next_tokens_are_prompt, self.thinking = True, False
 
     def expect(self, thinking: bool, draft: list[int], max_new_tokens: int, stop_ids: Collection[int]) -> None:
-        """Tell whether the prompt opens a thought, the ids that the answer begins with, how many tokens it may have, and
-        which of them end it."""
+        """Tell whether the prompt opens a thought, the answer's first ids, its most tokens, and those that end it."""
         self.thinking, self.left, self.stop_ids = thinking, max_new_tokens, stop_ids
         if thinking:
             self.text_queue.put(OPENING)
@@ -164,8 +162,7 @@ class AnswerStream(Iterator[str], AbstractContextManager):
     """
 
     def __init__(self, turn, finish: Callable = lambda output: None):
-        """`turn.run(streamer)` runs in a thread of its own; `finish(output)` is called once, with None where nothing came
-        of it."""
+        """`turn.run(streamer)` runs in its own thread; `finish(output)` is called once, with None where nothing came of it."""
         self.output, self.is_thought = None, False
         self._split_thought, self._watch = turn.processor.split_thought, turn.watch
         self._streamer, self._finish = AnswerStreamer(turn.processor.tokenizer), finish

@@ -58,7 +58,6 @@ class ResamplerAttention(nn.MultiheadAttention):
         value = nn.functional.linear(value, w_v, b_v)
         outputs = []
         runs = equal_runs(lengths)
-        # Split in one go: gradients of many slices would each fill a tensor as long as all of them.
         keys, values = (states.split([count * length for _, count, length in runs]) for states in (key, value))
         for own_keys, own_values, (_, count, _) in zip(keys, values, runs, strict=True):
             attended = nn.functional.scaled_dot_product_attention(

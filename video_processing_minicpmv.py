@@ -34,8 +34,7 @@ FRAME_SELECTIONS = ("uniform", "keyframes")
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """How a video is looked at: settings of the processor, each of which a call may change. Raises FrameSamplingError for
-    one out of range."""
+    """How a video is looked at: settings that a call may change. Raises FrameSamplingError for one out of range."""
 
     fps: float = 3  # frames per second to look at
     max_num_frames: int = 180  # groups (of 64 tokens) before frames are packed more tightly
@@ -364,11 +363,9 @@ class MiniCPMVVideoProcessor(BaseVideoProcessor):
         )
         return chain([shown_first], frames), groups, report
 
-    # Saving and loading: a file of its own (video_preprocessor_config.json), or the image processor's settings.
-
     @classmethod
     def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build from saved settings. Those of an image processor do not decide how frames are sliced and numbered."""
+        """Build from saved settings: its own, or an image processor's, which do not say how frames are sliced and numbered."""
         settings = {name: v for name, v in video_processor_dict.items() if name != "video_processor_type"}
         if settings.pop("image_processor_type", None) or "max_num_packing" not in settings:
             settings = {name: v for name, v in settings.items() if name not in ("max_slice_nums", "use_image_id")}
