@@ -288,12 +288,14 @@ def test_a_full_disk_and_a_closed_pipe_leave_no_traceback():
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
     assert done.returncode == 1
-    assert done.stderr == "minicpmv: the output cannot be written: No space left on device\n"
+    # Before it, libraries may have complained: torchao does, wherever it is installed.
+    assert done.stderr.endswith("minicpmv: the output cannot be written: No space left on device\n")
+    assert "Traceback" not in done.stderr
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
     os.close(writer)
-    assert done.returncode == 1 and done.stderr == ""
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "minicpmv: " not in done.stderr
 
 
 def test_a_cut_answer_is_noted_on_stderr(run):

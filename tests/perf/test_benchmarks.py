@@ -47,7 +47,7 @@ def test_a_conversation_is_measured_part_by_part(tmp_path, capsys):
     found = {measurement.name: measurement for measurement in measured}
     # Neither an early end nor a cut makes decoding look fast.
     tokens = [found[name].note for name in names if name.startswith("decoding")]
-    assert tokens == ["4 tokens", "32 tokens", "4 tokens"]
+    assert tokens == ["4 tokens", "32 tokens", "4 tokens", "32 tokens"]
     # A batch reads the weights once for all its rows; a process is larger than the weights in it.
     assert found["decoding, batch 8"].limit == pytest.approx(8 * found["decoding, batch 1"].limit)
     assert found["peak memory"].ratio > 1 and found["preprocessing 336x336"].limit_name == "Pillow resizes"
