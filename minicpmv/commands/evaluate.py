@@ -33,6 +33,7 @@ evaluate_app = typer.Typer(cls=AnySpelling, help="Measure a model; compare measu
 
 def add_benchmark(benchmark_name: str, summary: str) -> None:
     @evaluate_app.command(benchmark_name, help=summary)
+    @shared.with_endpoint
     def run(
         model: shared.Model = None,
         revision: options.Revision = None,
@@ -45,27 +46,13 @@ def add_benchmark(benchmark_name: str, summary: str) -> None:
         batch_size: shared.BatchSize = 50,
         output: shared.Output = None,
         json_file: shared.Json = None,
-        endpoint: shared.EndpointUrl = None,
-        api_key_env: shared.ApiKeyEnv = None,
-        concurrency: shared.Concurrency = 8,
-        retries: shared.Retries = 6,
-        timeout: shared.Timeout = 600,
-        clips: shared.ClipsAs = shared.Clips.frames,
-        frames: shared.Frames = 32,
-        frame_size: shared.FrameSize = None,
-        processor_options: shared.ProcessorOptions = False,
-        no_thinking_switch: shared.NoThinkingSwitch = False,
-        token_parameter: shared.TokenParameter = "max_tokens",
-        temperature: shared.Temperature = "question",
-        reasoning_effort: shared.ReasoningEffort = None,
-        detail: shared.Detail = None,
-        extra_body: shared.ExtraBody = None,
+        *,
+        asked: shared.EndpointOptions,
     ) -> None:
         all_seeds = shared.whole_numbers(seeds) if seeds else [seed]
-        fields = shared.json_object(extra_body)
         with one_line_errors(OSError):
             require("evaluate", "rapidfuzz", "matplotlib")  # scores, and the drawn questions
-            shared.check_endpoint(endpoint, model)
+            asked.check(model)
             from minicpmv.evaluate import harness
             from minicpmv.evaluate.processes import Processes
             from minicpmv.evaluate.suites import load_benchmark
@@ -76,26 +63,7 @@ def add_benchmark(benchmark_name: str, summary: str) -> None:
             if json_file is not None and processes.is_main:
                 check_writable(json_file)
             shown, answerer = shared.open_answerer(
-                model,
-                revision,
-                trust_remote_code,
-                batch_size,
-                processes.device,
-                endpoint,
-                api_key_env,
-                concurrency=concurrency,
-                retries=retries,
-                timeout=timeout,
-                clips=clips.value,
-                frames=frames,
-                frame_size=frame_size,
-                processor_options=processor_options,
-                thinking_switch=not no_thinking_switch,
-                token_parameter=token_parameter,
-                temperature=temperature,
-                reasoning_effort=reasoning_effort,
-                detail=detail,
-                extra_body=fields,
+                model, revision, trust_remote_code, batch_size, processes.device, asked
             )
             thinks = shared.thinking_of(thinking)
             if output is None:
@@ -191,7 +159,7 @@ def calibrate(
         chosen = shared.names(rows)
         calibration.questions_in_both_modes(asked, chosen)  # before the model is loaded
         result = calibration.calibrate(
-            shared.open_answerer(model, revision, trust_remote_code, batch_size, None, None, None)[1],
+            shared.open_answerer(model, revision, trust_remote_code, batch_size)[1],
             asked,
             output or shared.DEFAULT_FOLDER / f"calibration-{terminal.shown_name(model).replace('/', '-')}",
             name=model,

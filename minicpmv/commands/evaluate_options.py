@@ -1,8 +1,12 @@
 """The options of `minicpmv evaluate`, declared once, and what its commands make of them."""
 
+import inspect
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +19,7 @@ from minicpmv.errors import MiniCPMVError, require
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from minicpmv.evaluate.endpoint import Endpoint
     from minicpmv.evaluate.judging import JudgeModel
 
 DEFAULT_FOLDER = Path("runs")
@@ -280,16 +285,83 @@ def json_object(text: str | None) -> dict[str, Any]:
     return value
 
 
-def check_endpoint(endpoint: str | None, model: str | None) -> None:
-    """Refuse an endpoint that cannot be asked, before anything is read."""
-    if endpoint:
-        require("endpoint", "openai")
-        if model is None:
-            raise EvaluateError("--endpoint also needs --model NAME: the name that the endpoint knows")
-
-
 def thinking_of(text: str) -> Any:
     return MODES[text] if text in MODES else names(text) or []
+
+
+@dataclass(kw_only=True)
+class EndpointOptions:
+    """The options of a command that may ask an endpoint. [`with_endpoint`] adds them to its own."""
+
+    endpoint: EndpointUrl = None
+    api_key_env: ApiKeyEnv = None
+    concurrency: Concurrency = 8
+    retries: Retries = 6
+    timeout: Timeout = 600
+    clips: ClipsAs = Clips.frames
+    frames: Frames = 32
+    frame_size: FrameSize = None
+    processor_options: ProcessorOptions = False
+    no_thinking_switch: NoThinkingSwitch = False
+    token_parameter: TokenParameter = "max_tokens"
+    temperature: Temperature = "question"
+    reasoning_effort: ReasoningEffort = None
+    detail: Detail = None
+    extra_body: ExtraBody = None
+
+    def __post_init__(self) -> None:
+        self.fields = json_object(self.extra_body)
+
+    def check(self, model: str | None) -> None:
+        """Refuse an endpoint that cannot be asked, before anything is read."""
+        if self.endpoint:
+            require("endpoint", "openai")
+            if model is None:
+                raise EvaluateError("--endpoint also needs --model NAME: the name that the endpoint knows")
+
+    def open(self, model: str) -> "Endpoint | None":
+        """The endpoint, which is there and knows the model; None where the options name none."""
+        if not self.endpoint:
+            return None
+        from minicpmv.evaluate.endpoint import Endpoint
+
+        opened = Endpoint(
+            self.endpoint,
+            model,
+            api_key=api_key("--api-key-env", self.api_key_env),
+            concurrency=self.concurrency,
+            retries=self.retries,
+            timeout=self.timeout,
+            clips=self.clips.value,
+            frames=self.frames,
+            frame_size=self.frame_size,
+            processor_options=self.processor_options,
+            thinking_switch=not self.no_thinking_switch,
+            token_parameter=None if self.token_parameter == "none" else self.token_parameter,
+            temperature=temperature_of(self.temperature),
+            reasoning_effort=self.reasoning_effort,
+            detail=self.detail,
+            extra_body=self.fields,
+        )
+        opened.check()
+        return opened
+
+
+def with_endpoint(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with [`EndpointOptions`] as options of its own, where its signature has `asked`."""
+    added = inspect.signature(EndpointOptions).parameters
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        command(asked=EndpointOptions(**{name: given.pop(name) for name in added}), **given)
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        parameters += added.values() if parameter.name == "asked" else [parameter]
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # this is what typer reads
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
 
 
 def open_answerer(
@@ -297,33 +369,23 @@ def open_answerer(
     revision: str | None,
     trust_remote_code: bool,
     batch_size: int,
-    device: Any,
-    endpoint: str | None,
-    api_key_env: str | None,
-    **settings: Any,
+    device: Any = None,
+    asked: EndpointOptions | None = None,
 ) -> tuple[str, Any]:
-    """The name to show and the answerer: an endpoint that is there and knows the model, or the model in this process.
+    """The name to show and the answerer: the endpoint where one is named, else the model in this process.
 
     Args:
         device: of this process; None where it is the only one.
-        settings: of the endpoint.
     """
-    if not (endpoint and model):
-        from minicpmv.checkpoint import load
-        from minicpmv.evaluate.answerers import LocalModel
+    if model and asked and (endpoint := asked.open(model)):
+        return model, endpoint
+    from minicpmv.checkpoint import load
+    from minicpmv.evaluate.answerers import LocalModel
 
-        name = model or "."
-        device_map = "auto" if device is None else {"": device}
-        loaded = load(name, revision=revision, trust_remote_code=trust_remote_code, device_map=device_map)
-        return name, LocalModel(*loaded, batch_size)
-    from minicpmv.evaluate.endpoint import Endpoint
-
-    settings["temperature"] = temperature_of(settings["temperature"])
-    token_parameter = settings["token_parameter"]
-    settings["token_parameter"] = None if token_parameter == "none" else token_parameter
-    answerer = Endpoint(endpoint, model, api_key=api_key("--api-key-env", api_key_env), **settings)
-    answerer.check()
-    return model, answerer
+    name = model or "."
+    device_map = "auto" if device is None else {"": device}
+    loaded = load(name, revision=revision, trust_remote_code=trust_remote_code, device_map=device_map)
+    return name, LocalModel(*loaded, batch_size)
 
 
 def temperature_of(text: str) -> float | str | None:

@@ -22,6 +22,7 @@ RULE_PACKAGES = ("apted", "jieba", "lxml", "nltk", "pyarrow", "pylatexenc", "rap
 
 def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> None:
     @app.command(name, help=summary)
+    @shared.with_endpoint
     def run(
         model: shared.Model = None,
         revision: options.Revision = None,
@@ -51,32 +52,18 @@ def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> Non
         max_num_frames: shared.MaxNumFrames = 180,
         max_num_packing: shared.MaxNumPacking = 3,
         packing: shared.Packing = None,
-        endpoint: shared.EndpointUrl = None,
-        api_key_env: shared.ApiKeyEnv = None,
-        concurrency: shared.Concurrency = 8,
-        retries: shared.Retries = 6,
-        timeout: shared.Timeout = 600,
-        clips: shared.ClipsAs = shared.Clips.frames,
-        frames: shared.Frames = 32,
-        frame_size: shared.FrameSize = None,
-        processor_options: shared.ProcessorOptions = False,
-        no_thinking_switch: shared.NoThinkingSwitch = False,
-        token_parameter: shared.TokenParameter = "max_tokens",
-        temperature: shared.Temperature = "question",
-        reasoning_effort: shared.ReasoningEffort = None,
-        detail: shared.Detail = None,
-        extra_body: shared.ExtraBody = None,
+        *,
+        asked: shared.EndpointOptions,
     ) -> None:
         all_seeds = shared.whole_numbers(seeds) if seeds else None
         packings = tuple(shared.whole_numbers(packing)) if packing else ()
-        fields = shared.json_object(extra_body)
         with one_line_errors(OSError):
             require("evaluate", "matplotlib", *RULE_PACKAGES)
             if fixtures and data is not None:
                 raise shared.EvaluateError(
                     "--fixtures takes drawn questions instead of the data: leave --data or --fixtures out"
                 )
-            shared.check_endpoint(endpoint, model)
+            asked.check(model)
             from minicpmv.evaluate.processes import Processes
             from minicpmv.evaluate.suite import Setting, VideoSetting, check_videos
             from minicpmv.files import check_writable
@@ -108,26 +95,7 @@ def add_public(app: typer.Typer, name: str, summary: str, is_group: bool) -> Non
             if processes.is_main and not fixtures:
                 tell_of_other_files(benchmarks.values())
             shown, answerer = shared.open_answerer(
-                model,
-                revision,
-                trust_remote_code,
-                batch_size,
-                processes.device,
-                endpoint,
-                api_key_env,
-                concurrency=concurrency,
-                retries=retries,
-                timeout=timeout,
-                clips=clips.value,
-                frames=frames,
-                frame_size=frame_size,
-                processor_options=processor_options,
-                thinking_switch=not no_thinking_switch,
-                token_parameter=token_parameter,
-                temperature=temperature,
-                reasoning_effort=reasoning_effort,
-                detail=detail,
-                extra_body=fields,
+                model, revision, trust_remote_code, batch_size, processes.device, asked
             )
             from minicpmv.evaluate import harness
             from minicpmv.evaluate.groups import measure_group
