@@ -2,10 +2,12 @@
 
 import hashlib
 import importlib
+import json
 import os
 import shutil
 import sys
 import types
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -201,3 +203,27 @@ def copied(ggufs, tmp_path):
         if kind != "f16":
             (tmp_path / "copy" / f"nano-{kind.upper()}.gguf").unlink()
     return tmp_path / "copy"
+
+
+@pytest.fixture
+def llama_server():
+    """Starts an unmodified llama-server in this process; returns a function that posts JSON to it and reads its reply."""
+
+    def start(params):
+        import xllamacpp
+
+        params.n_parallel, params.port, params.cpuparams.n_threads = 1, 0, 1
+        params.warmup = params.fit_params = False
+        params.cache_ram_mib, params.use_jinja = 0, True
+        server = xllamacpp.Server(params)
+
+        def post(path, body):
+            request = urllib.request.Request(
+                server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return json.load(response)
+
+        return post
+
+    return start

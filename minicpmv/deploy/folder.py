@@ -37,6 +37,17 @@ def check_output(output: Path, size: int) -> None:
 
 
 @contextmanager
+def _gone_if_interrupted(stage: Path) -> Iterator[None]:
+    try:
+        yield
+    except ParityError:
+        raise
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+@contextmanager
 def staged(output: Path, name: str) -> Iterator[Path]:
     """A folder to write into, whose files move to `output` at the end.
 
@@ -52,13 +63,8 @@ def staged(output: Path, name: str) -> Iterator[Path]:
         stage.mkdir()
     except OSError as error:
         raise OutputError(f"{output} cannot be written ({error.strerror}): name another folder") from error
-    try:
+    with _gone_if_interrupted(stage):
         yield stage
-    except ParityError:
-        raise
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
     for file in sorted(stage.iterdir(), key=lambda file: file.name.startswith(name)):  # what counts comes last
         if (there := output / file.name).is_dir():
             shutil.rmtree(there)
@@ -93,13 +99,8 @@ def whole_folder(output: Path) -> Iterator[Path]:
         stage.mkdir(parents=True)
     except OSError as error:
         raise OutputError(f"{stage} cannot be made ({error.strerror}): name another folder") from error
-    try:
+    with _gone_if_interrupted(stage):
         yield stage
-    except ParityError:
-        raise
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
     if output.is_dir():
         output.rmdir()  # it is empty
     stage.rename(output)

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from minicpmv.checkpoint import load
 from minicpmv.deploy.folder import check_output, staged, write_card, write_record
+from minicpmv.deploy.gguf_types import FILE_TYPES, FileType, stored, stored_bytes, type_of
 from minicpmv.deploy.parity import ModelRuntime, ParityError, cases, hold, observe
-from minicpmv.deploy.quantization import FILE_TYPES, FileType, stored, stored_bytes, type_of
 from minicpmv.deploy.source import Checkpoint, ExportError
 from minicpmv.errors import require
 from minicpmv.runtimes import gguf as names

@@ -319,7 +319,7 @@ def draw(result: dict[str, Any]) -> "Figure":
     """A matplotlib figure: accuracy over generated tokens for each threshold, and the three modes as they were checked."""
     from matplotlib.figure import Figure
 
-    from minicpmv.evaluate.charts import STYLE, color_of
+    from minicpmv.evaluate.charts import color_of, label_tokens
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -346,10 +346,5 @@ def draw(result: dict[str, Any]) -> "Figure":
             color=color_of(4),
             label=f"deep, within {' or '.join(str(found['budget']) for found in budgets)} tokens",
         )
-    axes.set_xlabel("generated tokens a question", **STYLE)
-    axes.set_ylabel("right answers, %", **STYLE)
-    axes.set_xlim(left=0)
-    axes.grid(color="#dddddd", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="best")
+    label_tokens(axes, "right answers, %")
     return figure

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
@@ -98,10 +99,15 @@ def accuracy_over_tokens(points: Sequence[tuple[str, float, float]]) -> Figure:
     axes = figure.add_subplot()
     for run, (label, tokens, share) in enumerate(points):
         axes.plot(tokens, 100 * share, "o", color=color_of(run), markersize=8, label=label)
+    label_tokens(axes, "mean of the rows, %")
+    return figure
+
+
+def label_tokens(axes: Axes, share: str) -> None:
+    """Finish a chart of shares over generated tokens."""
     axes.set_xlabel("generated tokens a question", **STYLE)
-    axes.set_ylabel("mean of the rows, %", **STYLE)
+    axes.set_ylabel(share, **STYLE)
     axes.set_xlim(left=0)
     axes.grid(color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="best")
-    return figure

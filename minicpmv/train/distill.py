@@ -8,8 +8,9 @@ What is special:
   differ. Where the teacher has more queries, its prompt gets more slots, and only positions of answers are compared;
 - the answers are those of the rows, the teacher's, or the student's own (on-policy). Generated ones begin as the row's do:
   a row that thinks opens a thought, so thinking stays;
-- the divergence is forward or reverse KL, or that of Jensen and Shannon. With `teacher_cache` the teacher runs once over the
-  rows, its `teacher_top_k` best tokens are stored, and it is not needed any more: all others count as one token;
+- the divergence is forward or reverse KL, or that of Jensen and Shannon. With `teacher_cache` the teacher reads a
+  row the first time it comes, its `teacher_top_k` best tokens are stored, and once all rows are there it is not needed any
+  more: all others count as one token;
 - tower and resampler may be held to the teacher's, by the similarities of their patches and tokens to each other, so that
   widths need not agree (https://arxiv.org/abs/1907.09682).
 

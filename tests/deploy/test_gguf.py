@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import unicodedata
-import urllib.request
 
 import jinja2
 import numpy as np
@@ -29,7 +28,7 @@ xllamacpp = pytest.importorskip("xllamacpp")
 
 from minicpmv.deploy import gguf as export_gguf  # noqa: E402
 from minicpmv.deploy.gguf import export, llama_template  # noqa: E402
-from minicpmv.deploy.quantization import FILE_TYPES, QuantizationError, gets_more_bits, stored, type_of  # noqa: E402
+from minicpmv.deploy.gguf_types import FILE_TYPES, QuantizationError, gets_more_bits, stored, type_of  # noqa: E402
 from minicpmv.deploy.source import Checkpoint, ExportError  # noqa: E402
 
 
@@ -210,21 +209,12 @@ def test_images_slices_and_packed_videos_are_answered_as_in_pytorch(nano, llamac
         assert answers[0].raw_text == answers[1].raw_text and answers[0].prompt_tokens == answers[1].prompt_tokens
 
 
-def test_an_unmodified_llama_server_gets_our_prompt_and_answers_as_pytorch_does(ggufs, nano):
+def test_an_unmodified_llama_server_gets_our_prompt_and_answers_as_pytorch_does(llama_server, ggufs, nano):
     model, processor = nano
     params = xllamacpp.CommonParams()
     params.model.path, params.mmproj.path = str(ggufs / "nano-Q8_0.gguf"), str(ggufs / "mmproj-nano-F16.gguf")
-    params.n_ctx, params.n_parallel, params.port, params.cpuparams.n_threads = 2048, 1, 0, 1
-    params.warmup = params.fit_params = False
-    params.cache_ram_mib, params.use_jinja = 0, True
-    server = xllamacpp.Server(params)
-
-    def post(path, body):
-        request = urllib.request.Request(
-            server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)
+    params.n_ctx = 2048
+    post = llama_server(params)
 
     def part(image):
         data = io.BytesIO()

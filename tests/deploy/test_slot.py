@@ -28,21 +28,12 @@ def video(ggufs, tmp_path_factory):
     return folder / "star.json"
 
 
-def test_a_llama_server_answers_about_a_packed_video_as_pytorch_does(ggufs, video, nano):
+def test_a_llama_server_answers_about_a_packed_video_as_pytorch_does(llama_server, ggufs, video, nano):
     facts = json.loads(video.read_text())
     params = xllamacpp.CommonParams()
     params.model.path, params.slot_save_path = str(ggufs / "nano-Q8_0.gguf"), f"{video.parent}/"
-    params.n_ctx, params.n_parallel, params.port, params.cpuparams.n_threads = 1024, 1, 0, 1
-    params.warmup = params.fit_params = False
-    params.cache_ram_mib, params.use_jinja = 0, True
-    server = xllamacpp.Server(params)
-
-    def post(path, body):
-        request = urllib.request.Request(
-            server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)
+    params.n_ctx = 1024
+    post = llama_server(params)
 
     # A slot of another version of the format is refused.
     data = (video.parent / "star.slot").read_bytes()

@@ -29,6 +29,7 @@ from minicpmv.runtimes.gguf import (
 )
 from minicpmv.runtimes.gguf_file import GGUFError, GGUFFile
 from minicpmv.runtimes.llamacpp import CONTEXT_DEFAULTS, MODEL_DEFAULTS, LlamaCppError, check_layout
+from minicpmv.runtimes.llamacpp import library as load_library
 
 
 gguf = pytest.importorskip("gguf")
@@ -155,7 +156,7 @@ def test_a_library_with_another_layout_is_refused(name):
 def test_the_layout_is_looked_at_before_the_library_is_used(monkeypatch):
     monkeypatch.setattr(binding, "found_defaults", lambda lib: {"n_gpu_layers": 5})
     with pytest.raises(LlamaCppError, match="pip install -c constraints.txt xllamacpp"):
-        binding.library.__wrapped__()
+        load_library.__wrapped__()
 
 
 # ---- files ----

@@ -5,14 +5,10 @@ from typing import Any
 from minicpmv.evaluate.scoring.video_choice import known_accuracy, lvbench
 from minicpmv.evaluate.suite import Sample, Suite, Task
 from minicpmv.evaluate.suites.asking import columns
-from minicpmv.evaluate.suites.watching import expected_choice, listed_choices, video_then
+from minicpmv.evaluate.suites.watching import expected_choice, listed_choices, question_then
 
 
-LETTER = "Answer the question with the option letter"
-
-
-def ask(sample: Sample) -> str:
-    return f"{sample['question']}\n{LETTER}"
+ASKING = question_then("Answer the question with the option letter")
 
 
 def expected(sample: Sample) -> dict[str, Any]:
@@ -28,8 +24,8 @@ SUITE = Suite(
             id="lvbench",
             title="videos of an hour",
             data="lvbench",
-            plain=video_then(ask),
-            published=video_then(ask),
+            plain=ASKING,
+            published=ASKING,
             expected=expected,
             facts=columns("video", "question_type", id="uid"),
             scorer=lvbench,

@@ -9,14 +9,10 @@ from typing import Any
 from minicpmv.evaluate.scoring.video_choice import HIDDEN, known_accuracy, motionbench
 from minicpmv.evaluate.suite import Sample, Suite, Task
 from minicpmv.evaluate.suites.asking import columns
-from minicpmv.evaluate.suites.watching import expected_choice, listed_choices, video_then
+from minicpmv.evaluate.suites.watching import expected_choice, listed_choices, question_then
 
 
-LETTER = "Answer with only the option letter (A, B, C, D, E, or F)."
-
-
-def ask(sample: Sample) -> str:
-    return f"{sample['question']}\n{LETTER}"
+ASKING = question_then("Answer with only the option letter (A, B, C, D, E, or F).")
 
 
 def expected(sample: Sample) -> dict[str, Any]:
@@ -32,8 +28,8 @@ SUITE = Suite(
             id="motionbench",
             title="fine motion, questions with published answers",
             data="motionbench",
-            plain=video_then(ask),
-            published=video_then(ask),
+            plain=ASKING,
+            published=ASKING,
             expected=expected,
             facts=columns("video", "question_type", "video_type", id="uid"),
             scorer=motionbench,

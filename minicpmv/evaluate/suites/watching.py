@@ -20,6 +20,11 @@ def video_then(words: Callable[[Sample], str]) -> Asking:
     return Asking(lambda sample: [sample.video(sample["video"]), words(sample)], GREEDY)
 
 
+def question_then(instruction: str) -> Asking:
+    """Shows the video, then the question, which lists its options, and on a line of its own what to answer."""
+    return video_then(lambda sample: f"{sample['question']}\n{instruction}")
+
+
 def expected_choice(answer: str, choices: dict[str, str], sample: Sample) -> dict[str, Any]:
     return {"answer": answer, "choices": choices, "question": sample["question"]}
 
