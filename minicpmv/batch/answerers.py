@@ -1,0 +1,233 @@
+"""Who answers the requests of a batch: an engine in this process, a server of vLLM of its own, or an API elsewhere.
+
+All take the body of a chat completion and give one back, from many threads at once.
+"""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from minicpmv.errors import MiniCPMVError
+
+
+START_SECONDS = 1800  # for vLLM to load and compile a model
+Engine = Literal["auto", "transformers", "llama.cpp", "vllm"]
+
+
+class RefusedError(MiniCPMVError):
+    """One request is refused; others may be answered."""
+
+    def __init__(self, message: str, code: str | int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class EngineError(MiniCPMVError):
+    """The engine of a batch does not start, or has stopped."""
+
+
+class Answerer(Protocol):
+    """Anyone who answers chat completions."""
+
+    as_files: bool  # whether it reads files of this machine, by their file: addresses
+
+    def answer(self, what: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The chat completion to a request.
+
+        Args:
+            what: is asked, for messages.
+
+        Raises:
+            RefusedError: this request is refused.
+            MiniCPMVError: no request will be answered any more.
+        """
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class AnswererOptions:
+    """Who is to answer. Small, and for any process that opens it.
+
+    Args:
+        model: a folder, GGUF file or Hub repository; with an endpoint the name that it knows.
+        engine: `"auto"`: llama.cpp for a GGUF file, vLLM where it and an accelerator are, else transformers.
+        concurrency: most requests at once.
+        endpoint: the address of an API to ask instead.
+        media_hosts: fetched from though they are not public.
+    """
+
+    model: str
+    engine: Engine = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    concurrency: int = 16
+    endpoint: str | None = None
+    api_key: str | None = None
+    retries: int = 6
+    timeout: float = 600
+    media_hosts: tuple[str, ...] = ()
+    max_megabytes: float = 64
+
+    def open(self) -> Answerer:
+        """Ready to answer.
+
+        Raises:
+            MiniCPMVError: the model cannot be loaded, or the endpoint does not answer.
+        """
+        if self.endpoint is not None:
+            return Remote(self, self.endpoint)
+        if self.chosen_engine() == "vllm":
+            return OwnServer(self)
+        return Local(self)
+
+    def chosen_engine(self) -> Engine:
+        """The engine that `"auto"` means here."""
+        if self.engine != "auto":
+            return self.engine
+        from minicpmv.checkpoint import gguf_file
+
+        if gguf_file(self.model) is not None:
+            return "llama.cpp"
+        return "vllm" if find_spec("vllm") and accelerators() else "transformers"
+
+
+def accelerators() -> int:
+    """How many GPUs this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+class Local:
+    """An engine in this process: PyTorch, or llama.cpp for a GGUF file."""
+
+    as_files = True
+
+    def __init__(self, options: AnswererOptions) -> None:
+        from minicpmv.checkpoint import gguf_file, load
+        from minicpmv.serving.engine import LocalEngine
+        from minicpmv.serving.limits import Limits
+
+        is_gguf = gguf_file(options.model) is not None
+        if options.engine in ("transformers", "llama.cpp") and is_gguf != (options.engine == "llama.cpp"):
+            wanted = "a checkpoint, not a GGUF file" if is_gguf else "a GGUF file: minicpmv export gguf writes one"
+            raise EngineError(f"{options.model}: the engine {options.engine} needs {wanted}")
+        loaded = load(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        rows = 2 * options.concurrency  # a worker of Ray begins a piece while it ends another
+        limits = Limits(
+            megabytes=options.max_megabytes,
+            hosts=frozenset(options.media_hosts),
+            requests=rows,
+            total_megabytes=rows * options.max_megabytes,
+        )
+        self._engine = LocalEngine(*loaded, Path(options.model).name, limits=limits, max_rows=options.concurrency)
+
+    def answer(self, what: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        from minicpmv.serving.schema import RequestError
+
+        try:
+            return self._engine.answer({**body, "model": None}, local_files=Path("/"))
+        except RequestError as error:
+            if error.status == 503:
+                raise EngineError(f"the engine has stopped: {error}") from error
+            raise RefusedError(str(error), error.code) from error
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class Remote:
+    """An API elsewhere. Connections that fail, and answers that ask for patience, are tried again."""
+
+    as_files = False
+
+    def __init__(self, options: AnswererOptions, url: str) -> None:
+        from minicpmv.evaluate.client import ChatClient
+
+        self.client = ChatClient(
+            url,
+            options.model,
+            api_key=options.api_key,
+            concurrency=options.concurrency,
+            retries=options.retries,
+            timeout=options.timeout,
+        )
+        self.client.check()
+
+    def answer(self, what: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        from minicpmv.evaluate import client
+
+        if not isinstance(body.get("messages"), list):
+            raise RefusedError("messages: a list is needed")
+        try:
+            return self.client.complete(what, {**body, "model": self.client.model}).model_dump(exclude_unset=True)
+        except client.RefusedError as error:
+            raise RefusedError(str(error), getattr(error.__cause__, "code", None)) from error
+
+    def close(self) -> None:
+        pass
+
+
+class OwnServer(Remote):
+    """vLLM's own server, with the plugin for packed videos, in a process that lives as long as this one."""
+
+    as_files = True
+
+    def __init__(self, options: AnswererOptions) -> None:
+        from minicpmv.deploy.vllm.server import command
+
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        name = Path(options.model).name
+        argv = command(
+            options.model,
+            name=name,
+            host="127.0.0.1",
+            port=port,
+            think=False,
+            api_keys=(),
+            cors_origins=(),
+            media_hosts=options.media_hosts,
+            max_megabytes=options.max_megabytes,
+            max_requests=None,
+            max_rows=options.concurrency,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            extra=("--allowed-local-media-path", "/"),
+        )
+        self._process = subprocess.Popen(argv, stdout=sys.stderr)
+        try:
+            self._await(f"http://127.0.0.1:{port}/health")
+            super().__init__(replace(options, model=name), f"http://127.0.0.1:{port}/v1")
+        except BaseException:
+            self.close()
+            raise
+
+    def _await(self, address: str) -> None:
+        until = time.monotonic() + START_SECONDS
+        while time.monotonic() < until:
+            if (status := self._process.poll()) is not None:
+                raise EngineError(f"vLLM ended with exit code {status} before it answered; what it wrote stands above")
+            try:
+                with urllib.request.urlopen(address, timeout=5):
+                    return
+            except OSError:
+                time.sleep(1)
+        raise EngineError(f"vLLM did not answer within {START_SECONDS} seconds")
+
+    def close(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
