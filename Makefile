@@ -21,7 +21,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo nano test pytest web web-screenshots matrix newest conformance lint format docs bench clean
+.PHONY: help demo nano test pytest batch web web-screenshots matrix newest conformance lint format docs bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -71,6 +71,9 @@ web: $(WEB)/stamp ## the tests of the web page, which need a browser
 runners: .venvs/lmms-eval/stamp .venvs/vlmevalkit/stamp tokenizer.json ## nano under lmms-eval and VLMEvalKit, each in an environment of its own
 	OMP_NUM_THREADS=1 .venvs/lmms-eval/bin/python -m pytest tests/evaluate/adapters/test_lmms_eval.py $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 .venvs/vlmevalkit/bin/python -m pytest tests/evaluate/adapters/test_vlmevalkit.py $(PYTEST_ARGS)
+
+batch: .venvs/batch/stamp tokenizer.json ## batch inference in several processes, with Ray in an environment of its own
+	OMP_NUM_THREADS=1 .venvs/batch/bin/python -m pytest tests/batch/test_ray.py $(PYTEST_ARGS)
 
 web-screenshots: $(WEB)/stamp ## take the screenshots of the web page in docs/ anew
 	$(WEB)/bin/python tests/web/make_screenshots.py
@@ -131,6 +134,11 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	.venvs/$*/bin/python $(PIP_INSTALL) -c .venvs/$*/constraints.txt -e ".[matrix]" "transformers==$*"
 	@touch $@
 .PRECIOUS: .venvs/%/stamp
+
+.venvs/batch/stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[batch]" pytest
+	@touch $@
 
 # Both want other versions of some packages than the pinned ones, and torchvision, which without CUDA may not load:
 # no question here needs the operators that then lack.

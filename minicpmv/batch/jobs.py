@@ -177,7 +177,9 @@ def _describe(row, source, prompt, asked, answerer, media):
     for start, end in segment_times(duration_of(media.source(source)), asked.seconds):
         body = _question({"type": "video_url", "video_url": {"url": url}}, prompt or PROMPT)
         own = asked.fields.get("mm_processor_kwargs", {})
-        replies.append(_ask(row, body | {"mm_processor_kwargs": {**own, "start": start, "end": end}}, asked, answerer, media))
+        replies.append(
+            _ask(row, body | {"mm_processor_kwargs": {**own, "start": start, "end": end}}, asked, answerer, media)
+        )
         text = " ".join(_text(replies[-1]).split())
         segments.append(Segment(start, end, text, replies[-1]["choices"][0]["finish_reason"] != "length"))
     lines = [f"[{as_time(segment.start)} - {as_time(segment.end)}] {segment.text}" for segment in segments]
@@ -193,11 +195,11 @@ def duration_of(source: Path | bytes) -> float:
     import av
 
     try:
-        with av.open(BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
+        with av.open(BytesIO(source) if isinstance(source, bytes) else str(source), "r") as container:
             if container.duration:
                 return container.duration / av.time_base
-            stream = container.streams.video[0]
-            return max(float((packet.pts or 0) * stream.time_base) for packet in container.demux(stream))
+            packets = container.demux(container.streams.video[0])
+            return max(float(packet.pts * packet.time_base) for packet in packets if packet.pts is not None)
     except (av.FFmpegError, LookupError, ValueError) as error:
         name = f"{len(source)} bytes" if isinstance(source, bytes) else source
         raise MediaError(f"{name} cannot be read as a video ({error})") from error

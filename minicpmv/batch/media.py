@@ -56,7 +56,9 @@ class Media:
         size = source.stat().st_size
         self._check(size, source)
         guessed = mimetypes.guess_type(source.name)[0] or ""
-        return self._data_url(source.read_bytes(), guessed if guessed.startswith(kind) else DEFAULT_TYPES[kind], source)
+        return self._data_url(
+            source.read_bytes(), guessed if guessed.startswith(kind) else DEFAULT_TYPES[kind], source
+        )
 
     def source(self, value: Any) -> Path | bytes:
         """The path, absolute, or the bytes of an image, video or document.

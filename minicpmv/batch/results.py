@@ -144,7 +144,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise OutputError(f"{path}, line {number} is not JSON ({error}): delete the line, or the file") from error
+                raise OutputError(
+                    f"{path}, line {number} is not JSON ({error}): delete the line, or the file"
+                ) from error
             if not isinstance(row, dict):
                 raise OutputError(f"{path}, line {number} is no row: delete the line, or the file")
             yield row

@@ -70,7 +70,8 @@ class Piece:
 
     def _columns(self) -> Iterator[dict[str, Any]]:
         if self.path.is_dir():
-            yield from ({kind_of(self.path / str(name)): str(name)} for name in self.ids)
+            for name in map(str, self.ids):
+                yield {kind_of(Path(name)) or "": name}
         elif self.path.suffix.lower() in PARQUET_SUFFIXES:
             from pyarrow.parquet import ParquetFile
 
@@ -115,7 +116,9 @@ def open_input(path: Path) -> list[Piece]:
                     f"{path}: rows {first} and {number} both have the id {str(identity)[:80]!r}; give each its own"
                 )
     if not number:
-        raise InputError(f"{path} has no rows: " + ("no images, videos or PDF files" if path.is_dir() else "it is empty"))
+        raise InputError(
+            f"{path} has no rows: " + ("no images, videos or PDF files" if path.is_dir() else "it is empty")
+        )
     return pieces
 
 
@@ -181,6 +184,8 @@ def _id_in(columns, number, path):
     for name in ID_COLUMNS:
         if (found := columns.get(name)) is not None:
             if isinstance(found, bool) or not isinstance(found, (str, int)):
-                raise InputError(f"{path}: the {name} of row {number} is {str(found)[:40]!r}; give text or a whole number")
+                raise InputError(
+                    f"{path}: the {name} of row {number} is {str(found)[:40]!r}; give text or a whole number"
+                )
             return found
     return number

@@ -126,9 +126,7 @@ def _answers_here(pieces, options, asked, ordered):
     answerer = options.open()
     try:
         rows = (row for piece in pieces for row in piece)
-        yield from side_by_side(
-            lambda row: answer_row(row, asked, answerer), rows, options.concurrency, ordered
-        )
+        yield from side_by_side(lambda row: answer_row(row, asked, answerer), rows, options.concurrency, ordered)
     finally:
         answerer.close()
 
@@ -157,7 +155,8 @@ def side_by_side(
     # Not a pool: Python would wait for its threads at the end of an interrupted run.
     for _ in range(lanes):
         Thread(target=lane, daemon=True).start()
-    places, ready, under_way, turn, failure = enumerate(items), {}, 0, 0, None
+    ready: dict[int, Any] = {}  # out of turn
+    places, under_way, turn, failure = enumerate(items), 0, 0, None
     window = lanes * (AHEAD if ordered else 2)
     try:
         while True:
@@ -169,7 +168,7 @@ def side_by_side(
                 break
             place, result, error = done.get()
             under_way -= 1
-            if error is not None or stop.is_set() and result is None:
+            if error is not None or (stop.is_set() and result is None):
                 failure = failure or error
             elif not ordered:
                 yield result
@@ -239,13 +238,15 @@ def _answers_of_ray(pieces, options, asked, ordered, workers):
         gpus, cores = 0 if options.endpoint else int(there.get("GPU", 0)), int(there.get("CPU", 0))
         count = workers.count or max(1, gpus)
         if count > (most := gpus or cores):
-            raise MiniCPMVError(f"{count} workers are more than the {most} {'GPUs' if gpus else 'CPU cores'} that Ray has")
+            raise MiniCPMVError(
+                f"{count} workers are more than the {most} {'GPUs' if gpus else 'CPU cores'} that Ray has"
+            )
         answers = ray.data.from_items([{"piece": pickle.dumps(piece)} for piece in pieces]).map_batches(
             Worker,
             fn_constructor_args=(options, asked),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
-                size=count,
+                size=min(count, len(pieces)),
                 max_concurrent_calls_per_actor=2,  # the next piece is begun when the last rows of one are under way
                 enable_true_multi_threading=True,
             ),

@@ -26,7 +26,10 @@ class Task(str, Enum):
 
 def batch(
     source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="JSON lines, a Parquet file, or a folder of images, PDF files or videos.")
+        Path,
+        typer.Argument(
+            metavar="INPUT", help="JSON lines, a Parquet file, or a folder of images, PDF files or videos."
+        ),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A .jsonl or .parquet file.")],
     model: options.Model = ".",
@@ -54,7 +57,8 @@ def batch(
     ordered: Annotated[bool, typer.Option("--ordered", help="Write rows in the order of the input.")] = False,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Ask again about rows with an error.")] = False,
     workers: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Processes of Ray, each with a model, and a GPU if there are some.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Processes of Ray, each with a model, and a GPU if there are some."),
     ] = None,
     ray_address: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="A cluster of Ray, such as auto or ray://head:10001.")
@@ -70,7 +74,8 @@ def batch(
         typer.Option(metavar="NAME", help="Also fetch images from this host, which is not public; repeatable."),
     ] = None,
     max_megabytes: Annotated[
-        float, typer.Option(metavar="N", min=1, help="Most megabytes of a row's images and videos that are sent or fetched.")
+        float,
+        typer.Option(metavar="N", min=1, help="Most megabytes of a row's images and videos that are sent or fetched."),
     ] = 64,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -115,7 +120,8 @@ def batch(
             media_hosts=tuple(media_host or ()),
             max_megabytes=max_megabytes,
         )
-        asked = Asked(task and task.value, prompt, seconds, fields, max_megabytes)
+        ready: Any = task and task.value
+        asked = Asked(ready, prompt, seconds, fields, max_megabytes)
         of_ray = Workers(workers, ray_address) if workers or ray_address else None
         bar = Progress(
             BarColumn(),
@@ -126,9 +132,12 @@ def batch(
             disable=not console.is_terminal,
         )
         answered = errors = 0
-        with open_batch(
-            source, output, who, asked, ordered=ordered, retry_errors=retry_errors, workers=of_ray
-        ) as opened, bar:
+        with (
+            open_batch(
+                source, output, who, asked, ordered=ordered, retry_errors=retry_errors, workers=of_ray
+            ) as opened,
+            bar,
+        ):
             if opened.done:
                 terminal.note(f"{opened.done} of {opened.total} rows were answered before")
             shown = bar.add_task("", total=opened.total, completed=opened.done, rate="")

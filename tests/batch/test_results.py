@@ -56,9 +56,8 @@ def test_rows_with_an_error_are_forgotten_where_they_are_to_be_asked_again(tmp_p
 
 
 def test_two_runs_do_not_write_into_one_output(tmp_path):
-    with Results(tmp_path / "out.jsonl"):
-        with pytest.raises(OutputError, match="another run writes"):
-            Results(tmp_path / "out.jsonl")
+    with Results(tmp_path / "out.jsonl"), pytest.raises(OutputError, match="another run writes"):
+        Results(tmp_path / "out.jsonl")
     with Results(tmp_path / "out.jsonl") as results:
         assert results.ids == []
 
