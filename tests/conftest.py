@@ -4,8 +4,11 @@ import hashlib
 import importlib
 import json
 import os
+import shlex
 import shutil
+import subprocess
 import sys
+import time
 import types
 import urllib.request
 from pathlib import Path
@@ -13,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 
@@ -81,6 +85,31 @@ def nano_model(nano):
 @pytest.fixture(scope="session")
 def nano_processor(nano):
     return nano[1]
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory):
+    """The path of an executable that stands for `sys.executable` and has its imports done: one for all workers of a run."""
+    folder, owner = tmp_path_factory.getbasetemp(), os.getpid()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder, owner = folder.parent, os.getppid()
+    script, socket = Path(__file__).parent / "warm_python.py", folder / "warm.socket"
+    executable, log = folder / "warm_python", folder / "warm_python.log"
+    with FileLock(folder / "warm.lock"):
+        if not executable.exists():
+            with log.open("w") as output:
+                server = subprocess.Popen(
+                    [sys.executable, script, "--serve", socket, str(owner)],
+                    env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+                    stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                )  # fmt: skip
+            while not socket.exists():
+                assert server.poll() is None, log.read_text()
+                time.sleep(0.05)
+            command = shlex.join([sys.executable, "-S", "-E", str(script), str(socket)])
+            executable.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+            executable.chmod(0o755)
+    return str(executable)
 
 
 def wave_picture(width, height, k):

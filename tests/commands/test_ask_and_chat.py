@@ -283,17 +283,21 @@ def test_ask_imports_nothing_that_it_does_not_need():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_and_a_closed_pipe_leave_no_traceback():
-    command = [sys.executable, "-m", "minicpmv", "ask", NUMBER, QUESTION, "-m", str(NANO), *SHORT]
+def test_a_full_disk_and_a_closed_pipe_leave_no_traceback(warm_python):
+    command = ["-m", "minicpmv", "ask", NUMBER, QUESTION, "-m", str(NANO), *SHORT]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, *command], cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300
+        )
     assert done.returncode == 1
     # Before it, libraries may have complained: torchao does, wherever it is installed.
     assert done.stderr.endswith("minicpmv: the output cannot be written: No space left on device\n")
     assert "Traceback" not in done.stderr
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
+    done = subprocess.run(
+        [warm_python, *command], cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300
+    )
     os.close(writer)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "minicpmv: " not in done.stderr
 

@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -503,18 +502,18 @@ for split in (True, False):
     for batch in accelerator.prepare(loader):
         answers = [tokenizer.decode(labels[labels >= 0], skip_special_tokens=True) for labels in batch["labels"]]
         reds = ((batch["pixel_values"][:, 0, 0, 0, 0] + 1) * 127.5).round().int().tolist()
-        print(f"{split} {accelerator.process_index} {list(zip(answers, reds))}", flush=True)
+        sys.stdout.write(f"{split} {accelerator.process_index} {list(zip(answers, reds))}\\n")
 """
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_stream(tmp_path):
+def test_two_processes_share_a_stream(tmp_path, warm_python):
     """Batches fetched by one process and sliced, or by each its own: every row goes to one of them, picture and all."""
     pytest.importorskip("datasets")
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     arguments = [str(tmp_path / "script.py"), str(NANO), str(stream_file(tmp_path))]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    launch = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"PYTHON_EXEC": warm_python}
     done = subprocess.run(launch + arguments, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for split in (True, False):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
 
@@ -43,16 +44,16 @@ assert not (output / "merged" / "adapter_config.json").exists()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
-def test_notebook_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
+def test_notebook_runs_from_top_to_bottom(notebook, warm_python, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     content = nbformat.read(notebook, as_version=4)
     content.cells.append(nbformat.v4.new_code_cell(CHECKS[notebook.stem]))
-    client = NotebookClient(
-        content, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(notebook.parent)}}
-    )
+    manager = AsyncKernelManager(kernel_name="python3")
+    manager.kernel_spec.argv[0] = warm_python
+    client = NotebookClient(content, km=manager, timeout=240, resources={"metadata": {"path": str(notebook.parent)}})
     client.execute()  # raises what a cell raises
 
 

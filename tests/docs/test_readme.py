@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -95,30 +94,15 @@ def test_every_fenced_block_is_run_or_known_not_to_be(page):
     assert set(languages) <= {"python", "bash", "text", "json", "bibtex"}
 
 
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    """The shell's word for `minicpmv`."""
-    path = tmp_path_factory.mktemp("commands") / "socket"
-    script = str(REPOSITORY / "tests" / "docs" / "forked_commands.py")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
-    server = subprocess.Popen([sys.executable, script, "--serve", str(path)], env=environment)
-    while not path.exists():
-        assert server.poll() is None
-        time.sleep(0.1)
-    yield shlex.join([sys.executable, "-S", "-E", script, str(path)])
-    server.kill()
-    server.wait()
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if list(code_blocks(page, "bash"))], ids=name_of)
-def test_commands_run(page, commands, monkeypatch):
+def test_commands_run(page, warm_python, monkeypatch):
     """The blocks of a page run in one shell. make only says what it would do: its targets run in CI, one of them this test."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     script = (
         "set -euo pipefail\n"
         'make() { command make --dry-run "$@"; }\n'
-        f'python() {{ {shlex.quote(sys.executable)} "$@"; }}\n'
-        f'minicpmv() {{ {commands} "$@"; }}\n'
+        f'python() {{ {shlex.quote(warm_python)} "$@"; }}\n'
+        'minicpmv() { python -m minicpmv "$@"; }\n'
     )
     for line, code in code_blocks(page, "bash"):
         script += f"echo 'line {line}' >&2\n{code}"

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -445,8 +444,8 @@ def test_a_password_in_the_address_is_neither_shown_nor_stored():
 
 
 @pytest.mark.slow
-def test_nano_answers_through_its_server_as_it_does_here(nano, tmp_path):
-    arguments = [sys.executable, "-m", "minicpmv", "serve", "-m", str(NANO), "--port", "0"]
+def test_nano_answers_through_its_server_as_it_does_here(nano, tmp_path, warm_python):
+    arguments = [warm_python, "-m", "minicpmv", "serve", "-m", str(NANO), "--port", "0"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(arguments, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
     try:

@@ -2,9 +2,7 @@
 
 import json
 import os
-import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from operator import itemgetter
@@ -278,22 +276,22 @@ def test_a_resumed_run_asks_in_the_same_batches(nano, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_and_goes_on_ends_as_one_that_ran_through(nano, tmp_path):
+def test_a_run_that_was_killed_and_goes_on_ends_as_one_that_ran_through(nano, tmp_path, warm_python):
     rows = ["printed_line", "video_order"]
     command = "-m minicpmv evaluate nanobench -m nano --samples 24 --batch-size 2 --rows " + ",".join(rows)
     process = subprocess.Popen(
-        [sys.executable, *command.split(), "--output", str(tmp_path / "killed")],
+        [warm_python, *command.split(), "--output", str(tmp_path / "killed")],
         cwd=REPOSITORY,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     log, deadline = tmp_path / "killed" / "samples.jsonl", time.monotonic() + 300
     while not (log.exists() and log.read_bytes().count(b"\n") >= 15):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate()  # until nobody holds its output any more
     assert 15 <= log.read_bytes().count(b"\n") < 48 and not (tmp_path / "killed" / "results.json").exists()
     for folder in ("killed", "whole"):
         run(nano, tmp_path / folder, load_benchmark("nanobench"), rows=rows, samples=24)
@@ -302,7 +300,7 @@ def test_a_run_that_was_killed_and_goes_on_ends_as_one_that_ran_through(nano, tm
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_questions_and_one_writes_the_log(nano, tmp_path):
+def test_two_processes_share_the_questions_and_one_writes_the_log(nano, tmp_path, warm_python):
     """A run that one process began: the other two go on with it."""
     options = {"rows": ["shape", "multistep_deep"], "seeds": [0]}
     benchmark = load_benchmark("nanobench")
@@ -310,9 +308,9 @@ def test_two_processes_share_the_questions_and_one_writes_the_log(nano, tmp_path
     command = "accelerate.commands.launch --config_file recipes/accelerate/ddp.yaml --num_processes 2"
     command += " -m minicpmv evaluate nanobench -m nano --rows shape,multistep_deep --samples 7"
     done = subprocess.run(
-        [sys.executable, "-m", *command.split(), "--batch-size", "2", "--output", str(tmp_path / "both")],
+        [warm_python, "-m", *command.split(), "--batch-size", "2", "--output", str(tmp_path / "both")],
         cwd=REPOSITORY,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHON_EXEC": warm_python},
         capture_output=True,
         text=True,
         timeout=300,

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import zlib
 from collections import Counter
 from io import BytesIO
@@ -521,7 +520,7 @@ run.main(sys.argv[1:])
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_prompts_and_one_can_go_on_alone(prompts, tmp_path, scripted):
+def test_two_processes_share_the_prompts_and_one_can_go_on_alone(prompts, tmp_path, scripted, warm_python):
     program, output = tmp_path / "program.py", tmp_path / "output"
     program.write_text(PROGRAM)
     launch = [
@@ -536,9 +535,9 @@ def test_two_processes_share_the_prompts_and_one_can_go_on_alone(prompts, tmp_pa
     launch += ["--dataset_name", str(prompts), "--output_dir", str(output), "--batch_size", "2", "--use_cpu", "true"]
     launch += ["--temperature", "2.0", "--max_new_tokens", "12", "--length_tolerance", "0.9"]
     done = subprocess.run(
-        [sys.executable, *launch],
+        [warm_python, *launch],
         cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        env=os.environ | {"PYTHON_EXEC": warm_python},
         capture_output=True,
         text=True,
         timeout=300,

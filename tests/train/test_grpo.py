@@ -6,7 +6,6 @@ import math
 import os
 import random
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -506,12 +505,12 @@ with open(f"{{output}}/rank{{run.accelerator.process_index}}.json", "w") as file
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_model_though_one_has_no_pictures(tmp_path):
+def test_two_processes_train_the_same_model_though_one_has_no_pictures(tmp_path, warm_python):
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS.format(tests=[str(REPOSITORY / "tests"), str(REPOSITORY / "tests/train")]))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"]
+    launch = [warm_python, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/ddp.yaml"]
     launch += ["--num_processes=2", "--mixed_precision=no", "--main_process_port=0", str(script), str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": warm_python}
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300, env=environment, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))

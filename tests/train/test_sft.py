@@ -315,7 +315,7 @@ def test_an_adapter_sits_in_the_language_model_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_with_the_same_losses(tmp_path):
+def test_a_killed_run_goes_on_with_the_same_losses(tmp_path, warm_python):
     rows = [SHAPES, NUMBER, TEXT, STAR]
     options = {
         "adapter": "lora",  # its dropout and the shuffling need the saved random states
@@ -337,7 +337,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(tmp_path):
         "sft.LossCurves.on_step_begin = kill\n"
         "sft.main(sys.argv[1:])\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, *killed], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run([warm_python, "-c", program, *killed], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
     assert list(logged(tmp_path / "killed", "loss")) == [1, 2, 3, 4, 5]
     (tmp_path / "killed/checkpoint-6").mkdir()  # a checkpoint that was being written is passed over
@@ -408,7 +408,7 @@ sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # as an attribu
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["ddp", "fsdp2", "zero3"])
-def test_two_processes_one_without_pictures_train_as_one_process_does(tmp_path, recipe):
+def test_two_processes_one_without_pictures_train_as_one_process_does(tmp_path, warm_python, recipe):
     if recipe == "zero3":
         pytest.importorskip("deepspeed", reason="DeepSpeed is for Linux")
     rows = [SHAPES, TEXT, NUMBER, conversation("me", "Who?")]  # in turn to both processes: the second sees no picture
@@ -422,9 +422,9 @@ def test_two_processes_one_without_pictures_train_as_one_process_does(tmp_path, 
     launch = ["-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate/{recipe}.yaml"]
     launch += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", str(program)]
     done = subprocess.run(
-        [sys.executable, *launch, *flags(tmp_path, rows, output_dir=tmp_path / "two", **options)],
+        [warm_python, *launch, *flags(tmp_path, rows, output_dir=tmp_path / "two", **options)],
         cwd=REPOSITORY,
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)},
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHON_EXEC": warm_python},
         capture_output=True,
         text=True,
         timeout=300,
