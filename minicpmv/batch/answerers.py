@@ -3,6 +3,8 @@
 All take the body of a chat completion and give one back, from many threads at once.
 """
 
+import ctypes
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from typing import Any, Literal, Protocol
 from minicpmv.errors import MiniCPMVError
 
 
+PR_SET_PDEATHSIG = 1
 START_SECONDS = 1800  # for vLLM to load and compile a model
 Engine = Literal["auto", "transformers", "llama.cpp", "vllm"]
 
@@ -99,6 +102,11 @@ class AnswererOptions:
         return "vllm" if find_spec("vllm") and accelerators() else "transformers"
 
 
+def _end_with_parent() -> None:
+    """What a child does first: it gets SIGTERM when its parent dies, killed or not, and so leaves no GPU taken. Linux alone."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def accelerators() -> int:
     """How many GPUs this process may use."""
     import torch
@@ -128,7 +136,7 @@ class Local:
             requests=rows,
             total_megabytes=rows * options.max_megabytes,
         )
-        self._engine = LocalEngine(*loaded, Path(options.model).name, limits=limits, max_rows=options.concurrency)
+        self._engine = LocalEngine(*loaded, Path(options.model).resolve().name, limits=limits, max_rows=options.concurrency)
 
     def answer(self, what: str, body: Mapping[str, Any]) -> dict[str, Any]:
         from minicpmv.serving.schema import RequestError
@@ -177,34 +185,23 @@ class Remote:
 
 
 class OwnServer(Remote):
-    """vLLM's own server, with the plugin for packed videos, in a process that lives as long as this one."""
+    """`minicpmv serve --engine vllm`: vLLM's own server with the plugin, in a process that lives as long as this one."""
 
     as_files = True
 
     def __init__(self, options: AnswererOptions) -> None:
-        from minicpmv.deploy.vllm.server import command
-
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        name = Path(options.model).name
-        argv = command(
-            options.model,
-            name=name,
-            host="127.0.0.1",
-            port=port,
-            think=False,
-            api_keys=(),
-            cors_origins=(),
-            media_hosts=options.media_hosts,
-            max_megabytes=options.max_megabytes,
-            max_requests=None,
-            max_rows=options.concurrency,
-            revision=options.revision,
-            trust_remote_code=options.trust_remote_code,
-            extra=("--allowed-local-media-path", "/"),
-        )
-        self._process = subprocess.Popen(argv, stdout=sys.stderr)
+        name = Path(options.model).resolve().name
+        words = ["serve", "--model", options.model, "--engine", "vllm", "--host", "127.0.0.1", "--port", port]
+        words += ["--served-name", name, "--max-rows", 2 * options.concurrency]
+        words += ["--max-megabytes", options.max_megabytes]
+        words += [word for host in options.media_hosts for word in ("--media-host", host)]
+        words += ["--revision", options.revision] if options.revision else []
+        words += ["--trust-remote-code"] if options.trust_remote_code else []
+        command = [sys.executable, "-m", "minicpmv", *map(str, words), "--", "--allowed-local-media-path", "/"]
+        self._process = subprocess.Popen(command, stdout=sys.stderr, preexec_fn=_end_with_parent)
         try:
             self._await(f"http://127.0.0.1:{port}/health")
             super().__init__(replace(options, model=name), f"http://127.0.0.1:{port}/v1")
