@@ -136,7 +136,9 @@ class Local:
             requests=rows,
             total_megabytes=rows * options.max_megabytes,
         )
-        self._engine = LocalEngine(*loaded, Path(options.model).resolve().name, limits=limits, max_rows=options.concurrency)
+        self._engine = LocalEngine(
+            *loaded, Path(options.model).resolve().name, limits=limits, max_rows=options.concurrency
+        )
 
     def answer(self, what: str, body: Mapping[str, Any]) -> dict[str, Any]:
         from minicpmv.serving.schema import RequestError
