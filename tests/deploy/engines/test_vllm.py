@@ -1,11 +1,21 @@
 """vLLM with the plugin against `model.chat`: the same ids in the prompt, the same greedy answers. Needs vLLM: `make engines`."""
 
+import base64
+import io
 import os
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
+import openai
 import pytest
+import transformers
 from PIL import Image
 from conftest import NANO, REPOSITORY
 
@@ -145,14 +155,17 @@ def request(processor, case):
     }
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_prompts_and_answers_are_those_of_chat(engine, reference, kind):
+def answers(engine, requests):
     from vllm import SamplingParams
 
+    return engine.generate(requests, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_prompts_and_answers_are_those_of_chat(engine, reference, kind):
     model, processor = reference
-    greedy = SamplingParams(temperature=0, max_tokens=24)
     cases = kind()
-    outputs = engine.generate([request(processor, case) for case in cases], greedy, use_tqdm=False)
+    outputs = answers(engine, [request(processor, case) for case in cases])
     found, expected = [], []
     for case, output in zip(cases, outputs, strict=True):
         inputs = processor.apply_chat_template(
@@ -164,3 +177,240 @@ def test_prompts_and_answers_are_those_of_chat(engine, reference, kind):
     same = sum(mine == theirs for mine, theirs in zip(expected, found, strict=True))
     print(f"\n{kind.__name__}: {same}/{len(cases)} prompts and answers equal")
     assert found == expected
+
+
+def test_the_same_file_with_another_packing_is_another_item_of_the_caches(engine, reference):
+    model, processor = reference
+    question = examples.CLIP_QUESTIONS[0]
+    packings = [1, 6, 2, 1, 6, 2]
+    cases = [Case(asked(CLIP, question), {"max_num_packing": 6, "force_packing": packing}) for packing in packings]
+    found = [answers(engine, [request(processor, case)])[0] for case in cases]  # one after the other: caches are warm
+    expected = [model.chat(msgs=case.messages, decoding="greedy", max_new_tokens=24, **case.options) for case in cases]
+    assert [output.outputs[0].text for output in found] == expected
+    assert [len(output.prompt_token_ids) for output in found[:3]] == [len(o.prompt_token_ids) for o in found[3:]]
+    assert len({len(output.prompt_token_ids) for output in found[:3]}) == 3
+    assert all(output.num_cached_tokens > 0 for output in found[3:])
+
+
+def test_the_same_frames_at_other_times_are_another_item_of_the_caches(engine, reference):
+    case = drawn("clip_times", 0)
+    (frames, metadata), model, processor = case.given[0], *reference
+    later = [[temporal_id + 7 for temporal_id in group] for group in metadata["temporal_ids"]]
+    expected, found = [], []
+    for ids in (metadata["temporal_ids"], later, metadata["temporal_ids"]):
+        case.options["temporal_ids"] = [ids]
+        expected.append(model.chat(msgs=case.messages, decoding="greedy", max_new_tokens=24, **case.options))
+        case.given = [(frames, {"temporal_ids": ids})]
+        found.append(answers(engine, [request(processor, case)])[0].outputs[0].text)
+    assert found == expected
+
+
+def test_times_beyond_the_first_hour_are_answered(engine, reference):
+    case = drawn("video_order", 0)
+    (frames, metadata), model, processor = case.given[0], *reference
+    late = [[temporal_id + 36_000 for temporal_id in group] for group in metadata["temporal_ids"]]
+    case.options["temporal_ids"], case.given = [late], [(frames, {"temporal_ids": late})]
+    expected = model.chat(msgs=case.messages, decoding="greedy", max_new_tokens=24, **case.options)
+    assert answers(engine, [request(processor, case)])[0].outputs[0].text == expected
+
+
+def test_frames_of_other_loaders_keep_the_times_that_their_metadata_tell(engine, reference):
+    model, processor = reference
+    question, frames = examples.CLIP_QUESTIONS[0], drawn("video_direction", 1).given[0][0]
+    metadata = {"fps": 30.0, "frames_indices": [i * 15 for i in range(len(frames))], "do_sample_frames": False}
+    found = answers(
+        engine,
+        [
+            {
+                "prompt": processor.apply_chat_template(
+                    asked({"type": "video", "video": frames}, question), add_generation_prompt=True, enable_thinking=False
+                ),
+                "multi_modal_data": {"video": [video]},
+                "mm_processor_kwargs": {"max_num_packing": 6, "force_packing": 6},
+            }
+            for video in ((frames, metadata), (frames, {"fps": 2.0}))
+        ],
+    )
+    ids = [[i * 5 for i in range(len(frames))]]  # half a second from one to the next
+    expected = model.chat(
+        msgs=asked(*map(Image.fromarray, frames), question),
+        decoding="greedy",
+        temporal_ids=[ids],
+        max_slice_nums=1,
+        use_image_id=False,
+    )
+    assert [output.outputs[0].text for output in found] == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fps": -1}, "fps=-1 must be a positive number"),
+        ({"pfs": 3}, "mm_processor_kwargs hold pfs; they may hold"),
+        ({"max_num_frames": 100_000}, "max_num_frames=100000 is more than 113"),
+        ({"videos_kwargs": {"max_slice_nums": 1000}}, "max_slice_nums=1000 is more than 113"),
+        ({"start": 99}, "lies past the end of the video"),
+        ({"temporal_ids": [[0]]}, "this video is a file"),
+        ({"video_metadata": {"fps": 1}}, "hold video_metadata"),
+    ],
+)
+def test_what_an_option_gets_wrong_is_an_error_of_the_request_alone(engine, reference, options, message):
+    case = Case(asked(CLIP, "What?"), {})
+    with pytest.raises(ValueError, match=message):
+        answers(engine, [request(reference[1], case) | {"mm_processor_kwargs": options}])
+    assert answers(engine, [request(reference[1], case)])[0].outputs[0].text
+
+
+# ---- over HTTP ----
+
+
+@pytest.fixture(scope="module")
+def address():
+    """Of `vllm serve` as `minicpmv serve --engine vllm` starts it."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    options = {"name": "nano", "port": port, "api_keys": ["secret"], "max_rows": 8}
+    extra = ["--enforce-eager", "--dtype", "float32", "--limit-mm-per-prompt", '{"image": 8, "video": 2}']
+    program = f"from minicpmv.deploy.vllm.server import serve\nserve({str(NANO)!r}, extra={extra!r}, **{options!r})"
+    with subprocess.Popen([sys.executable, "-c", program]) as server:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/health")
+                break
+            except httpx.ConnectError:
+                assert server.poll() is None and time.monotonic() < deadline
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+        server.terminate()
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    return openai.OpenAI(base_url=address, api_key="secret", max_retries=0, timeout=120)
+
+
+def data_url(path, kind):
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def video(url=None):
+    return {"type": "video_url", "video_url": {"url": url or data_url(CLIP, "video/mp4")}}
+
+
+def image(name):
+    return {"type": "image_url", "image_url": {"url": data_url(ASSETS / name, "image/jpeg")}}
+
+
+def ask(client, *content, options=None, **fields):
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    body = {"mm_processor_kwargs": options} if options else {}
+    return client.chat.completions.create(
+        model="nano", messages=[{"role": "user", "content": parts}], temperature=0, extra_body=body, **fields
+    )
+
+
+@pytest.mark.parametrize("packing", [1, 2, 6])
+@pytest.mark.parametrize("question", examples.CLIP_QUESTIONS)
+def test_the_client_of_openai_packs_a_video_as_chat_does(client, reference, packing, question):
+    model, processor = reference
+    options = {"max_num_packing": 6, "force_packing": packing, "fps": 3}
+    response = ask(client, video(), question, options=options)
+    inputs = processor.apply_chat_template(
+        asked(CLIP, question), add_generation_prompt=True, enable_thinking=False, tokenize=True, return_dict=True, **options
+    )
+    assert response.choices[0].message.content == model.chat(msgs=asked(CLIP, question), decoding="greedy", **options)
+    assert response.usage.prompt_tokens == len(inputs["input_ids"][0])
+
+
+def test_images_and_a_video_in_one_message_are_answered_as_in_chat(client, reference):
+    number = ASSETS / "number.jpg"
+    response = ask(client, video(), image("number.jpg"), image("sum.jpg"), "What does it say?")
+    expected = reference[0].chat(
+        msgs=asked(CLIP, number, ASSETS / "sum.jpg", "What does it say?"), decoding="greedy"
+    )
+    assert response.choices[0].message.content == expected
+
+
+def test_frames_that_a_client_has_chosen_come_with_their_times(client, reference):
+    case = drawn("video_direction", 0)
+    frames, metadata = case.given[0]
+    encoded = []
+    for frame in frames:
+        file = io.BytesIO()
+        Image.fromarray(frame).save(file, "PNG")
+        encoded.append(base64.b64encode(file.getvalue()).decode())
+    question = case.messages[0]["content"][-1]
+    url = "data:video/jpeg;base64," + ",".join(encoded)
+    response = ask(client, video(url), question, options={"temporal_ids": metadata["temporal_ids"]})
+    assert response.choices[0].message.content == reference[0].chat(
+        msgs=case.messages, decoding="greedy", **case.options
+    )
+
+
+def test_a_thought_comes_apart_from_the_answer_in_a_stream_too(client):
+    body = {"chat_template_kwargs": {"enable_thinking": True}}
+    content = [image("sum.jpg"), {"type": "text", "text": "What is the result?"}]
+    stream = client.chat.completions.create(
+        model="nano", messages=[{"role": "user", "content": content}], temperature=0, stream=True, extra_body=body
+    )
+    thought = answer = ""
+    for chunk in stream:
+        thought += getattr(chunk.choices[0].delta, "reasoning", None) or ""
+        answer += chunk.choices[0].delta.content or ""
+    assert thought.split() == ["7+5-3+8", "7+5=12", "12-3=9", "9+8=17"]
+    assert answer.strip() == "17"
+
+
+def test_bad_options_addresses_and_keys_are_refused_and_the_server_goes_on(client, address):
+    with pytest.raises(openai.BadRequestError, match="fps=-1 must be a positive number"):
+        ask(client, video(), "What?", options={"fps": -1})
+    with pytest.raises(openai.BadRequestError, match="give fps, num_frames"):
+        client.chat.completions.create(
+            model="nano",
+            messages=[{"role": "user", "content": [video(), {"type": "text", "text": "What?"}]}],
+            extra_body={"media_io_kwargs": {"video": {"fps": 2}}},
+        )
+    with pytest.raises(openai.BadRequestError, match="allowed domains"):
+        ask(client, video("http://127.0.0.1:9/clip.mp4"), "What?")
+    with pytest.raises(openai.BadRequestError, match="cannot be read as a video"):
+        ask(client, video("data:video/mp4;base64,AAAA"), "What?")
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=address, api_key="none", max_retries=0).models.list()
+    assert [model.id for model in client.models.list()] == ["nano"]
+    assert ask(client, image("number.jpg"), "What does it say?").choices[0].message.content == "47"
+
+
+# ---- who is not packed ----
+
+
+def test_other_versions_stay_with_the_classes_of_vllm(monkeypatch):
+    from vllm.model_executor.models import minicpmv as stock
+
+    from minicpmv.deploy.vllm.model import PackedMiniCPMV
+    from minicpmv.deploy.vllm.processing import PackedProcessingInfo, processing_info
+
+    class Older:
+        packed_modules_mapping, embedding_modules = {}, {}
+
+        def __init__(self, **kwargs):
+            self.made_with = kwargs
+
+    monkeypatch.setitem(stock._SUPPORT_VERSION, (2, 6), Older)
+    config = transformers.PretrainedConfig(version=2.6, hidden_size=8, query_num=64)
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=config))
+    assert isinstance(PackedMiniCPMV(vllm_config=vllm_config, prefix="p"), Older)
+
+    context = SimpleNamespace(get_hf_config=lambda: config)
+    assert type(processing_info(context)) is stock.MiniCPMVProcessingInfo
+    assert not issubclass(stock.MiniCPMVProcessingInfo, PackedProcessingInfo)
+
+
+def test_frames_are_read_in_batches_of_whole_units():
+    from minicpmv.deploy.vllm.model import batches
+
+    units = [[-1], [0, 3, 6], [9, 12], [15], [0, 1, 2, 3, 4, 5]]
+    assert batches(units, 4) == [[[-1], [0, 3, 6]], [[9, 12], [15]], [[0, 1, 2, 3, 4, 5]]]
+    assert [unit for batch in batches(units, 1) for unit in batch] == units
+    assert batches([], 4) == []
