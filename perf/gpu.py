@@ -17,6 +17,7 @@ import argparse
 import copy
 import gc
 import json
+import math
 import platform
 import tempfile
 import time
@@ -59,11 +60,13 @@ class Scale:
     """How much is measured. A tiny one measures nothing worth knowing, and shows in seconds that everything runs."""
 
     folder: Path  # of the configuration and the processor
+    layers: int | None = None  # of language model and tower each, in place of those of the configuration
     new_tokens: int = 72
     warm_up: int = 8  # of the new tokens; a compiled step warms up, is recorded, then replayed
     repeats: int = 3
     frames: int = 60
     frame_size: tuple[int, int] = (640, 360)
+    image_slices: int = 9
     slices: int = 16  # what the model gives its tower at a time
     answer_words: int = 300  # that a training row learns
     product: int = 8192
@@ -71,7 +74,7 @@ class Scale:
 
 
 FULL = Scale(REPOSITORY)
-TINY = Scale(REPOSITORY / "nano", 4, 2, 1, 6, (64, 48), 2, 5, 128, 2**18)
+TINY = Scale(REPOSITORY / "nano", 1, 4, 2, 1, 6, (64, 48), 1, 2, 5, 128, 2**18)
 
 
 class StepClock(StoppingCriteria):
@@ -213,7 +216,7 @@ class Bench:
         if self._weights != weights:
             self.drop_model()
             start = time.perf_counter()
-            self._model = build(self.scale.folder, weights, self.device, self.dtype)
+            self._model = build(self.scale.folder, weights, self.device, self.dtype, self.scale.layers)
             self._weights = weights
             self.wait()
             print(f"({weights}: made in {time.perf_counter() - start:.1f} s)", flush=True)
@@ -248,14 +251,20 @@ class Bench:
     # ---- decoding ----
 
     def image(self) -> Any:
-        side = 3 * self.processor.image_processor.scale_resolution
-        return synthetic_image(side, side, 0)  # 9 slices and the overview
+        """One that is cut into `image_slices` slices, a square number, and read as a whole too where they are several."""
+        side = math.isqrt(self.scale.image_slices) * self.processor.image_processor.scale_resolution
+        return synthetic_image(side, side, 0)
 
     def prompt(self, model: Any, batch: int) -> dict[str, Any]:
-        """A question about an image in 9 slices for `generate`, `batch` times; the image is already read."""
+        """A question about an image in slices for `generate`, `batch` times; the image is already read."""
         messages = [{"role": "user", "content": [{"type": "image", "image": self.image()}, "Describe it."]}]
         inputs = self.processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+            messages,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            max_slice_nums=self.scale.image_slices,
         )
         visual = {name: inputs[name] for name in ("pixel_values", "tgt_sizes", "temporal_ids") if name in inputs}
         with torch.no_grad():
@@ -287,7 +296,7 @@ class Bench:
             options["past_key_values"] = self.static_cache(model, batch, length + new)
             options |= {"disable_compile": True} if config is None else {"compile_config": config}
         rates, calls = [], []
-        for _ in range(1 + self.scale.repeats):
+        for _ in range(max(2, self.scale.repeats)):
             if "past_key_values" in options:
                 options["past_key_values"].reset()
             clock, start = StepClock(self, first, new), time.perf_counter()
@@ -300,12 +309,15 @@ class Bench:
         if config:
             self.add(f"compiling: {name}", calls[0] - median(calls[1:]), "s", note=compiler_note())
         self.add(f"decoding: {name}", median(rates[1:]), "tokens/s", limit, "weights read", note)
+        if config:
+            self.compiled_step(f"decoding: {name}, step alone", model, options, batch, limit)
         if cache_kind == "dynamic":
             self.add_peak(f"decoding, {weights}, batch {batch}", model)
 
     def step(self, weights: str, batch: int) -> None:
         """Tokens a second if nothing but the kernels of a step took time."""
-        model, length = self.model(weights), self.scale.new_tokens + 10 * self.processor.image_processor.query_num
+        model = self.model(weights)
+        length = self.scale.new_tokens + 10 * model.config.query_num
         cache = self.static_cache(model, batch, length)
         room = cache.layers[0].max_cache_len
         whole = torch.ones(batch, 1, 1, room, dtype=torch.bool, device=self.device)
@@ -323,6 +335,23 @@ class Bench:
         name = f"decoding: {weights}, batch {batch}, one step alone"
         self.add(name, batch / seconds, "tokens/s", limit, "weights read", f"{room} places in the cache")
 
+    def compiled_step(self, name: str, model: Any, options: dict[str, Any], batch: int, limit: float) -> None:
+        """The compiled step that `generate` called, called again and again with what it was given last."""
+        step, given = model._compiled_call, {}
+
+        def record(**arguments: Any) -> Any:
+            given.update(arguments)
+            return step(**arguments)
+
+        cache = options["past_key_values"]
+        cache.reset()
+        with patch.object(model, "_compiled_call", record):
+            model.generate(**options)
+        cache.reset()
+        steps = min(16, cache.layers[0].max_cache_len // (2 + self.scale.repeats) - 1)
+        with torch.no_grad():
+            self.add(name, batch / self.seconds(lambda: step(**given), steps), "tokens/s", limit, "weights read")
+
     def captured(self, function: Callable[[], None]) -> Callable[[], None]:
         """The function as a CUDA graph; on a CPU, the function."""
         if not self.is_gpu:
@@ -338,12 +367,12 @@ class Bench:
             function()
         return graph.replay
 
-    def decodings(self, weights: str) -> None:
-        """All ways that need no compiler."""
+    def decodings(self, weights: str, caches: Sequence[str]) -> None:
+        """All ways that need no compiler, with these kinds of cache."""
         for batch in PROBED:
             with self.part(f"one step alone, {weights}, batch {batch}"):
                 self.step(weights, batch)
-            for cache_kind in ("dynamic", "static"):
+            for cache_kind in caches:
                 with self.part(f"decoding, {weights}, batch {batch}, {cache_kind}"):
                     self.decode(weights, cache_kind, batch)
 
@@ -367,7 +396,7 @@ class Bench:
         clip = {"type": "video", "video": frames}
         rate = {"fps": 3, "max_num_packing": 6, "force_packing": 6, "video_metadata": {"fps": 3}}
         asked: dict[str, tuple[Any, dict[str, Any]]] = {
-            "image in 9 slices": (self.image(), {"max_slice_nums": 9}),
+            f"image in {scale.image_slices} slices": (self.image(), {"max_slice_nums": scale.image_slices}),
             f"{scale.frames} frames, packed by 6": (clip, rate),
         }
         for name, (media, options) in asked.items():
@@ -400,7 +429,7 @@ class Bench:
         for kernel in kernels:
             implementation, backend = KERNELS[kernel]
             with self.part(f"tower, {kernel}"), torch.no_grad():
-                tower.set_attn_implementation(implementation)
+                tower.config._attn_implementation = implementation  # the setter wants flash-attn behind such a name
                 with nullcontext() if backend is None else sdpa_kernel(backend):
                     found = tower(pixels, few).last_hidden_state.float()
                     self.rate_of_tower(f"tower: {kernel}, {count} equal slices", tower, equal)
@@ -410,7 +439,7 @@ class Bench:
                 largest = expected.abs().max().item()
                 note = f"at most, of values up to {largest:.1f}; relative {relative:.1e}"
                 self.add(f"tower: {kernel}, from float32", error * 1e3, "x 0.001", note=note)
-        tower.set_attn_implementation(before)
+        tower.config._attn_implementation = before
 
     def pixels(self, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
         random = torch.Generator(self.device).manual_seed(0)
@@ -427,7 +456,7 @@ class Bench:
     # ---- training ----
 
     def training(self, adapter: str, batch: int = 2) -> None:
-        """Steps of `minicpmv train sft` on a conversation about an image in 9 slices."""
+        """Steps of `minicpmv train sft` on conversations about an image in slices."""
         from minicpmv.train import sft
         from minicpmv.train.common import arguments, loading
 
@@ -466,7 +495,7 @@ class Bench:
             trainer.add_callback(clock)
             self.start_of_peak()
             trainer.train()
-        tokens = next(iter(trainer.get_train_dataloader()))["input_ids"].numel()
+            tokens = next(iter(trainer.get_train_dataloader()))["input_ids"].numel()
         multiplied = sum(math_weights(kept[0]).values())
         # Forward, forward again for the checkpoints, and gradients of activations; weights are frozen.
         limit = 3 * 2 * multiplied * tokens / self.product
@@ -516,25 +545,26 @@ def main(arguments: Sequence[str] | None = None) -> Bench | None:
     if not options.tiny and not torch.cuda.is_available():
         print("No GPU here, so nothing to measure; --tiny tries every section on the CPU.")
         return None
-    device = torch.device("cpu" if options.tiny else "cuda")
+    device = torch.device("cpu") if options.tiny else torch.device("cuda", 0)
     bench = Bench(TINY if options.tiny else FULL, device, options.minutes, options.json)
     print(", ".join(f"{name} {value}" for name, value in machine(device).items()))
     print(heading(), flush=True)
+    eager = [name for name in KERNELS if name != "flex"]
     sections: list[tuple[str, float, Callable[[], None]]] = [
         ("limits", 5, bench.limits),
-        ("decoding bf16", 30, partial(bench.decodings, "bf16")),
+        ("decoding bf16", 40, partial(bench.decodings, "bf16", ["dynamic", "static"])),
         ("first token", 15, bench.first_token),
-        ("tower", 10, partial(bench.tower, [name for name in KERNELS if name != "flex"])),
+        ("tower", 15, partial(bench.tower, eager)),
         ("compiled bf16, batch 1", 60, partial(bench.compiled, "bf16", 1)),
-        ("compiled bf16, batch 8", 60, partial(bench.compiled, "bf16", 8)),
-        ("training with LoRA", 25, partial(bench.training, "lora")),
-        ("decoding nf4", 30, partial(bench.decodings, "nf4")),
-        ("training with QLoRA", 25, partial(bench.training, "qlora")),
-        ("decoding int4", 20, partial(bench.decodings, "int4")),
+        ("training with LoRA", 20, partial(bench.training, "lora")),
+        ("decoding nf4", 30, partial(bench.decodings, "nf4", ["dynamic"])),
+        ("training with QLoRA", 20, partial(bench.training, "qlora")),
+        ("decoding int4", 25, partial(bench.decodings, "int4", ["dynamic"])),
         ("compiled int4, batch 1", 60, partial(bench.compiled, "int4", 1)),
+        ("compiled bf16, batch 8", 60, partial(bench.compiled, "bf16", 8)),
+        ("flex in the tower", 30, partial(bench.tower, ["flex"])),
+        ("tuned bf16, batch 1", 120, partial(bench.compiled, "bf16", 1, is_tuned=True)),
         ("compiled int4, batch 8", 60, partial(bench.compiled, "int4", 8)),
-        ("tower, flex", 30, partial(bench.tower, ["flex"])),
-        ("compiled bf16, tuned", 90, partial(bench.compiled, "bf16", 1, is_tuned=True)),
     ]
     bench.run([section for section in sections if section[0].startswith(tuple(options.only)) or section[0] == "limits"])
     return bench

@@ -13,9 +13,15 @@ KINDS = ("bf16", "nf4", "int4")  # of the language model's layers; everything el
 WHOLE = ["vpm", "resampler", "lm_head"]
 
 
-def build(folder: Path, kind: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model of a folder's configuration in `dtype`, or with its language model in a kind of `KINDS`."""
+def build(folder: Path, kind: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> Any:
+    """The model of a folder's configuration in `dtype`, or with its language model in a kind of `KINDS`; with so many
+    layers of language model and tower each, if given."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    if layers is not None:
+        fields = {name: value for name, value in config.to_dict().items() if name != "layer_types"}
+        fields |= {"num_hidden_layers": layers, "max_window_layers": layers}
+        fields["vision_config"] |= {"num_hidden_layers": layers}
+        config = type(config)(**fields)
     with device:  # buffers too, which a model made without storage would lack
         model = AutoModel.from_config(config, trust_remote_code=True, dtype=dtype).eval()
     if kind == "nf4":
@@ -39,10 +45,12 @@ def build(folder: Path, kind: str, device: torch.device, dtype: torch.dtype) -> 
 def int4_settings(device: torch.device) -> Any:
     """torchao's 4-bit integers in the layout of torch's own kernel for GPUs; elsewhere, where it has none, 8-bit ones."""
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    from torchao.quantization.quantize_.workflows import Int4PackingFormat
 
     if device.type != "cuda":
         return Int8WeightOnlyConfig(version=2)
-    return Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
+    layout = Int4PackingFormat.TILE_PACKED_TO_4D
+    return Int4WeightOnlyConfig(group_size=128, int4_packing_format=layout, set_inductor_config=False)
 
 
 def bytes_read(*modules: nn.Module) -> int:
@@ -58,7 +66,7 @@ def _parts(weight: Tensor) -> Iterator[Tensor]:
         state = weight.quant_state
         while state is not None:
             yield state.absmax
-            state = state.state2
+            state = getattr(state, "state2", None)
     elif hasattr(weight, "__tensor_flatten__") and type(weight) is not nn.Parameter:
         for name in weight.__tensor_flatten__()[0]:
             yield getattr(weight, name)
