@@ -245,7 +245,9 @@ class Bench:
         self.add("limit: matrix product of the tower", self.tower_product / 1e12, "TFLOP/s", note=note)
 
     def rate_of_product(self, rows: int, inner: int, columns: int) -> float:
-        left, right = (torch.randn(*s, device=self.device, dtype=self.dtype) for s in ((rows, inner), (inner, columns)))
+        left, right = (
+            torch.randn(*s, device=self.device, dtype=self.dtype) for s in ((rows, inner), (inner, columns))
+        )
         return 2 * rows * inner * columns / self.seconds(lambda: left @ right, 10)
 
     # ---- decoding ----
@@ -405,7 +407,9 @@ class Bench:
             self.start_of_peak()
             outputs = [model.chat(msgs=messages, **options) for _ in range(1 + scale.repeats)]
             times = [output.timings for output in outputs[1:]]
-            inputs, vision, first = (median(t[stage] for t in times) * 1e3 for stage in ("inputs", "vision", "first_token"))
+            inputs, vision, first = (
+                median(t[stage] for t in times) * 1e3 for stage in ("inputs", "vision", "first_token")
+            )
             self.add(f"first token: {name}", first, "ms", note=f"a prompt of {outputs[0].prompt_tokens} tokens")
             self.add(f"first token: {name}, processor", inputs, "ms", first, "first token")
             self.add(f"first token: {name}, tower", vision - inputs, "ms", first, "first token", "and resampler")
@@ -487,7 +491,9 @@ class Bench:
                 "report_to": "none",
                 "disable_tqdm": True,
             }
-            loaded = patch.object(sft, "load_model_and_processor", partial(loading.load_model_and_processor, load=load))
+            loaded = patch.object(
+                sft, "load_model_and_processor", partial(loading.load_model_and_processor, load=load)
+            )
             with loaded:
                 flags = [f"--{name}={value}" for name, value in options.items()]
                 trainer = sft.make_trainer(*arguments.parse(sft.GROUPS, flags))
@@ -508,7 +514,9 @@ class Bench:
 
 def math_weights(model: Any) -> dict[str, int]:
     """Weights of the language model that multiply each token, by the name of their layer, whatever their type."""
-    layers = {name: module for name, module in model.llm.named_modules() if name.endswith("_proj") or name == "lm_head"}
+    layers = {
+        name: module for name, module in model.llm.named_modules() if name.endswith("_proj") or name == "lm_head"
+    }
     return {name: layer.in_features * layer.out_features for name, layer in layers.items()}
 
 
@@ -566,7 +574,9 @@ def main(arguments: Sequence[str] | None = None) -> Bench | None:
         ("tuned bf16, batch 1", 120, partial(bench.compiled, "bf16", 1, is_tuned=True)),
         ("compiled int4, batch 8", 60, partial(bench.compiled, "int4", 8)),
     ]
-    bench.run([section for section in sections if section[0].startswith(tuple(options.only)) or section[0] == "limits"])
+    bench.run(
+        [section for section in sections if section[0].startswith(tuple(options.only)) or section[0] == "limits"]
+    )
     return bench
 
 
