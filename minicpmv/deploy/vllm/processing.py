@@ -9,7 +9,7 @@ What is special:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from minicpmv.errors import MiniCPMVError
 logger = init_logger(__name__)
 
 PACKED_VERSION = (4, 5)
+PARTS = ("images_kwargs", "videos_kwargs")  # options of images or videos alone
 # Of a request: where the processor would take data, or give what vLLM has no place for.
 NOT_FOR_REQUESTS = {"video_metadata", "return_metadata", "input_data_format"}
 
@@ -58,12 +59,13 @@ class PackedProcessingInfo(MiniCPMVProcessingInfo):
         Raises:
             MiniCPMVError: there is no such option, or it would read more than a prompt can hold.
         """
-        options = self.ctx.get_merged_mm_kwargs(request)
+        options = self.ctx.get_mm_config().merge_mm_processor_kwargs(request)
         names = self.get_hf_processor().option_names
         known = (names["images"] | names["videos"] | {"temporal_ids"}) - NOT_FOR_REQUESTS
-        parts: list[Any] = [options.get(name) or {} for name in ("images_kwargs", "videos_kwargs")]
-        given = options.keys() - {"images_kwargs", "videos_kwargs"} | set().union(*parts)
-        if unknown := given - known:
+        parts: list[Any] = [options.get(name) or {} for name in PARTS]
+        if not all(isinstance(part, Mapping) for part in parts):
+            raise MiniCPMVError(f"{' and '.join(PARTS)} in mm_processor_kwargs are objects of options")
+        if unknown := (options.keys() - {*PARTS} | set().union(*parts)) - known:
             raise MiniCPMVError(
                 f"mm_processor_kwargs hold {', '.join(sorted(unknown))}; they may hold {', '.join(sorted(known))}"
             )
@@ -107,10 +109,12 @@ class PackedDataParser(MiniCPMVMultiModalDataParser):
         return super()._parse_video_data([data] if isinstance(data, bytes) else data)
 
     def _get_video_with_metadata(self, video: Any) -> tuple[Any, dict[str, Any]]:
-        if isinstance(video, bytes):
-            return np.frombuffer(video, np.uint8), {}
-        frames, metadata = super()._get_video_with_metadata(video)
-        return np.asarray(frames) if isinstance(frames, (list, tuple)) else frames, metadata or {}
+        content, metadata = (video, None) if isinstance(video, bytes) else super()._get_video_with_metadata(video)
+        if isinstance(content, bytes):
+            content = np.frombuffer(content, np.uint8)
+        elif isinstance(content, (list, tuple)):
+            content = np.asarray(content)
+        return content, metadata or {}
 
 
 class PackedMultiModalProcessor(MiniCPMVMultiModalProcessor):
@@ -132,13 +136,11 @@ class PackedMultiModalProcessor(MiniCPMVMultiModalProcessor):
     def _read_video(
         self, video: Any, metadata: Mapping[str, Any], temporal_ids: Any = None, **options: Any
     ) -> dict[str, Any]:
-        if video.ndim == 1:
-            if temporal_ids is not None:
-                raise MiniCPMVError("temporal_ids are for frames that the caller has chosen, but this video is a file")
-            return self._read(self.info.video_pattern, videos=[[video.tobytes()]], **options)
         own = dict(options.pop("videos_kwargs", None) or {})
-        temporal_ids = metadata.get("temporal_ids", temporal_ids)
+        is_file, temporal_ids = video.ndim == 1, metadata.get("temporal_ids", temporal_ids)
         if temporal_ids is not None:
+            if is_file:
+                raise MiniCPMVError("temporal_ids are for frames that the caller has chosen, but this video is a file")
             slices = self.info.get_hf_processor().video_processor.max_slice_nums
             frames = {
                 "max_slice_nums": own.get("max_slice_nums") or options.get("max_slice_nums") or slices,
@@ -148,10 +150,8 @@ class PackedMultiModalProcessor(MiniCPMVMultiModalProcessor):
             return self._read(prompt, images=[list(video)], temporal_ids=[temporal_ids], images_kwargs=frames)
         if not metadata.get("do_sample_frames", True) and not {"fps", "num_frames"} & {*own, *options}:
             own.setdefault("do_sample_frames", False)
-        clock = clock_of(metadata, len(video))
-        return self._read(
-            self.info.video_pattern, videos=[[video]], video_metadata=clock, videos_kwargs=own, **options
-        )
+        videos, clock = [[video.tobytes() if is_file else video]], clock_of(metadata, len(video))
+        return self._read(self.info.video_pattern, videos=videos, video_metadata=clock, videos_kwargs=own, **options)
 
     def _read(self, prompt: str, **inputs: Any) -> dict[str, Any]:
         """The fields of one image or video: the ids of its place in the prompt, and what the model reads for them."""
@@ -183,17 +183,19 @@ class PackedMultiModalProcessor(MiniCPMVMultiModalProcessor):
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         slot = self.info.get_tokenizer().get_vocab()[self.info.get_hf_processor().image_token]
 
-        def slots_of(name: str, items: Sequence[Any], index: int) -> PromptUpdateDetails:
-            ids = items[index][name].data.tolist()
+        def image(index: int) -> PromptUpdateDetails:
+            ids = out_mm_kwargs["image"][index]["slots"].data.tolist()
             return PromptUpdateDetails.select_token_ids(self._numbered(ids, index), [slot])
 
+        def video(index: int) -> PromptUpdateDetails:
+            ids = out_mm_kwargs["video"][index]["video_slots"].data.tolist()
+            return PromptUpdateDetails.select_token_ids(ids, [slot])
+
+        replacements = {"image": image, "video": video}
         return [
             update  # of features that the caller computed
             if isinstance(mm_items.get(update.modality), DictEmbeddingItems)
-            else replace(
-                update,
-                replacement=partial(slots_of, _SLOTS[update.modality], out_mm_kwargs.get(update.modality, ())),
-            )
+            else replace(update, replacement=replacements[update.modality])
             for update in updates
         ]
 
@@ -204,9 +206,6 @@ class PackedMultiModalProcessor(MiniCPMVMultiModalProcessor):
         if ids[0] != start:
             return ids
         return [start, *cached_encode(tokenizer, str(index), add_special_tokens=False), *ids[ids.index(end) :]]
-
-
-_SLOTS = {"image": "slots", "video": "video_slots"}
 
 
 def clock_of(metadata: Mapping[str, Any], num_frames: int) -> dict[str, float] | None:
