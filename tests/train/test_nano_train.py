@@ -18,8 +18,9 @@ from minicpmv.train.feedback import run as feedback
 from minicpmv.train.nano import card
 from minicpmv.train.nano.batches import LAYOUTS, SampleEncoder, single_turns, training_batch
 from minicpmv.train.nano.growth import deepened, layer_counts
-from minicpmv.train.nano.pretrain import Recipe, Stage, Trainee, main, optimizers_of, spread_queries, train
+from minicpmv.train.nano.pretrain import Recipe, Stage, main, optimizers_of, train
 from minicpmv.train.nano.tokenizer import build, train_merges
+from minicpmv.train.nano.trainee import Trainee, spread_queries
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -58,7 +58,6 @@ class SampleEncoder:
     def encode(self, sample: Sample) -> Example:
         row = self.collator.encode(conversation_row(sample))
         image_processor = self.collator.processor.image_processor
-        image_processor = self.collator.processor.image_processor
         sizes = iter(torch.as_tensor(row.tgt_sizes).tolist())
         dense = []
         for drawing in sample.drawings:
@@ -99,6 +98,11 @@ LAYOUTS = (
 
 
 def training_batch(encoder: SampleEncoder, mixture: Mixture, size: int, seed: int, number: int) -> dict[str, Any]:
+    """The [`training_examples`] of batch `number`, for `model(**batch)`."""
+    return encoder.batch(training_examples(encoder, mixture, size, seed, number))
+
+
+def training_examples(encoder: SampleEncoder, mixture: Mixture, size: int, seed: int, number: int) -> list[Example]:
     """Batch `number` of the training split: deterministic in its arguments, so any process can make any batch.
 
     All its samples are of one layout (image, sliced image, form, page or video) and have about as many turns, so that
@@ -115,8 +119,7 @@ def training_batch(encoder: SampleEncoder, mixture: Mixture, size: int, seed: in
     )
     taken = size // 2 if "page" in layout else size
     samples = (make_sample("train", seed, number * size + i, alike) for i in range(taken))
-    examples = sorted((encoder.encode(sample) for sample in samples), key=layout_key)
-    return encoder.batch(examples)
+    return sorted((encoder.encode(sample) for sample in samples), key=layout_key)
 
 
 @dataclass

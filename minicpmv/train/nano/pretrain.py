@@ -1,15 +1,17 @@
 """Train nano: a small model of the same architecture, from scratch, on images that the repository draws.
 
-    python -m minicpmv.train.nano --config recipes/nano/pretraining.yaml --output DIR [--minutes N]
+    python -m minicpmv.train.nano --config recipes/nano/pretraining.yaml --output DIR [--minutes N [--finish]]
 
 What is special:
 - stages: first the tower alone learns what lies under each patch (dense labels cost nothing, since we draw), then
   resampler and language model learn conversations, with the dense loss kept beside;
 - the resampler's queries start spread over the image, each looking at one spot (`spread_queries`);
 - on a CPU one single-threaded process a core. Each takes the next batch of a step as soon as it is free: on shared cores
-  much faster than threads, which wait for each other in every operation. On a GPU one process trains, and all cores draw;
+  much faster than threads, which wait for each other in every operation. On a GPU one process trains, all batches of a
+  step at once (`packed`), and all other cores draw;
 - the gradients of a step are summed in the order of its batches, whoever made them: on a CPU the weights are, bit for bit,
-  the same from any number of processes, and from a run that was killed and goes on from `DIR/state.pt`;
+  the same from any number of processes. A run that was killed and goes on from `DIR/state.pt` gives the same bits on the
+  same kind of device; on another kind it goes on too;
 - a stage may begin with more layers than the one before (`growth`).
 
 What it leaves in DIR: the trained model in `model/`, the log and its curves.
@@ -24,23 +26,19 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import yaml
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from minicpmv.data.collator import IGNORED
-from minicpmv.drawn.drawing import COLOR_CLASSES, KIND_CLASSES
 from minicpmv.drawn.samples import Mixture, make_sample
 from minicpmv.errors import one_line_errors
 from minicpmv.files import read_json, read_json_lines, write_whole
@@ -48,6 +46,9 @@ from minicpmv.train.common.curves import draw
 from minicpmv.train.common.errors import ArgumentsError, TrainingError
 from minicpmv.train.nano.batches import DrawnBatches, SampleEncoder, layout_key, single_turns
 from minicpmv.train.nano.growth import deepened, layer_counts
+from minicpmv.train.nano.muon import BatchedMuon
+from minicpmv.train.nano.packed import PackedSteps, Tables, packed_losses
+from minicpmv.train.nano.trainee import Trainee, spread_queries
 
 
 @dataclass
@@ -70,9 +71,13 @@ class Stage:
     warmup: int = 100
     decay: float = 0.2  # share of the steps in which the learning rate falls
 
-    def rate(self, step: int) -> float:
-        left = (self.steps - step) / max(1.0, self.decay * self.steps)
+    def rate(self, step: int, time_left: float = 1.0) -> float:
+        """The learning rate of a step; `time_left` is the share of the time that is left, where time is what ends it."""
+        left = min(time_left, (self.steps - step) / self.steps) / max(1 / self.steps, self.decay)
         return self.learning_rate * min(1.0, (step + 1) / self.warmup, max(0.05, left))
+
+    def loss(self, dense: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        return answer + (self.dense_weight if self.answers else 1.0) * dense
 
 
 @dataclass
@@ -104,109 +109,6 @@ class Recipe:
             raise ArgumentsError(f"--config: {path} cannot be read: {error.strerror}") from error
         except (TypeError, KeyError, yaml.YAMLError) as error:
             raise ArgumentsError(f"{path}: {error}; fields are those of Recipe, Stage and Mixture") from error
-
-
-@torch.no_grad()
-def spread_queries(resampler: nn.Module) -> None:
-    """Start each head of each query at one spot of the image, so that the tokens begin as a coarse map of it.
-
-    The spots are the cells of a grid over an image of 8 x 10 patches; the heads of a query lie side by side. Part h of a
-    query holds the sin-cos position of head h's spot, in the highest frequencies of that code, where near and far
-    positions differ most; head h projects that part, and the same frequencies of the keys. From a random start the
-    queries all see the same average, and it takes most of an hour until they part.
-    """
-    side = math.isqrt(resampler.num_queries)
-    width, head_dim = resampler.embed_dim, resampler.attn.head_dim
-    heads, fine, quarter = width // head_dim, head_dim // 4, width // 4  # `fine` sines and cosines of each axis
-    chosen = torch.cat([torch.arange(fine) + quarter * part for part in range(4)])
-    frequencies = 1 / 10000 ** (torch.arange(fine) / quarter)
-
-    def code(spots):  # [N] -> [N, head_dim / 2]
-        return torch.cat([torch.sin(spots[:, None] * frequencies), torch.cos(spots[:, None] * frequencies)], dim=1)
-
-    rows = code((torch.arange(side) + 0.5) * 8 / side - 0.5)
-    columns = code((torch.arange(side * heads) + 0.5) * 10 / (side * heads) - 0.5)
-    pick = torch.zeros(2, width, width)  # of queries and of keys
-    for head in range(heads):
-        part = slice(head * head_dim, (head + 1) * head_dim)
-        own = columns[head::heads]
-        resampler.query[: side * side, part] = torch.cat([own.repeat(side, 1), rows.repeat_interleave(side, 0)], dim=1)
-        pick[0, part, part] = torch.eye(head_dim)
-        pick[1, torch.arange(head_dim) + head * head_dim, chosen] = 1
-    noise = torch.randn_like(resampler.attn.in_proj_weight[: 2 * width]) * 0.01
-    resampler.attn.in_proj_weight[: 2 * width] = pick.flatten(0, 1) + noise
-
-
-TOKENS_AT_ONCE = {"cpu": 1200, "cuda": 40_000}
-
-
-class Trainee(nn.Module):
-    """The model with the heads that name what lies under each patch; only the model is kept in the end."""
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        self.model = model
-        width = model.config.vision_config.hidden_size
-        self.kind_head = nn.Linear(width, len(KIND_CLASSES))
-        self.color_head = nn.Linear(width, len(COLOR_CLASSES))
-
-    @property
-    def device(self) -> torch.device:
-        return self.kind_head.weight.device
-
-    def heads(self) -> list[nn.Parameter]:
-        return [*self.kind_head.parameters(), *self.color_head.parameters()]
-
-    def forward(
-        self, batch: dict[str, Any], answers: bool = True, tower_learns: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Returns the dense loss, the answer loss (0 without answers), the logits of kinds, and whether each answer
-        token is the most likely one."""
-        slices = [pixels for sample in batch["pixel_values"] for pixels in sample]
-        sizes = [tuple(size) for sample in batch["tgt_sizes"] for size in sample.tolist()]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and tower_learns):
-            patches = self.patches(slices, sizes)
-        kinds = self.kind_head(patches).float()
-        dense_loss = F.cross_entropy(kinds, batch["kind_labels"], ignore_index=IGNORED)
-        colors = self.color_head(patches).float()
-        dense_loss = dense_loss + F.cross_entropy(colors, batch["color_labels"], ignore_index=IGNORED)
-        if not answers:
-            return dense_loss, torch.zeros((), device=kinds.device), kinds, None
-        groups = [group for sample in batch["temporal_ids"] for group in sample]
-        tokens = self.model.resampler(patches, sizes, groups)  # [units, Q, D]
-        answer_loss, right = self.answer(batch, tokens)
-        return dense_loss, answer_loss, kinds, right
-
-    def patches(self, slices: list[torch.Tensor], sizes: list[tuple[int, int]]) -> torch.Tensor:
-        """The tower's output [patches, D], in the order of the slices; equally long ones go through it side by side."""
-        lengths = [rows * columns for rows, columns in sizes]
-        order = sorted(range(len(sizes)), key=lambda i: lengths[i])
-        states = self.model.vpm([slices[i] for i in order], [sizes[i] for i in order]).last_hidden_state
-        pieces = dict(zip(order, states.split([lengths[i] for i in order]), strict=True))
-        return torch.cat([pieces[i] for i in range(len(sizes))])
-
-    def answer(self, batch: dict[str, Any], tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of the answers, and for each row whether it is what greedy search gives.
-
-        Short conversations do not wait for long ones: rows of like length go through the language model together, as many
-        as stay in the caches of a CPU.
-        """
-        units = [len(groups) for groups in batch["temporal_ids"]]
-        visual = tokens.split(units)
-        lengths = batch["attention_mask"].sum(1)
-        at_once = max(1, TOKENS_AT_ONCE[tokens.device.type] // int(lengths.max()))
-        total, count = 0.0, int((batch["labels"] != IGNORED).sum())
-        right = torch.zeros(len(lengths), dtype=torch.bool, device=tokens.device)
-        for rows in lengths.argsort(stable=True).split(at_once):
-            longest = int(lengths[rows].max())
-            ids, mask, labels = (batch[name][rows, :longest] for name in ("input_ids", "attention_mask", "labels"))
-            images = {"image": torch.cat([visual[row] for row in rows])}
-            output = self.model(input_ids=ids, attention_mask=mask, mm_encoder_outputs=images, use_cache=False)
-            logits, wanted = output.logits[:, :-1].float(), labels[:, 1:]
-            written = wanted != IGNORED
-            total = total + F.cross_entropy(logits[written], wanted[written], reduction="sum")
-            right[rows] = ((logits.argmax(-1) == wanted) | ~written).all(1)
-        return total / count, right
 
 
 class Validation:
@@ -250,7 +152,7 @@ class Validation:
 def to_device(value: Any, device: torch.device) -> Any:
     """A batch, its tensors in lists and all, on a device."""
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        return value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {name: to_device(part, device) for name, part in value.items()}
     if isinstance(value, list):
@@ -265,14 +167,19 @@ def optimizers_of(trainee: Trainee, weight_decay: float) -> list[torch.optim.Opt
     for name, parameter in trainee.named_parameters():
         is_table = any(part in name for part in ("embedding", "embed_tokens", "query", "_head"))
         (inner if parameter.ndim == 2 and not is_table else other).append(parameter)
-    muon = torch.optim.Muon(inner, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = BatchedMuon(inner, lr=0.0, weight_decay=weight_decay)
     adamw = torch.optim.AdamW(other, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
     return [muon, adamw]
 
 
+def packs_steps(device: torch.device) -> bool:
+    """Whether all batches of a step go through the network at once: on a CPU each fits its caches better alone."""
+    return device.type != "cpu"
+
+
 def model_options(device: torch.device) -> dict[str, Any]:
     # Eager on a CPU, because the backward pass of its flash kernel is slow on sequences this short.
-    attention = "eager" if device.type == "cpu" else "sdpa"
+    attention = "sdpa" if packs_steps(device) else "eager"
     return {"trust_remote_code": True, "dtype": torch.float32, "attn_implementation": attention}
 
 
@@ -412,22 +319,16 @@ class Run:
                 file.write(json.dumps(entry) + "\n")
 
 
-def taken_batches(
-    drawn: DrawnBatches, stage: Stage, first_step: int, store: dist.Store | None, device: torch.device
-) -> Iterator[Iterator[tuple[int, dict[str, Any]]]]:
+Batches = Iterator[tuple[int, dict[str, Any]]]
+
+
+def taken_batches(drawn: DrawnBatches, stage: Stage, first_step: int, store: dist.Store | None) -> Iterator[Batches]:
     """For each step from `first_step` on, the batches that fall to this process, with their places in the step.
 
-    On a CPU `store` hands them out (None: there is one process) and each is drawn where it is used; for a GPU the other
-    cores draw ahead.
+    `store` hands them out (None: there is one process), and each is drawn where it is used.
     """
-    if device.type == "cuda":
-        rest = Subset(drawn, range(first_step * stage.batches, len(drawn)))
-        ahead = iter(DataLoader(rest, batch_size=None, num_workers=os.cpu_count() or 1, prefetch_factor=4))
-        for _ in range(first_step, stage.steps):
-            yield ((place, to_device(next(ahead), device)) for place in range(stage.batches))
-        return
 
-    def of(step: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def of(step: int) -> Batches:
         place = -1
         while (place := place + 1 if store is None else store.add(f"{stage.name}/{step}", 1) - 1) < stage.batches:
             yield place, drawn[step * stage.batches + place]
@@ -436,59 +337,101 @@ def taken_batches(
         yield of(step)
 
 
-def run_stage(run: Run, stage: Stage, store: dist.Store | None, deadline: float) -> bool:
-    """The steps of a stage that are left, until `deadline`; returns whether the stage is done."""
+def packed_ahead(steps: PackedSteps, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The steps on their device, drawn ahead by all cores but the one that trains."""
+    workers, is_cuda = max(1, (os.cpu_count() or 2) - 1), device.type == "cuda"
+    for step in DataLoader(steps, batch_size=None, num_workers=workers, prefetch_factor=4, pin_memory=is_cuda):
+        yield to_device(step, device)
+
+
+def learned_steps(run: Run, stage: Stage, store: dist.Store | None) -> Iterator[torch.Tensor | None]:
+    """The steps of a stage that are left: each leaves its gradients in the parameters, and the means [2] of its dense and
+    answer losses are given (None from a process that made no batch)."""
+    trainee, progress = run.trainee, run.progress
+    first_step, first_batch = progress["step"], progress["batches"] - progress["step"] * stage.batches
+    source = (run.encoder, stage.mixture, stage.batch_size, run.recipe.seed, first_batch)
+    if packs_steps(run.device):
+        tables = Tables(trainee, run.encoder.collator.processor.image_processor, run.device)
+        packed = PackedSteps(*source, stage.batches, stage.tower_views, first_step, stage.steps)
+        for step in packed_ahead(packed, run.device):
+            with torch.autocast(run.device.type, torch.bfloat16):
+                dense, answer = packed_losses(trainee, step, tables, stage.answers)
+                stage.loss(dense, answer).backward()
+            yield torch.stack([dense.detach(), answer.detach()])
+        return
+    gradients = Gradients(trainee, stage)
+    drawn = DrawnBatches(*source, stage.steps * stage.batches)
+    for batches in taken_batches(drawn, stage, first_step, store):
+        losses = []
+        for place, batch in batches:
+            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+                views = sum(len(sizes) for sizes in batch["tgt_sizes"])
+                dense, answer, _, _ = trainee(batch, stage.answers, views <= stage.tower_views)
+                (stage.loss(dense, answer) / stage.batches).backward()
+            gradients.take(place)
+            losses.append(torch.stack([dense.detach(), answer.detach()]))
+        gradients.sum(is_shared=store is not None)
+        yield torch.stack(losses).mean(0) if losses else None
+
+
+def finite_losses(averages: torch.Tensor, run: Run, stage: Stage, step: int) -> dict[str, float]:
+    """The means of the dense and the answer loss.
+
+    Raises:
+        TrainingError: one of them is no number.
+    """
+    dense, answer = averages.tolist()
+    if not math.isfinite(dense + answer):
+        raise TrainingError(
+            f"Stage {stage.name}, step {step}: the loss is {dense + answer}. The state of an earlier step stays in "
+            f"{run.output}. Lower the learning_rate ({stage.learning_rate}) or lengthen the warmup ({stage.warmup})."
+        )
+    return {"dense": round(dense, 4), "answer": round(answer, 4)}
+
+
+def run_stage(run: Run, stage: Stage, store: dist.Store | None, deadline: float, finishes: bool) -> bool:
+    """The steps of a stage that are left, until `deadline`; returns whether the stage is done, as it is then with `finishes`."""
     run.enter(stage)
     run.progress["name"] = stage.name
-    trainee, progress, recipe, device = run.trainee, run.progress, run.recipe, run.device
+    trainee, progress, recipe = run.trainee, run.progress, run.recipe
     bar = tqdm(initial=progress["step"], total=stage.steps, desc=stage.name, disable=run.rank > 0)
-    averages: dict[str, float] = {}
-    began = time.monotonic()
-    gradients = Gradients(trainee, stage)
+    averages = None  # of the dense and the answer loss; on a GPU they are read now and then, because reading waits
+    start = began = time.monotonic()
     validation = Validation(run.encoder, recipe, stage) if run.rank == 0 else None
-    first = progress["batches"] - progress["step"] * stage.batches
-    drawn = DrawnBatches(run.encoder, stage.mixture, stage.batch_size, recipe.seed, first, stage.steps * stage.batches)
-    steps = taken_batches(drawn, stage, progress["step"], store, device)
-    for step, batches in zip(range(progress["step"], stage.steps), steps, strict=True):
-        for place, batch in batches:
-            kernel = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-            with torch.autocast(device.type, torch.bfloat16), kernel:
-                views = sum(len(sizes) for sizes in batch["tgt_sizes"])
-                dense_loss, answer_loss, _, _ = trainee(batch, stage.answers, views <= stage.tower_views)
-                loss = answer_loss + (stage.dense_weight if stage.answers else 1.0) * dense_loss
-                (loss / stage.batches).backward()
-            gradients.take(place)
-            if not math.isfinite(value := loss.item()):
-                raise TrainingError(
-                    f"Stage {stage.name}, step {step}: the loss is {value}. The state of an earlier step stays in "
-                    f"{run.output}. Lower the learning_rate ({stage.learning_rate}) or lengthen the warmup ({stage.warmup})."
-                )
-            for name, value in (("dense", dense_loss.item()), ("answer", answer_loss.item())):
-                averages[name] = 0.98 * averages.get(name, value) + 0.02 * value
-        gradients.sum(is_shared=store is not None)
+    for step, losses in enumerate(learned_steps(run, stage, store), progress["step"]):
+        if losses is not None:
+            averages = losses if averages is None else averages.lerp(losses, 0.02)
+        if averages is not None and (run.device.type == "cpu" or (step + 1) % 10 == 0):
+            means = finite_losses(averages, run, stage, step)
+            bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()}, refresh=False)
+            if (step + 1) % 50 == 0:
+                run.log(**means)
         nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+        rate = stage.rate(step, (deadline - began) / (deadline - start) if finishes else 1.0)
         for optimizer, share in zip(run.optimizers, (1.0, stage.adamw_share), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = share * stage.rate(step)
+                group["lr"] = share * rate
             optimizer.step()
         trainee.zero_grad()
-        bar.set_postfix({name: f"{value:.3f}" for name, value in averages.items()}, refresh=False)
         bar.update()
         progress["step"], progress["batches"] = step + 1, progress["batches"] + stage.batches
         progress["samples"] += stage.batches * stage.batch_size
-        if (step + 1) % 50 == 0:
-            run.log(**{name: round(value, 4) for name, value in averages.items()})
-        if validation is not None and ((step + 1) % recipe.validate_every == 0 or step + 1 == stage.steps):
+        is_late = torch.tensor(float(time.monotonic() > deadline))
+        if store is not None:  # all stop after the same step
+            dist.all_reduce(is_late, dist.ReduceOp.MAX)
+        is_last = step + 1 == stage.steps or bool(is_late and finishes)
+        if validation is not None and ((step + 1) % recipe.validate_every == 0 or is_last):
             report = validation.report(trainee)
             run.log(validation=report)
             bar.write(f"{stage.name} {step + 1}: {report}")
         progress["seconds"] += time.monotonic() - began
         began = time.monotonic()
-        is_late = torch.tensor(float(began > deadline))
-        if store is not None:  # all stop after the same step
-            dist.all_reduce(is_late, dist.ReduceOp.MAX)
         if is_late or began - run.saved > 60 * recipe.save_minutes:
+            if averages is not None:
+                finite_losses(averages, run, stage, step)
             run.save()
+        if is_last:
+            break
         if is_late:
             return False
     bar.close()
@@ -496,11 +439,17 @@ def run_stage(run: Run, stage: Stage, store: dist.Store | None, deadline: float)
 
 
 def train(
-    rank: int, recipe: Recipe, output: Path, rendezvous: str | None = None, minutes: float = math.inf
+    rank: int,
+    recipe: Recipe,
+    output: Path,
+    rendezvous: str | None = None,
+    minutes: float = math.inf,
+    finishes: bool = False,
 ) -> Trainee | None:
     """Run all stages as process `rank` of `recipe.processes`; alone when there is no rendezvous file.
 
-    Returns the trained model with its heads, or None where `minutes` were over before.
+    Returns the trained model with its heads, or None where `minutes` were over before. With `finishes` the last stage ends
+    with the minutes.
     """
     deadline = time.monotonic() + 60 * minutes
     torch.set_num_threads(1)
@@ -512,7 +461,7 @@ def train(
     for number, stage in enumerate(recipe.stages):
         if number < run.progress["stage"]:
             continue
-        if not run_stage(run, stage, store, deadline):
+        if not run_stage(run, stage, store, deadline, finishes and stage is recipe.stages[-1]):
             return None
         run.progress.update(stage=number + 1, step=0)
         run.save()
@@ -549,17 +498,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="Stop after so many; the same command then goes on."
     )
+    parser.add_argument(
+        "--finish",
+        action="store_true",
+        help="End with the minutes, and not only stop: the learning rate of the last stage falls by the clock where its "
+        "steps would take longer, and the model is written. Such a run cannot be repeated bit for bit.",
+    )
     args = parser.parse_args(argv)
     with one_line_errors():
         recipe = Recipe.load(args.config)
     args.output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the cores are taken
     if torch.cuda.is_available():
-        train(0, recipe, args.output, None, args.minutes)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # so that a run that goes on gives the same bits
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        train(0, recipe, args.output, None, args.minutes, args.finish)
     else:
         with tempfile.TemporaryDirectory() as folder:
             rendezvous = str(Path(folder) / "rendezvous")
-            arguments = (recipe, args.output, rendezvous, args.minutes)
+            arguments = (recipe, args.output, rendezvous, args.minutes, args.finish)
             torch.multiprocessing.spawn(train, arguments, nprocs=recipe.processes)
     if not is_trained(recipe, args.output):
         raise SystemExit(
