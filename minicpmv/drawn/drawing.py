@@ -170,7 +170,14 @@ class Print:
         return self.size // 24 if self.bold and self.family == "aileron" else 0
 
     def width(self, text: str) -> float:
-        return sum(self.font.getlength(character) + 2 * self.stroke for character in text)
+        return sum(glyph_metrics(self, character)[0] for character in text)
+
+
+@lru_cache(maxsize=2**15)
+def glyph_metrics(style: Print, character: str) -> tuple[float, tuple[float, float, float, float]]:
+    """How far the pen moves on after a character, and the box of its ink around the pen."""
+    advance = style.font.getlength(character) + 2 * style.stroke
+    return advance, style.font.getbbox(character, stroke_width=style.stroke)
 
 
 @lru_cache(maxsize=1024)
@@ -194,12 +201,12 @@ def add_text(
     picture_pen, map_pen = ImageDraw.Draw(drawing.image), ImageDraw.Draw(drawing.object_map)
     map_pen.fontmode = "1"  # an antialiased object map would invent objects
     for character in text:
+        advance, box = glyph_metrics(style, character)
         if character != " ":
-            box = font.getbbox(character, stroke_width=stroke)
             drawing.things.append(Thing(character, color, (x + box[0], y + box[1], x + box[2], y + box[3])))
             picture_pen.text((x, y), character, fill=rgb, font=font, stroke_width=stroke)
             map_pen.text((x, y), character, fill=len(drawing.things), font=font, stroke_width=stroke)
-        x += font.getlength(character) + 2 * stroke
+        x += advance
 
 
 def rotate(drawing: Drawing, degrees: float, fill: tuple[int, int, int]) -> None:

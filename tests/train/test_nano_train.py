@@ -1,12 +1,15 @@
 """nano: its tokenizer, its training batches, its recipe, its training loop and its scores."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 
 from minicpmv.drawn.drawing import COLOR_CLASSES, KIND_CLASSES
@@ -15,10 +18,12 @@ from minicpmv.drawn.wording import ENGLISH
 from minicpmv.train import dpo, sft
 from minicpmv.train.common.errors import ArgumentsError, TrainingError
 from minicpmv.train.feedback import run as feedback
-from minicpmv.train.nano import card
-from minicpmv.train.nano.batches import LAYOUTS, SampleEncoder, single_turns, training_batch
+from minicpmv.train.nano import card, pretrain
+from minicpmv.train.nano.batches import LAYOUTS, SampleEncoder, single_turns, training_batch, training_examples
 from minicpmv.train.nano.growth import deepened, layer_counts
-from minicpmv.train.nano.pretrain import Recipe, Stage, main, optimizers_of, train
+from minicpmv.train.nano.muon import BatchedMuon
+from minicpmv.train.nano.packed import Tables, bundled, cheapest_groups, packed_losses, packed_step, unbundled
+from minicpmv.train.nano.pretrain import Recipe, Stage, is_trained, main, optimizers_of, train
 from minicpmv.train.nano.tokenizer import build, train_merges
 from minicpmv.train.nano.trainee import Trainee, spread_queries
 
@@ -264,6 +269,102 @@ def test_a_run_that_is_out_of_time_says_how_it_goes_on(tmp_path):
     with pytest.raises(SystemExit, match=r"0 minutes are over; .* the same command goes on"):
         main(["--config", str(settings), "--output", str(tmp_path / "run"), "--minutes", "0"])
     assert (tmp_path / "run" / "state.pt").is_file() and not (tmp_path / "run" / "model").exists()
+
+
+# --- All batches of a step at once, as on a GPU ---
+
+
+def numbered_batches(encoder):
+    """Two pictures and a form, cut into slices; a clip; a pair: their layouts have their own lengths."""
+    mixtures = [{"shapes": 1}, {"paper_form": 1}, {"mixed": 1}, {"pair": 1}]
+    return [
+        training_examples(encoder, replace(EVERYTHING, scenes=scenes), 2, seed=0, number=number)
+        for number, scenes in enumerate(mixtures)
+    ]
+
+
+def test_a_packed_step_gives_the_losses_and_gradients_of_its_batches_one_by_one(encoder):
+    trainee, batches = tiny_trainee(), numbered_batches(encoder)
+    trainee.model.set_attn_implementation("sdpa")
+    few_views = 10  # the clips do not teach the tower
+    tables = Tables(trainee, encoder.collator.processor.image_processor, torch.device("cpu"))
+    buffer, layout = bundled(packed_step(encoder, batches, few_views))
+    packed = torch.stack(packed_losses(trainee, unbundled(buffer, layout), tables))
+    packed.sum().backward()
+    gradients = {name: parameter.grad for name, parameter in trainee.named_parameters()}
+    trainee.zero_grad()
+    losses = []
+    for batch in map(encoder.batch, batches):
+        views = sum(map(len, batch["tgt_sizes"]))
+        losses.append(torch.stack(trainee(batch, True, views <= few_views)[:2]))
+        (losses[-1].sum() / len(batches)).backward()
+    assert {sum(len(example.tgt_sizes) for example in batch) <= few_views for batch in batches} == {True, False}
+    torch.testing.assert_close(packed, torch.stack(losses).mean(0))
+    for name, parameter in trainee.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(0, 100))
+def test_groups_hold_every_sequence_once_and_cost_no_more_than_one_group_or_one_each(lengths, group_cost):
+    groups = cheapest_groups(lengths, group_cost)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+
+    def cost(groups):
+        return sum(len(group) * max(lengths[index] for index in group) + group_cost for group in groups)
+
+    assert cost(groups) <= min(cost([range(len(lengths))]), cost([[index] for index in range(len(lengths))]))
+
+
+def test_a_run_with_packed_steps_goes_on_with_the_same_bits_from_the_state_of_one_without(tmp_path, monkeypatch):
+    recipe = two_stages(tmp_path / "small")
+    recipe.stages[1].steps, recipe.stages[1].again = 4, 1
+    start = prepared(tmp_path / "start")
+    while torch.load(start / "state.pt")["progress"]["stage"] < 1 if (start / "state.pt").exists() else True:
+        train(0, recipe, start, minutes=0)
+    monkeypatch.setattr(pretrain, "packs_steps", lambda device: True)
+    whole = shutil.copytree(start, tmp_path / "whole")
+    train(0, recipe, whole)
+    while train(0, recipe, start, minutes=0) is None:
+        pass
+    one, other = weights_of(whole), weights_of(start)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_every_other_step_may_repeat_one_drawn_before_and_batches_drawn_nowhere_else_come_first():
+    stage = Stage("all", 10, 1, learning_rate=1.0, again=2)
+    assert [stage.drawn_step(step) for step in range(10)] == [0, -2, 1, -1, 2, 0, 3, 1, 4, 2]
+    assert [replace(stage, again=0).drawn_step(step) for step in range(3)] == [0, 1, 2]
+
+
+def test_muon_for_many_matrices_takes_the_steps_of_pytorchs():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(8, 4), (8, 4), (4, 8), (8, 8)]]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    optimizers = [
+        BatchedMuon(ours, lr=0.1, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        optimizers.append(optimizers.pop(0))  # in any order
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)  # bfloat16
+    assert optimizers[1].state_dict().keys() == optimizers[0].state_dict().keys()
+
+
+def test_a_run_that_is_to_finish_ends_its_last_stage_with_the_minutes_and_writes_the_model(tmp_path):
+    recipe = two_stages(tmp_path / "small")
+    recipe.stages = recipe.stages[:1]
+    recipe.stages[0].steps = 1000
+    assert train(0, recipe, prepared(tmp_path / "run"), minutes=0, finishes=True) is not None
+    assert (tmp_path / "run" / "model").is_dir() and is_trained(recipe, tmp_path / "run")
+    stage = Stage("all", 100, 1, learning_rate=1.0, decay=0.5, warmup=1)
+    assert [stage.rate(10, left) for left in (1.0, 0.5, 0.25, 0.0)] == [1.0, 1.0, 0.5, 0.05]
+    assert stage.rate(75) == 0.5 == stage.rate(75, time_left=0.9)
 
 
 # --- Card ---

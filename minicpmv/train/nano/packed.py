@@ -191,7 +191,7 @@ def bytes_of_patches(strips: list[Tensor], image_processor: Any) -> Tensor:
 
 @dataclass
 class PackedSteps(torch.utils.data.Dataset):
-    """The steps `first` to `count` of a stage, each drawn and packed when it is asked for."""
+    """The steps of a stage, each drawn and packed when it is asked for; any number, below 0 too, is a step to draw."""
 
     encoder: SampleEncoder
     mixture: Mixture
@@ -200,19 +200,56 @@ class PackedSteps(torch.utils.data.Dataset):
     first_batch: int  # of the stage
     batches: int
     tower_views: int
-    first: int
-    count: int
 
-    def __len__(self) -> int:
-        return self.count - self.first
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        number = self.first_batch + (self.first + index) * self.batches
+    def __getitem__(self, number: int) -> tuple[Tensor, Any]:
+        """A step as one buffer and what lies where in it: see [`unbundled`]."""
+        first = self.first_batch + number * self.batches
         batches = [
-            training_examples(self.encoder, self.mixture, self.size, self.seed, number + i)
-            for i in range(self.batches)
+            training_examples(self.encoder, self.mixture, self.size, self.seed, first + i) for i in range(self.batches)
         ]
-        return packed_step(self.encoder, batches, self.tower_views)
+        return bundled(packed_step(self.encoder, batches, self.tower_views))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a tensor lies in a buffer."""
+
+    start: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+def bundled(value: Any) -> tuple[Tensor, Any]:
+    """The tensors in lists and dicts as one buffer of bytes, which is handed over and copied at once, and a [`Piece`] in
+    the place of each."""
+    parts: list[Tensor] = []
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: placed(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [placed(part) for part in value]
+        if not isinstance(value, Tensor):
+            return value
+        flat = value.contiguous().flatten().view(torch.uint8)
+        piece = Piece(sum(map(len, parts)), value.dtype, value.shape)
+        parts.append(F.pad(flat, (0, -len(flat) % 16)))  # aligned for every type
+        return piece
+
+    layout = placed(value)
+    return torch.cat(parts), layout
+
+
+def unbundled(buffer: Tensor, layout: Any) -> Any:
+    """What [`bundled`] was given, as views of the buffer."""
+    if isinstance(layout, dict):
+        return {name: unbundled(buffer, part) for name, part in layout.items()}
+    if isinstance(layout, list):
+        return [unbundled(buffer, part) for part in layout]
+    if not isinstance(layout, Piece):
+        return layout
+    size = layout.shape.numel() * layout.dtype.itemsize
+    return buffer[layout.start : layout.start + size].view(layout.dtype).view(layout.shape)
 
 
 # --- On the device ---

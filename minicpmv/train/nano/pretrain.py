@@ -25,6 +25,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,7 @@ from minicpmv.train.common.errors import ArgumentsError, TrainingError
 from minicpmv.train.nano.batches import DrawnBatches, SampleEncoder, layout_key, single_turns
 from minicpmv.train.nano.growth import deepened, layer_counts
 from minicpmv.train.nano.muon import BatchedMuon
-from minicpmv.train.nano.packed import PackedSteps, Tables, packed_losses
+from minicpmv.train.nano.packed import PackedSteps, Tables, packed_losses, unbundled
 from minicpmv.train.nano.trainee import Trainee, spread_queries
 
 
@@ -70,11 +71,18 @@ class Stage:
     layers: dict[str, int] = field(default_factory=dict)  # of "llm" and "tower", from this stage on
     warmup: int = 100
     decay: float = 0.2  # share of the steps in which the learning rate falls
+    again: int = (
+        0  # every other step repeats the one drawn so many draws before: for a GPU that is faster than the drawing
+    )
 
     def rate(self, step: int, time_left: float = 1.0) -> float:
         """The learning rate of a step; `time_left` is the share of the time that is left, where time is what ends it."""
         left = min(time_left, (self.steps - step) / self.steps) / max(1 / self.steps, self.decay)
         return self.learning_rate * min(1.0, (step + 1) / self.warmup, max(0.05, left))
+
+    def drawn_step(self, step: int) -> int:
+        """The number of the draw that a step learns from."""
+        return step // 2 - self.again * (step % 2) if self.again else step
 
     def loss(self, dense: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
         return answer + (self.dense_weight if self.answers else 1.0) * dense
@@ -152,7 +160,7 @@ class Validation:
 def to_device(value: Any, device: torch.device) -> Any:
     """A batch, its tensors in lists and all, on a device."""
     if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
+        return value.to(device)
     if isinstance(value, dict):
         return {name: to_device(part, device) for name, part in value.items()}
     if isinstance(value, list):
@@ -331,17 +339,27 @@ def taken_batches(drawn: DrawnBatches, stage: Stage, first_step: int, store: dis
     def of(step: int) -> Batches:
         place = -1
         while (place := place + 1 if store is None else store.add(f"{stage.name}/{step}", 1) - 1) < stage.batches:
-            yield place, drawn[step * stage.batches + place]
+            yield place, drawn[stage.drawn_step(step) * stage.batches + place]
 
     for step in range(first_step, stage.steps):
         yield of(step)
 
 
-def packed_ahead(steps: PackedSteps, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The steps on their device, drawn ahead by all cores but the one that trains."""
+def packed_ahead(steps: PackedSteps, numbers: Sequence[int], device: torch.device) -> Iterator[dict[str, Any]]:
+    """The steps of these numbers, on their device, drawn ahead by all cores but the one that trains.
+
+    A number that comes again is not drawn again: its step stays on the device until then.
+    """
     workers, is_cuda = max(1, (os.cpu_count() or 2) - 1), device.type == "cuda"
-    for step in DataLoader(steps, batch_size=None, num_workers=workers, prefetch_factor=4, pin_memory=is_cuda):
-        yield to_device(step, device)
+    options: dict[str, Any] = {"batch_size": None, "num_workers": workers, "prefetch_factor": 4, "pin_memory": is_cuda}
+    drawn = iter(DataLoader(steps, sampler=list(dict.fromkeys(numbers)), **options))
+    left, kept = Counter(numbers), {}
+    for number in numbers:
+        left[number] -= 1
+        if number not in kept:
+            buffer, layout = next(drawn)
+            kept[number] = buffer.to(device, non_blocking=True), layout
+        yield unbundled(*(kept[number] if left[number] else kept.pop(number)))
 
 
 def learned_steps(run: Run, stage: Stage, store: dist.Store | None) -> Iterator[torch.Tensor | None]:
@@ -352,8 +370,9 @@ def learned_steps(run: Run, stage: Stage, store: dist.Store | None) -> Iterator[
     source = (run.encoder, stage.mixture, stage.batch_size, run.recipe.seed, first_batch)
     if packs_steps(run.device):
         tables = Tables(trainee, run.encoder.collator.processor.image_processor, run.device)
-        packed = PackedSteps(*source, stage.batches, stage.tower_views, first_step, stage.steps)
-        for step in packed_ahead(packed, run.device):
+        packed = PackedSteps(*source, stage.batches, stage.tower_views)
+        numbers = [stage.drawn_step(step) for step in range(first_step, stage.steps)]
+        for step in packed_ahead(packed, numbers, run.device):
             with torch.autocast(run.device.type, torch.bfloat16):
                 dense, answer = packed_losses(trainee, step, tables, stage.answers)
                 stage.loss(dense, answer).backward()
@@ -407,7 +426,7 @@ def run_stage(run: Run, stage: Stage, store: dist.Store | None, deadline: float,
             if (step + 1) % 50 == 0:
                 run.log(**means)
         nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
-        rate = stage.rate(step, (deadline - began) / (deadline - start) if finishes else 1.0)
+        rate = stage.rate(step, max(0.0, deadline - began) / max(1.0, deadline - start) if finishes else 1.0)
         for optimizer, share in zip(run.optimizers, (1.0, stage.adamw_share), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = share * rate
@@ -430,10 +449,10 @@ def run_stage(run: Run, stage: Stage, store: dist.Store | None, deadline: float,
             if averages is not None:
                 finite_losses(averages, run, stage, step)
             run.save()
+        if is_late and not finishes:
+            return False
         if is_last:
             break
-        if is_late:
-            return False
     bar.close()
     return True
 
@@ -505,6 +524,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "steps would take longer, and the model is written. Such a run cannot be repeated bit for bit.",
     )
     args = parser.parse_args(argv)
+    if args.finish and math.isinf(args.minutes):
+        parser.error("--finish needs --minutes: when to end")
     with one_line_errors():
         recipe = Recipe.load(args.config)
     args.output.mkdir(parents=True, exist_ok=True)
