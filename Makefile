@@ -8,8 +8,6 @@ MATRIX ?= 4.57.6 5.0.0 5.10.1 5.19.0 5.24.0
 PYTEST_ARGS ?=
 TORCH ?= torch
 WORKERS ?= 2
-# What takes longest begins first, so that no worker is left alone with it.
-LONG_TESTS := tests/train tests/docs tests/chat tests/model
 README_TESTS := tests/docs/test_readme.py
 # What depends on the version of transformers.
 MATRIX_TESTS := tests/model tests/chat --ignore=tests/model/conformance
@@ -57,16 +55,22 @@ $(NANO)/figures.json: $(NANO)/dpo/stamp
 $(NANO)/README.md: $(NANO)/figures.json
 	$(PY) -m minicpmv.train.nano.card --card nano/README.md --figures $< --logs $(NANO)/pretraining $(NANO)/third --output $@
 
-# Side by side: the page's tests mostly wait for the browser. The newest transformers is that of `pytest`.
-test: lint ## lint, then side by side all tests, those of the web page, and those of the oldest transformers
-	@$(MAKE) --no-print-directory --output-sync=target -j3 pytest web matrix-$(firstword $(MATRIX))
+# The page's tests mostly wait for the browser. The newest transformers is that of `pytest`.
+test: ## side by side: lint, all tests, those of the web page, those of torchao, and those of the oldest transformers
+	@$(MAKE) --no-print-directory --output-sync=target -j4 pytest web matrix-$(firstword $(MATRIX)) lint torchao
 
 pytest: $(VENV)/dev.stamp tokenizer.json ## all tests but those of the web page, with the pinned versions; PYTEST_ARGS="-k name" picks some; WORKERS=2
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(LONG_TESTS) tests --ignore=tests/web --ignore=tests/deploy/engines -n $(WORKERS) --dist loadfile \
-		--no-loadscope-reorder --durations=20 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore=tests/web --ignore=tests/deploy/engines -n $(WORKERS) --dist worksteal --durations=20 \
+		$(PYTEST_ARGS)
 
 web: $(WEB)/stamp ## the tests of the web page, which need a browser
 	OMP_NUM_THREADS=1 $(WEB)/bin/python -m pytest tests/web --durations=5 $(PYTEST_ARGS)
+
+torchao: $(VENV)/dev.stamp .venvs/torchao/stamp tokenizer.json ## the tests that need torchao, which slows every start where it is installed and so lies in a folder of its own
+	OMP_NUM_THREADS=1 PYTHONPATH=.venvs/torchao:$$PYTHONPATH $(PY) -m pytest tests/deploy/test_quantize.py -k torchao $(PYTEST_ARGS)
+
+torchao: $(VENV)/dev.stamp .venvs/torchao/stamp tokenizer.json ## the tests that need torchao, which slows every start where it is installed and so lies in a folder of its own
+	OMP_NUM_THREADS=1 PYTHONPATH=.venvs/torchao:$$PYTHONPATH $(PY) -m pytest tests/deploy/test_quantize.py -k torchao $(PYTEST_ARGS)
 
 runners: .venvs/lmms-eval/stamp .venvs/vlmevalkit/stamp tokenizer.json ## nano under lmms-eval and VLMEvalKit, each in an environment of its own
 	OMP_NUM_THREADS=1 .venvs/lmms-eval/bin/python -m pytest tests/evaluate/adapters/test_lmms_eval.py $(PYTEST_ARGS)
@@ -157,6 +161,14 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(@D)/bin/python $(PIP_INSTALL) -c $(@D)/constraints.txt -e . "$(RUNNER)" pytest
 	$(@D)/bin/python -c "import torchvision" 2>/dev/null || cp tests/evaluate/adapters/torchvision_without_cuda.pth \
 		"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@
+
+.venvs/torchao/stamp: constraints.txt | $(VENV)/dev.stamp
+	$(PY) $(PIP_INSTALL) --no-deps --upgrade --target $(@D) "$$(grep '^torchao==' constraints.txt)"
+	@touch $@
+
+.venvs/torchao/stamp: constraints.txt | $(VENV)/dev.stamp
+	$(PY) $(PIP_INSTALL) --no-deps --upgrade --target $(@D) "$$(grep '^torchao==' constraints.txt)"
 	@touch $@
 
 # llm-compressor pins transformers and compressed-tensors.

@@ -148,7 +148,8 @@ def check(method: str, group_size: int | None, algorithm: str, also: Sequence[st
     if method.startswith("torchao") and "lm_head" in also:
         raise QuantizeError("torchao under transformers keeps lm_head whole: leave it out, or take another method")
     if algorithm == "nearest":
-        require(EXTRA, METHODS[method].package)
+        package = METHODS[method].package
+        require("torchao" if package == "torchao" else EXTRA, package)
     else:
         require("calibrate", "llmcompressor")
     return group_size or DEFAULT_GROUP
