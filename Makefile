@@ -19,7 +19,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo nano test pytest batch engines web web-screenshots matrix newest conformance lint format docs bench clean
+.PHONY: help demo nano test pytest batch engines web web-screenshots torchao matrix newest conformance lint format docs bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -65,9 +65,6 @@ pytest: $(VENV)/dev.stamp tokenizer.json ## all tests but those of the web page,
 
 web: $(WEB)/stamp ## the tests of the web page, which need a browser
 	OMP_NUM_THREADS=1 $(WEB)/bin/python -m pytest tests/web --durations=5 $(PYTEST_ARGS)
-
-torchao: $(VENV)/dev.stamp .venvs/torchao/stamp tokenizer.json ## the tests that need torchao, which slows every start where it is installed and so lies in a folder of its own
-	OMP_NUM_THREADS=1 PYTHONPATH=.venvs/torchao:$$PYTHONPATH $(PY) -m pytest tests/deploy/test_quantize.py -k torchao $(PYTEST_ARGS)
 
 torchao: $(VENV)/dev.stamp .venvs/torchao/stamp tokenizer.json ## the tests that need torchao, which slows every start where it is installed and so lies in a folder of its own
 	OMP_NUM_THREADS=1 PYTHONPATH=.venvs/torchao:$$PYTHONPATH $(PY) -m pytest tests/deploy/test_quantize.py -k torchao $(PYTEST_ARGS)
@@ -161,10 +158,6 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(@D)/bin/python $(PIP_INSTALL) -c $(@D)/constraints.txt -e . "$(RUNNER)" pytest
 	$(@D)/bin/python -c "import torchvision" 2>/dev/null || cp tests/evaluate/adapters/torchvision_without_cuda.pth \
 		"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
-	@touch $@
-
-.venvs/torchao/stamp: constraints.txt | $(VENV)/dev.stamp
-	$(PY) $(PIP_INSTALL) --no-deps --upgrade --target $(@D) "$$(grep '^torchao==' constraints.txt)"
 	@touch $@
 
 .venvs/torchao/stamp: constraints.txt | $(VENV)/dev.stamp
