@@ -275,9 +275,7 @@ def test_ask_imports_nothing_that_it_does_not_need():
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    needless = (
-        "bitsandbytes datasets deepspeed matplotlib pandas peft prompt_toolkit pypdfium2 sklearn torchao torchvision trl"
-    )
+    needless = "bitsandbytes datasets deepspeed matplotlib pandas peft prompt_toolkit pypdfium2 sklearn torchao torchvision trl"
     assert not set(needless.split()) & set(done.stdout.split())
 
 
