@@ -411,22 +411,23 @@ class Turn:
         output = self._generate(prompt, [], arguments)
         self.watch.timings.pop("first_token", None)  # nobody has seen it yet
         draft = output.sequences[0, prompt.input_ids.shape[1] :].tolist()
-        question = [message for message in self._conversations[0] if message["role"] == "user"][-1]
-        content = question.get("content") or ""
-        parts = [read_part(part) for part in (content if isinstance(content, (list, tuple)) else [content])]
-        texts = [value for kind, value in parts if kind == "text"]
-        tokens = len(self.processor.tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"])
-        need = need_to_think(least_certainty(output.logits), tokens, len(parts) - len(texts))
+        need = self.need(least_certainty(output.logits))
         thinking = need >= self.model.thinking_threshold
         goes_on = not thinking and settings.beams == 1
         return thinking, draft if goes_on else [], need, 0 if goes_on else len(draft)
 
+    def need(self, certainty: float) -> float:
+        """The need to think ([`need_to_think`]) about the question, with the certainty of a draft of the answer."""
+        content = [turn for turn in self._conversations[0] if turn["role"] == "user"][-1].get("content") or ""
+        parts = [read_part(part) for part in (content if isinstance(content, (list, tuple)) else [content])]
+        texts = [value for kind, value in parts if kind == "text"]
+        tokens = self.processor.tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
+        return need_to_think(certainty, len(tokens), len(parts) - len(texts))
+
     def _arguments(self, prompt: Prompt, thinking: bool, features: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `generate` besides the ids."""
         settings, tokenizer, length = self.settings, self.processor.tokenizer, prompt.input_ids.shape[1]
-        arguments = dict(settings.decoding)
-        if settings.beams > 1:
-            arguments["num_beams"] = settings.beams
+        arguments = settings.decoding | ({"num_beams": settings.beams} if settings.beams > 1 else {})
         if features:
             arguments["mm_encoder_outputs"] = dict(features)
         criteria, processors = (list(arguments.get(n) or ()) for n in ("stopping_criteria", "logits_processor"))
@@ -596,8 +597,8 @@ class ChatMixin:
 
     # ---- what sessions, training and serving are built on ----
 
-    read_conversations = staticmethod(read_conversations)
-    chat_settings, chat_turn = ChatSettings, Turn  # called with the model as first argument
+    read_conversations, read_units = staticmethod(read_conversations), staticmethod(read_units)
+    chat_settings, chat_turn, thought_budget = ChatSettings, Turn, ThoughtBudget  # the first two take the model first
     answer_stream, prompt_memory, seeded_choice = AnswerStream, PromptMemory, SeededChoice
 
     def chat_processor(self, processor: ProcessorMixin | None = None, tokenizer: Any = None) -> ProcessorMixin:

@@ -202,9 +202,11 @@ class LlamaCppForCausalLM(nn.Module):
         parts: list[Part] = []
         free = set(range(len(self._known)))
         for rows, places, numbers, wanted in histories:
-            # The states that most of it begins with; of equals, those that nobody has asked for the longest.
+            # The states that most of it begins with, unless most of them would be lost, since another conversation may go
+            # on from them; of equals, those that nobody has asked for the longest.
             common = {place: _common(self._known[place].numbers, numbers) for place in free}
-            sequence = max(free, key=lambda place: (common[place], -self._known[place].used))
+            kept = {place: n if 2 * n >= len(self._known[place].numbers) else 0 for place, n in common.items()}
+            sequence = max(free, key=lambda place: (kept[place], -self._known[place].used))
             free.remove(sequence)
             asked = np.flatnonzero(wanted)
             start = int(min(common[sequence], asked[0] if len(asked) else len(numbers)))

@@ -1,2 +1,6 @@
-"""`minicpmv serve`: the server of transformers for this model. `request` tells what may be asked, `media` how images
-and videos are fetched, `app` how it is answered."""
+"""`minicpmv serve`: answers to OpenAI's requests.
+
+The road of a request: `schema` (what it may hold) -> `limits` and `media` (what is let in) -> `prompts` (what the model reads)
+-> `scheduler` (rows of a batch, with `states`, `sampling` and `grammar`) -> `writing` -> `responses`. `engine` is all of it in
+one object, without HTTP; `app`, `doors`, `metrics` and `log` are the HTTP side.
+"""

@@ -1,199 +1,274 @@
-"""The server of transformers (`transformers serve`), with one model that brings its own code.
+"""The HTTP side: OpenAI's routes over an engine.
 
 What is special:
-- Routes, generation, streams and the separation of thought and answer are those of transformers. Added here: requests are
-  checked, images and videos are fetched by the rules of `media`, and what a request did wrong is a 4xx in OpenAI's form.
-- Answers are generated one at a time, in the order in which their inputs were ready; inputs are made meanwhile.
-- An answer stops when its client has gone, streamed or not. A seed belongs to one request.
+- A body is bounded while it comes, and parsed in a thread, so other clients do not wait for it.
+- An answer ends when its client has gone, streamed or not.
+- Whatever goes wrong is told in the form of OpenAI's API.
 """
 
 import asyncio
-import threading
+import json
+import logging
 import time
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import torch
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from jinja2 import TemplateError
+import anyio
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from PIL import EpsImagePlugin
-from starlette.background import BackgroundTask
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
-from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import GenerationState
+from starlette.exceptions import HTTPException
 
-from minicpmv.errors import is_expected
-from minicpmv.serving.media import MediaLimits, read_messages
-from minicpmv.serving.request import ChatRequest
+from minicpmv.serving.doors import FrontDoor, is_key
+from minicpmv.serving.engine import LocalEngine
+from minicpmv.serving.limits import check_body
+from minicpmv.serving.metrics import Metrics
+from minicpmv.serving.schema import ChatRequest, CompletionRequest, GenerationRequest, RequestError, read_request
 
 
-DEFAULT_MAX_TOKENS = 2048  # as in chat()
-LEAST_TEMPERATURE = 0.01  # below it the likeliest token is taken: scores divided by less may overflow
-ROUTES = {"/health"}  # of transformers' server; the others load other models, or take prompts with control tokens
+logger = logging.getLogger("minicpmv.serving")
+
+BODY_SECONDS = 60  # for a body to come
+SCHEMAS = "#/components/schemas/{model}"
 
 
 def build_app(
-    model: Any, processor: Any, name: str, think: bool = False, limits: MediaLimits | None = None
+    engine: LocalEngine,
+    *,
+    api_keys: Sequence[str] = (),
+    cors_origins: Sequence[str] = (),
+    allowed_hosts: frozenset[str] | None = None,
 ) -> FastAPI:
-    """The ASGI app that answers for `model` under `name`.
+    """The ASGI app that asks `engine`.
 
     Args:
-        think: whether the model thinks where a request does not say.
-        limits: what images and videos of a request may take.
+        api_keys: one of them is needed for what is under /v1; none asks for no key.
+        cors_origins: web pages that may ask besides the server's own, such as "https://example.org"; "*" lets all.
+        allowed_hosts: names that the server goes by; None lets all.
     """
     EpsImagePlugin.gs_binary = False  # an EPS image is a program, which Ghostscript would run
-    limits = limits or MediaLimits()
-    state, manager = GenerationState(), ModelManager()
-    handler = ChatHandler(model, processor, name, think, limits, manager, state)
-    others: Any = dict.fromkeys(
-        ("completion_handler", "response_handler", "transcription_handler", "systemone_handler"), None
-    )
-    app = build_server(manager, handler, **others, generation_state=state)
-    app.router.routes = [route for route in app.router.routes if route.path in ROUTES]
-    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=int(limits.megabytes * 1e6))
-    started = int(time.time())
+    metrics, started = Metrics(engine), int(time.time())
+    app = FastAPI(title="MiniCPM-V", description="OpenAI's chat completions with images and videos.")
+    bearer = HTTPBearer(auto_error=False)
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request, body: ChatRequest):
-        return await handler.answer(request, body)
+    def check_key(given: HTTPAuthorizationCredentials | None = Depends(bearer)) -> None:  # noqa: B008
+        if api_keys and not (given and is_key(given.credentials, api_keys)):
+            raise RequestError(
+                "Give one of the server's API keys: Authorization: Bearer KEY.", 401, code="invalid_api_key"
+            )
 
-    @app.get("/v1/models")
-    def models():
-        card = {"id": name, "object": "model", "created": started, "owned_by": "minicpmv"}
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
+
+    @v1.post("/chat/completions", openapi_extra=_body_of(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation."""
+        return await _answer(engine, request, ChatRequest)
+
+    @v1.post("/completions", openapi_extra=_body_of(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        """Go on with a text."""
+        return await _answer(engine, request, CompletionRequest)
+
+    card = {"id": engine.name, "object": "model", "created": started, "owned_by": "minicpmv"}
+    card |= {"max_model_len": engine.context}
+
+    @v1.get("/models")
+    def models() -> dict[str, Any]:
+        """The models that are here: one."""
         return {"object": "list", "data": [card]}
 
+    @v1.get("/models/{name:path}")
+    def model(name: str) -> dict[str, Any]:
+        """A model."""
+        if name != engine.name:
+            raise RequestError(
+                f"The model {name[:100]!r} is not here; this server has {engine.name!r}.", 404, code="model_not_found"
+            )
+        return card
+
+    app.include_router(v1)
+
+    @app.get("/health")
+    def health() -> Response:
+        """Whether answers can be expected."""
+        is_alive = engine.stats().is_alive
+        return JSONResponse({"status": "ok" if is_alive else "the model has stopped"}, 200 if is_alive else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def prometheus() -> Response:
+        """Counts, for Prometheus."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> Response:
+        headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+        if error.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return JSONResponse(error.body(), error.status, headers)
+
     @app.exception_handler(HTTPException)
-    async def refused(request, error):
-        return _refusal(error.status_code, error.detail)
+    async def not_there(request: Request, error: HTTPException) -> Response:
+        what = f"{request.method} {request.url.path[:100]}: {error.detail}"
+        return JSONResponse(RequestError(what, error.status_code).body(), error.status_code, error.headers)
 
-    @app.exception_handler(RequestValidationError)
-    async def malformed(request, error):
-        reasons = [f"{'.'.join(map(str, reason['loc'][1:]))}: {reason['msg']}" for reason in error.errors()]
-        return _refusal(400, "; ".join(reasons))
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return JSONResponse(_failure().body(), 500)
 
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    origins = frozenset(origin.lower().rstrip("/") for origin in cors_origins)
+    app.add_middleware(FrontDoor, hosts=allowed_hosts, origins=origins, answered=metrics.answered)
+    _describe_bodies(app)
     return app
 
 
-class ChatHandler(ChatCompletionHandler):
-    """Answers requests to `/v1/chat/completions`."""
+# ---- one request ----
 
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        name: str,
-        think: bool,
-        limits: MediaLimits,
-        manager: ModelManager,
-        state: GenerationState,
-    ) -> None:
-        super().__init__(manager, state)
-        self.model, self.processor, self.name = model, processor, name
-        self.think, self.limits = think, limits
-        self.context = model.config.max_position_embeddings
 
-    async def answer(self, request: Request, body: ChatRequest) -> Any:
-        """The response, or the stream of it.
-
-        Raises:
-            HTTPException: the request cannot be answered; the detail says why.
-        """
-        if body.model not in (None, self.name):
-            raise HTTPException(404, f"The model {body.model!r} is not here; this server has {self.name!r}.")
-        most = self.processor.image_processor.max_slice_nums
-        if (body.mm_processor_kwargs.max_slice_nums or 0) > most:
-            raise HTTPException(
-                400, f"mm_processor_kwargs.max_slice_nums: this server cuts an image into {most} at most."
-            )
-        tools: Any = body.tools and [tool.model_dump(exclude_none=True) for tool in body.tools]
+async def _answer(engine: LocalEngine, request: Request, kind: type[GenerationRequest]) -> Response:
+    """The response to a request, or the stream of it."""
+    most = int(engine.limits.megabytes * 1e6)
+    body = await _body(request, most)
+    engine.bytes.take(len(body))
+    taken = len(body)
+    try:
+        await anyio.to_thread.run_sync(check_body, body, engine.limits.text_bytes(engine.context))
+        parsed = await anyio.to_thread.run_sync(read_request, kind, body)
+        del body
+        if not parsed.stream:
+            return JSONResponse(await _while_there(request, engine.chat(parsed)))
+        chunks = engine.stream(parsed)
         try:
-            messages = await read_messages(body.messages, self.limits)
-            inputs = await asyncio.to_thread(self._read, messages, tools, body)
-            config = self._generation_config(body, inputs["input_ids"].shape[1])
-        except (ValueError, TemplateError) as error:
-            if not (is_expected(error) or isinstance(error, TemplateError)):
-                raise
-            raise HTTPException(400, str(error)) from error
-        turn = Turn(self.model, body.seed)
-        arguments: Any = (request.state.request_id, turn, self.processor, self.name, inputs, config)
-        manager = self.generation_state.get_manager(self.name)
-        if body.stream:
-            response = self._streaming(*arguments, gen_manager=manager, tools=tools)
-            # The stream itself cancels the work where it is cut off; a stream that never began runs only this.
-            response.background = BackgroundTask(turn.client_has_gone.set)
-            return response
-        answer = asyncio.ensure_future(self._non_streaming(*arguments, gen_manager=manager, tools=tools))
-        leaving = asyncio.ensure_future(_disconnected(request))
-        await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            turn.client_has_gone.set()
+            first = await _while_there(request, anext(chunks))
+        except BaseException:
+            await chunks.aclose()  # type: ignore[attr-defined]
+            raise
+        stream, taken = _events(first, chunks, engine, taken), 0
+        return EventStream(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+    except ClientGone:
+        return Response(status_code=499)
+    finally:
+        engine.bytes.give_back(taken)
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer."""
+
+
+async def _while_there(request: Request, work: Any) -> Any:
+    """What a coroutine returns; it is cancelled when the client goes.
+
+    Raises:
+        ClientGone: it has gone.
+    """
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return await task
+    finally:
         leaving.cancel()
-        return await answer
-
-    def _read(self, messages, tools, body):
-        """The model's inputs for a request."""
-        asked = (body.chat_template_kwargs.enable_thinking, body.enable_thinking, self.think)
-        inputs = self.processor.apply_chat_template(
-            messages,
-            tools=tools,
-            enable_thinking=next(value for value in asked if value is not None),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            max_length=self.context - 1,
-            **body.mm_processor_kwargs.model_dump(exclude_none=True),
-        )
-        return dict(inputs.to(self.model.device))
-
-    def _generation_config(self, body, prompt_tokens):
-        fields = body.model_dump(exclude={"seed", "messages", "tools"}, exclude_none=True)
-        unknown = [token for token in fields.pop("logit_bias", {}) if not 0 <= token < self.model.config.vocab_size]
-        if unknown:
-            raise HTTPException(
-                400, f"logit_bias: {unknown[0]} is no token; there are {self.model.config.vocab_size}."
-            )
-        fields.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
-        if body.logit_bias:
-            fields["logit_bias"] = body.logit_bias
-        config = self._build_generation_config(fields, self.model.generation_config)
-        config.max_new_tokens = min(config.max_new_tokens, self.context - prompt_tokens)
-        if body.temperature is not None:
-            config.do_sample = body.temperature >= LEAST_TEMPERATURE
-        for name in ("top_k", "min_p", "repetition_penalty"):
-            if name in fields:
-                setattr(config, name, fields[name])
-        if not config.do_sample:  # else transformers warns of each of them
-            config.temperature = config.top_p = config.top_k = config.min_p = None
-        return config
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
 
 
-class Turn:
-    """One answer: what transformers' server takes for the model."""
-
-    def __init__(self, model: Any, seed: int | None) -> None:
-        self.model, self.seed, self.client_has_gone = model, seed, threading.Event()
-
-    def generate(self, **inputs: Any) -> Any:
-        if self.seed is not None:
-            choice = self.model.seeded_choice([self.seed], inputs["input_ids"].shape[1])
-            inputs["logits_processor"] = LogitsProcessorList([choice])
-        return self.model.generate(**inputs, stopping_criteria=StoppingCriteriaList([self._stop]))
-
-    def _stop(self, input_ids, scores, **kwargs):
-        return torch.full((len(input_ids),), self.client_has_gone.is_set(), device=input_ids.device)
-
-
-async def _disconnected(request):
-    # Request.is_disconnected() misses it behind the middleware of transformers' server.
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _refusal(status, message):
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": error}, status_code=status)
+async def _body(request: Request, most: int) -> bytes:
+    """The body of a request.
+
+    Raises:
+        RequestError: it is larger than `most` bytes, or does not come.
+    """
+    too_large = RequestError(
+        f"The body of a request may have {most} bytes. Scale images down, or send their addresses.",
+        413,
+        code="request_too_large",
+    )
+    body = bytearray()
+    try:
+        if int(request.headers.get("content-length") or 0) > most:
+            raise too_large
+        with anyio.fail_after(BODY_SECONDS):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > most:
+                    raise too_large
+    except TimeoutError as error:
+        raise RequestError(f"The body of the request did not come within {BODY_SECONDS} seconds.", 408) from error
+    return bytes(body)
+
+
+# ---- streams ----
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. However it ends, so does what it is made of."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.body_iterator.aclose()  # type: ignore[union-attr]
+
+
+async def _events(first: dict[str, Any], chunks: Any, engine: LocalEngine, taken: int) -> AsyncIterator[str]:
+    try:
+        yield _event(first)
+        async for chunk in chunks:
+            yield _event(chunk)
+    except RequestError as error:
+        yield _event(error.body())
+    except Exception:  # the response has begun: this is the only way left to tell
+        logger.exception("a stream failed")
+        yield _event(_failure().body())
+    finally:
+        await chunks.aclose()
+        engine.bytes.give_back(taken)
+    yield "data: [DONE]\n\n"
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _failure() -> RequestError:
+    return RequestError("The server failed; its log says why.", 500)
+
+
+# ---- the description of the routes ----
+
+
+def _body_of(kind: type[GenerationRequest]) -> dict[str, Any]:
+    schema = {"$ref": SCHEMAS.format(model=kind.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Add the schemas of bodies, which the routes read themselves, to the description of the routes."""
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schemas = describe().setdefault("components", {}).setdefault("schemas", {})
+            for kind in (ChatRequest, CompletionRequest):
+                schema = kind.model_json_schema(ref_template=SCHEMAS)
+                schemas |= schema.pop("$defs", {}) | {kind.__name__: schema}
+        return describe()
+
+    app.openapi = openapi  # type: ignore[method-assign]
