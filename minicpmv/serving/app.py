@@ -150,7 +150,7 @@ async def _answer(engine: LocalEngine, request: Request, kind: type[GenerationRe
         try:
             first = await _while_there(request, anext(chunks))
         except BaseException:
-            await chunks.aclose()  # type: ignore[attr-defined]
+            await chunks.aclose()
             raise
         stream, taken = _events(first, chunks, engine, taken), 0
         return EventStream(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
@@ -220,11 +220,12 @@ class EventStream(StreamingResponse):
     """Server-sent events. However it ends, so does what it is made of."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        events: Any = self.body_iterator
         try:
             await super().__call__(scope, receive, send)
         finally:
             with anyio.CancelScope(shield=True):
-                await self.body_iterator.aclose()  # type: ignore[union-attr]
+                await events.aclose()
 
 
 async def _events(first: dict[str, Any], chunks: Any, engine: LocalEngine, taken: int) -> AsyncIterator[str]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
@@ -130,7 +130,7 @@ class LocalEngine:
                     response.add(index, event)
         return response.complete()
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of the answer to a request; when it is closed, the work ends.
 
         Raises:
@@ -157,7 +157,7 @@ class LocalEngine:
 
     async def _events(
         self, request: GenerationRequest, local_files: Path | None
-    ) -> AsyncIterator[tuple[int, Piece | Finish]]:
+    ) -> AsyncGenerator[tuple[int, Piece | Finish], None]:
         """What comes of the answers to a request."""
         if request.model not in (None, "", self.name):
             raise RequestError(

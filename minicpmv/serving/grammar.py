@@ -12,7 +12,7 @@ from minicpmv.serving.schema import ChatRequest, NamedTool, RequestError
 
 
 # Blanks as json.dumps writes them: a choice of them would let a small model write nothing else.
-BLANKS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+BLANKS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 ANY_OBJECT = {"type": "object"}
 
 

@@ -55,7 +55,7 @@ FORMATS = (
     "HEIF",
 )
 # Inside an IPv6 address of these stands an IPv4 one, which is where the packets go.
-NAT64 = ip_network("64:ff9b::/96")
+NAT64, LOCAL_NAT64 = ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48")
 _REMOTE = re.compile("https?://", re.IGNORECASE)
 
 
@@ -207,7 +207,7 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
         inner = address.ipv4_mapped or address.sixtofour
         if inner is None and address in NAT64:
             inner = IPv4Address(int(address) & 0xFFFFFFFF)
-        if inner is None and address.teredo is not None:
+        if inner is None and (address.teredo is not None or address in LOCAL_NAT64):
             return False
     address = address if inner is None else inner
     return address.is_global and not address.is_multicast

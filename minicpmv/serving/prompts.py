@@ -131,7 +131,7 @@ class PromptReader:
             RequestError: it cannot be written, or is longer than the context.
         """
         options = request.mm_processor_kwargs.model_dump(exclude_none=True)
-        with refusals():
+        with refusals("messages"):
             messages, options = self._with_details(messages, options)
             settings = self.model.chat_settings(
                 self.model,
@@ -153,7 +153,7 @@ class PromptReader:
         Raises:
             RequestError: it is empty, or longer than the context.
         """
-        with refusals():
+        with refusals("prompt"):
             inputs = self.processor.apply_chat_template(
                 [{"role": "user", "content": text}],
                 chat_template=PLAIN_TEMPLATE,
@@ -201,8 +201,8 @@ def _details(request: ChatRequest) -> list[str | None]:
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """What is wrong with messages, images and settings, as errors of the request.
+def refusals(param: str) -> Iterator[None]:
+    """What is wrong with messages, images and settings, as errors of the request, in a field of it.
 
     Raises:
         RequestError: says what it was.
@@ -219,4 +219,4 @@ def refusals() -> Iterator[None]:
         if not (is_expected(error) or isinstance(error, (TemplateError, RecursionError))):
             raise
         is_long = type(error).__name__ == "PromptTooLongError"
-        raise RequestError(str(error), code="context_length_exceeded" if is_long else None) from error
+        raise RequestError(str(error), param=param, code="context_length_exceeded" if is_long else None) from error

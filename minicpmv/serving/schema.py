@@ -182,7 +182,7 @@ Thinking = StrictBool | Literal["auto"]
 
 class TemplateVariables(Fields):
     enable_thinking: Thinking | None = None
-    thinking_budget: int | None = Field(None, ge=0)
+    thinking_budget: Annotated[int, Field(ge=0)] | None = None
 
 
 class MediaOptions(Fields):
@@ -245,7 +245,7 @@ class ChatRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_completion_tokens: PositiveInt | None = None
     enable_thinking: Thinking | None = None
-    thinking_budget: int | None = Field(None, ge=0)
+    thinking_budget: Annotated[int, Field(ge=0)] | None = None
     chat_template_kwargs: TemplateVariables = TemplateVariables()
     mm_processor_kwargs: MediaOptions = MediaOptions()
     tools: list[Tool] | None = Field(None, max_length=MOST_MESSAGES)
