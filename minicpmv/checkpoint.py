@@ -1,4 +1,4 @@
-"""The one loader: model and processor of a folder, a GGUF file or a Hub repository, under one rule of trust."""
+"""The one loader: model and processor of a folder, an export or a Hub repository, under one rule of trust."""
 
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,11 @@ def load(
     device_map: Any = "auto",
     quantization_config: Any = None,
 ) -> tuple[Any, Any]:
-    """`(model, processor)` of a model folder, GGUF file or Hub repository, ready to answer.
+    """`(model, processor)` of a model folder, an export or a Hub repository, ready to answer.
 
     Args:
-        name: a folder; a GGUF file, whose language model then runs in llama.cpp; or the name of a Hub repository, whose
-            code needs `trust_remote_code`.
+        name: a folder; a GGUF file, whose language model then runs in llama.cpp; a folder that minicpmv export onnx wrote,
+            which runs in ONNX Runtime; or the name of a Hub repository, whose code needs `trust_remote_code`.
         revision: commit, tag or branch of a Hub repository.
         dtype: `torch.dtype` or its name; "auto" is the checkpoint's.
         device_map: as in transformers; "auto" is the accelerator if there is one, else the CPU.
@@ -69,8 +69,8 @@ def load(
         CheckpointError: it cannot be loaded, its code is not trusted, or it is a model of another kind.
     """
     check_name(name, revision, trust_remote_code)
-    if (file := gguf_file(name)) is not None:
-        return _load_gguf(file, dtype, device_map, quantization_config)
+    if (place := exported(name)) is not None:
+        return _load_exported(place, dtype, device_map, quantization_config)
     source = source_of(name, revision, trust_remote_code)
 
     import torch
@@ -97,36 +97,40 @@ def load(
     return model, processor
 
 
-def gguf_file(name: str | Path) -> Path | None:
-    """The GGUF file that a name means: itself, or the only language model in a folder without other weights; else None.
+def exported(name: str | Path) -> Path | None:
+    """What a name means that other software than PyTorch runs: a GGUF file, which is the name itself or the only language
+    model in a folder without other weights; or a folder of graphs; else None.
 
     Raises:
         CheckpointError: the name is that of a GGUF file which is not there.
         GGUFError: it is the file of a tower, or the folder holds several language models.
     """
     from minicpmv.runtimes.gguf import SUFFIX, find_language_model
+    from minicpmv.runtimes.graphs import graphs_folder
 
     place = Path(name).expanduser()
     if place.suffix == SUFFIX and not place.exists():
         raise CheckpointError(f"{name}: no such file; minicpmv export gguf writes one from a checkpoint")
-    is_file = place.is_file() and place.suffix == SUFFIX
-    is_folder = place.is_dir() and not any(any(place.glob(pattern)) for pattern in WEIGHTS)
-    return find_language_model(place) if is_file or is_folder else None
+    if place.is_file():
+        return find_language_model(place) if place.suffix == SUFFIX else None
+    if not place.is_dir() or any(any(place.glob(pattern)) for pattern in WEIGHTS):
+        return None
+    return graphs_folder(place) or find_language_model(place)
 
 
-def _load_gguf(file: Path, dtype: Any, device_map: Any, quantization_config: Any) -> tuple[Any, Any]:
-    from minicpmv.runtimes.load import load_gguf
+def _load_exported(place: Path, dtype: Any, device_map: Any, quantization_config: Any) -> tuple[Any, Any]:
+    from minicpmv.runtimes.load import load as load_exported
 
     if quantization_config is not None:
         raise CheckpointError(
-            f"{file} is quantized as it is: leave out the quantization_config, or load the checkpoint"
+            f"{place} is quantized as it is: leave out the quantization_config, or load the checkpoint"
         )
     import torch
 
     device = device_map[""] if isinstance(device_map, dict) else None
     if device_map == "auto" and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
-    return load_gguf(file, dtype, device)
+    return load_exported(place, dtype, device)
 
 
 def check_name(name: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> None:
@@ -134,15 +138,15 @@ def check_name(name: str | Path, revision: str | None = None, trust_remote_code:
 
     Raises:
         CheckpointError: as `source_of`; or the folder holds no config.json or no weights.
-        GGUFError: a GGUF file lacks what has to lie beside it.
-        MissingPackageError: llama.cpp, which it needs, is not installed.
+        GGUFError, GraphError: an export lacks a file that belongs to it.
+        MissingPackageError: the software that runs it is not installed.
     """
-    if (file := gguf_file(name)) is not None:
+    if (place := exported(name)) is not None:
         from minicpmv.runtimes.load import check
 
         if revision is not None:
-            raise CheckpointError(f"{name} is a file, which has no revision {revision!r}: leave it out")
-        return check(file)
+            raise CheckpointError(f"{name} is an export, which has no revision {revision!r}: leave it out")
+        return check(place)
     folder = Path(source_of(name, revision, trust_remote_code)["pretrained_model_name_or_path"])
     if not folder.is_dir():
         return

@@ -35,6 +35,14 @@ class TowerType(str, Enum):
     q8_0 = "q8_0"
 
 
+class GraphType(str, Enum):
+    """How the matrices of ONNX graphs are stored."""
+
+    fp32 = "fp32"
+    int8 = "int8"
+    int4 = "int4"
+
+
 Checkpoint = Annotated[str, typer.Option("--model", "-m", metavar="FOLDER", help="Folder of the checkpoint.")]
 Output = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files and their card.")]
 Samples = Annotated[
@@ -97,6 +105,44 @@ def gguf(
         for file in files:
             terminal.write(str(file))
         terminal.write(f"figures: {output / 'README.md'}")
+
+
+@export_app.command()
+def onnx(
+    model: Checkpoint,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the graphs and their card.")],
+    type: Annotated[GraphType, typer.Option(case_sensitive=False, help="Type of the matrices.")] = GraphType.int8,
+    samples: Samples = 5,
+    no_check: NoCheck = False,
+) -> None:
+    """Write a model as ONNX graphs: minicpmv ask, chat and evaluate run them in ONNX Runtime.
+
+    Examples:
+
+    \b
+      minicpmv export onnx --model nano --output nano-onnx --type int8
+      minicpmv ask cat.jpg "What is this?" -m nano-onnx
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    with one_line_errors(OSError):
+        with console.status("Starting"):
+            from transformers.utils import logging
+
+            from minicpmv.deploy.onnx import export as export_onnx
+        if not console.is_terminal:
+            logging.disable_progress_bar()
+        folder = export_onnx(
+            model,
+            output,
+            type.value,
+            samples=samples,
+            is_checked=not no_check,
+            note=lambda what: console.print(what, style="dim"),
+        )
+        terminal.write(str(folder))
+        terminal.write(f"figures: {folder / 'README.md'}")
 
 
 @export_app.command()

@@ -1,21 +1,46 @@
-"""A model whose language model is a GGUF file: the tower from the file beside it, in PyTorch, and llama.cpp behind it."""
+"""A model that runs elsewhere, as one of PyTorch: a GGUF file with the tower from the file beside it, in PyTorch, and
+llama.cpp behind it; or a folder of graphs, in ONNX Runtime."""
 
 from pathlib import Path
 from typing import Any
 
 from minicpmv.errors import require
+from minicpmv.runtimes import graphs
 from minicpmv.runtimes.gguf import find_mmproj, tower_tensors
 from minicpmv.runtimes.gguf_file import GGUFError
 from minicpmv.runtimes.llamacpp import EXTRA, PACKAGES
 
 
-def check(file: Path) -> None:
+def check(place: Path) -> None:
     """Refuse what cannot be loaded before anything heavy is imported.
 
+    Args:
+        place: a GGUF file, or a folder of graphs.
+
     Raises:
-        MissingPackageError: llama.cpp is not installed.
-        GGUFError: the tower or the small files of the checkpoint are not beside it.
+        MissingPackageError: the software is not installed.
+        GGUFError, GraphError: a file lacks that belongs to it.
     """
+    if place.is_dir():
+        graphs.check(place)
+    else:
+        _check_gguf(place)
+
+
+def load(place: Path, dtype: Any = "auto", device: Any = None) -> tuple[Any, Any]:
+    """`(model, processor)`, as of any other checkpoint: the model's own class, with parts that run elsewhere.
+
+    Args:
+        place: a GGUF file, or a folder of graphs.
+        dtype, device: of what runs in PyTorch; "auto" is float32 on a CPU, else bfloat16. Graphs run on the CPU.
+
+    Raises:
+        GGUFError, LlamaCppError, GraphError: a file is damaged, missing, or that of another model.
+    """
+    return _load_graphs(place) if place.is_dir() else _load_gguf(place, dtype, device)
+
+
+def _check_gguf(file: Path) -> None:
     require(EXTRA, *PACKAGES)
     find_mmproj(file)
     for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
@@ -26,18 +51,42 @@ def check(file: Path) -> None:
             )
 
 
-def load_gguf(file: Path, dtype: Any = "auto", device: Any = None) -> tuple[Any, Any]:
-    """`(model, processor)`, as of any other checkpoint: the model's own class, with llama.cpp as its `llm`.
-
-    Args:
-        file: the language model.
-        dtype, device: of tower and resampler; "auto" is float32 on a CPU, else bfloat16.
-
-    Raises:
-        GGUFError, LlamaCppError: a file is damaged, missing, or that of another model.
-    """
+def _load_graphs(folder: Path) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoConfig, AutoModel, AutoProcessor, GenerationConfig
+    from transformers import AutoConfig, AutoProcessor
+
+    from minicpmv.runtimes.graph_model import GraphForCausalLM, GraphResampler, GraphTower
+
+    source = str(folder.resolve())
+    parts = graphs.Graphs(folder, torch.get_num_threads())
+    config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+    language_model = GraphForCausalLM(parts, config)
+    with torch.device("meta"):
+        model = _shell(folder, language_model, config)
+    model.vpm, model.resampler = GraphTower(), GraphResampler(parts)
+    return model.eval(), AutoProcessor.from_pretrained(source, trust_remote_code=True)
+
+
+def _shell(folder: Path, language_model: Any, config: Any) -> Any:
+    """The model's own class around a language model that runs elsewhere; tower and resampler have no values yet."""
+    import torch
+    from transformers import AutoConfig, AutoModel, GenerationConfig
+
+    # Built without layers in a language model that goes at once, since their weights would take all memory.
+    source = str(folder.resolve())
+    empty = AutoConfig.from_pretrained(source, trust_remote_code=True, num_hidden_layers=0, layer_types=[])
+    empty.vocab_size = 1
+    empty.pad_token_id = None
+    model = AutoModel.from_config(empty, trust_remote_code=True, dtype=torch.float32)
+    model.llm, model.config = language_model, config
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return model
+
+
+def _load_gguf(file: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoConfig, AutoProcessor
 
     from minicpmv.runtimes.language_model import LlamaCppForCausalLM
 
@@ -48,13 +97,7 @@ def load_gguf(file: Path, dtype: Any = "auto", device: Any = None) -> tuple[Any,
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     language_model = LlamaCppForCausalLM(file, config)
-
-    # Built without layers in a language model that goes at once, since their weights would take all memory.
-    empty = AutoConfig.from_pretrained(folder, trust_remote_code=True, num_hidden_layers=0, layer_types=[])
-    empty.vocab_size = 1
-    empty.pad_token_id = None
-    model = AutoModel.from_config(empty, trust_remote_code=True, dtype=torch.float32)
-    model.llm, model.config = language_model, config
+    model = _shell(file.parent, language_model, config)
     vision = config.vision_config
     layers = vision.num_hidden_layers - bool(config.drop_vision_last_layer)
     tensors = tower_tensors(find_mmproj(file), layers, vision.image_size // vision.patch_size)
@@ -69,6 +112,4 @@ def load_gguf(file: Path, dtype: Any = "auto", device: Any = None) -> tuple[Any,
             parameter.copy_(torch.from_numpy(values).view(parameter.shape))
     if own:
         raise GGUFError(f"{find_mmproj(file)} lacks {', '.join(sorted(own))}: it belongs to another model")
-    if (file.parent / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(dtype=dtype, device=device).eval(), AutoProcessor.from_pretrained(folder, trust_remote_code=True)

@@ -271,8 +271,8 @@ def test_revisions_and_quantization_are_not_for_files(ggufs):
 
 def test_weights_win_over_a_file_beside_them(copied):
     shutil.copy(NANO / "model.safetensors", copied)
-    assert checkpoint.gguf_file(copied) is None
-    assert checkpoint.gguf_file(copied / "nano-F16.gguf") == copied / "nano-F16.gguf"
+    assert checkpoint.exported(copied) is None
+    assert checkpoint.exported(copied / "nano-F16.gguf") == copied / "nano-F16.gguf"
 
 
 # ---- the position table ----

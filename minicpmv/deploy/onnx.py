@@ -1,0 +1,210 @@
+"""Writes a checkpoint as ONNX graphs: tower with resampler, embeddings, and the language model with its cache.
+
+What is special:
+- Weights go from the checkpoint into the files one at a time.
+- A folder gets its name when it is whole and held against PyTorch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minicpmv.checkpoint import load
+from minicpmv.deploy.folder import check_new, whole_folder, write_card, write_record
+from minicpmv.deploy.parity import ModelRuntime, ParityError, cases, hold, observe
+from minicpmv.deploy.source import Checkpoint, ExportError
+from minicpmv.errors import require
+from minicpmv.runtimes.graphs import DECODER, EMBEDDING, EXTRA, NAMES, PACKAGE, SUFFIX, VISION
+
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+LAYERS = "llm.model.layers."  # how the names of what a 4-bit type stores in 4 bits begin
+
+
+@dataclass(frozen=True)
+class GraphType:
+    """How matrices are stored, in bits; None is float32. Margins are those of `parity.hold`."""
+
+    layers: int | None  # of the language model
+    others: int | None  # its head, the tower and the resampler, where an error costs more
+    table: str  # of embeddings
+    margin: float
+    feature_margin: float
+
+
+TYPES = {
+    "fp32": GraphType(None, None, "float32", 0.01, 1e-3),
+    "int8": GraphType(8, 8, "float16", 0.3, 5e-2),
+    "int4": GraphType(4, 8, "float16", 1.5, 5e-2),
+}
+
+USE = """\
+```text
+minicpmv ask IMAGE "What is in the image?" -m {folder}
+minicpmv chat -m {folder}
+```
+
+runs it in ONNX Runtime, as do `minicpmv evaluate` and `minicpmv serve`. The graphs are `{vision}` (images, and packed frames with their times, to
+features), `{embedding}` and `{decoder}` (the language model behind keys and values that the caller keeps); `minicpmv/runtimes/graphs.py` shows how
+they are called. The small files are the checkpoint's own."""
+
+
+def export(
+    model: str | Path,
+    output: Path,
+    kind: str,
+    *,
+    samples: int = 5,
+    is_checked: bool = True,
+    note: Callable[[str], None] = lambda what: None,
+) -> Path:
+    """Write a checkpoint as ONNX graphs and hold them against PyTorch.
+
+    Args:
+        model: folder of the checkpoint.
+        output: the new folder.
+        kind: of `TYPES`.
+        samples: questions of each row of NanoBench.
+        is_checked: False leaves out the comparison, where PyTorch has no memory for the checkpoint.
+        note: is told what happens.
+
+    Returns:
+        the folder.
+
+    Raises:
+        CheckpointError, ExportError, OutputError, MissingPackageError: before anything is written.
+        ParityError: the answers differ beyond what the type allows; the files stay in a folder whose name says so.
+    """
+    require(EXTRA, *PACKAGES)
+    checkpoint, output = Checkpoint(model), Path(output).expanduser()
+    if checkpoint.config.get("rope_scaling"):
+        found = checkpoint.config["rope_scaling"]
+        raise ExportError(f"rope_scaling ({found}) is not written: export the checkpoint without it")
+    check_new(output, graph_bytes(checkpoint, TYPES[kind]))
+    name = f"{checkpoint.folder.name}-{kind}"
+    with whole_folder(output) as stage:
+        graphs = {}
+        for graph in NAMES:
+            note(f"Tracing {graph}")
+            graphs[graph] = trace(checkpoint, graph)
+        note(f"Writing {name}")
+        write(checkpoint, graphs, kind, stage)
+        if is_checked:
+            _compare(checkpoint, stage, name, kind, samples, note)
+        _write_card(stage, checkpoint, name, output)
+    return output
+
+
+def graph_bytes(checkpoint: Checkpoint, kind: GraphType) -> int:
+    """About how many bytes the weights take."""
+    total = 0
+    for name in checkpoint.files:
+        values = int(np.prod(checkpoint.shape(name)))
+        if "embed_tokens" in name:
+            head = values * ((kind.others or 32) + 1) // 8 if checkpoint.is_tied else 0
+            total += values * np.dtype(kind.table).itemsize + head
+        else:
+            bits = kind.layers if name.startswith(LAYERS) else kind.others
+            total += values * ((bits or 31) + 1) // 8
+    return total
+
+
+def trace(checkpoint: Checkpoint, name: str) -> "ir.Model":
+    """One of the graphs, without the values of weights."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModel
+
+    from minicpmv.deploy.onnx_graphs import DecoderGraph, EmbeddingGraph, VisionGraph
+    from minicpmv.deploy.onnx_weights import quiet
+    from minicpmv.deploy.onnx_weights import trace as traced
+
+    config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=True)
+    with init_empty_weights(include_buffers=False):  # those are computed, not read
+        model = AutoModel.from_config(
+            config, trust_remote_code=True, attn_implementation="sdpa", dtype=torch.float32
+        )
+    graph = {VISION: VisionGraph, EMBEDDING: EmbeddingGraph, DECODER: DecoderGraph}[name]
+    with quiet():
+        return traced(graph(model))
+
+
+def write(checkpoint: Checkpoint, graphs: dict[str, "ir.Model"], kind: str, folder: Path) -> None:
+    """Fill traced graphs and write them, with the checkpoint's small files."""
+    from minicpmv.deploy import onnx_weights
+
+    def read(name: str) -> np.ndarray:
+        is_head = checkpoint.is_tied and name.endswith("lm_head.weight")
+        return checkpoint.tensor("llm.model.embed_tokens.weight" if is_head else name)
+
+    def bits_of(name: str) -> int | None:
+        return TYPES[kind].layers if name.startswith(LAYERS) else TYPES[kind].others
+
+    checkpoint.copy_small_files(folder)
+    with onnx_weights.quiet():
+        for name, graph in graphs.items():
+            onnx_weights.fill(graph, read, bits_of, TYPES[kind].table)
+            onnx_weights.write(graph, folder / f"{name}{SUFFIX}")
+
+
+# ---- what is left beside it ----
+
+
+def _pytorch(source: str) -> ModelRuntime:
+    model, processor = load(source)
+    return ModelRuntime(model, processor, {name: version(name) for name in ("torch", "transformers")})
+
+
+def _onnxruntime(folder: Path) -> ModelRuntime:
+    model, processor = load(folder)
+    return ModelRuntime(model, processor, {PACKAGE: version(PACKAGE), "onnx": version("onnx")})
+
+
+def _compare(
+    checkpoint: Checkpoint, stage: Path, name: str, kind: str, samples: int, note: Callable[[str], None]
+) -> None:
+    """Hold what was written against PyTorch, and write down what was found.
+
+    Raises:
+        ParityError: the answers differ too much.
+    """
+    from transformers import AutoProcessor
+
+    source = str(checkpoint.folder)
+    asked = cases(AutoProcessor.from_pretrained(source, trust_remote_code=True))
+    reference = observe(partial(_pytorch, source), asked, samples, note=lambda what: note(f"PyTorch: {what}"))
+    found = hold(
+        reference,
+        partial(_onnxruntime, stage),
+        asked,
+        name=name,
+        type=kind,
+        size=sum(file.stat().st_size for file in stage.glob(f"*{SUFFIX}*")),
+        margin=TYPES[kind].margin,
+        feature_margin=TYPES[kind].feature_margin,
+        samples=samples,
+        reference_type=str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")),
+        note=lambda what: note(f"{name}: {what}"),
+    )
+    write_record(stage, found)
+    if found.faults:
+        _write_card(stage, checkpoint, name, stage)
+        raise ParityError(
+            f"{name} does not answer as PyTorch does: {'; '.join(found.faults)}. It stays in {stage}, to be looked at; "
+            "choose a type with more bits"
+        )
+
+
+def _write_card(folder: Path, checkpoint: Checkpoint, name: str, output: Path) -> None:
+    base = f"`{checkpoint.folder.name}`, a MiniCPM-V 4.5, as graphs for ONNX Runtime, written by `minicpmv export onnx`."
+    files: dict[str, Any] = {"vision": VISION, "embedding": EMBEDDING, "decoder": DECODER}
+    use = USE.format(folder=output.name, **{part: f"{file}{SUFFIX}" for part, file in files.items()})
+    write_card(folder, "onnx", name, base, use, [name])
