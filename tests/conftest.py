@@ -234,6 +234,37 @@ def copied(ggufs, tmp_path):
     return tmp_path / "copy"
 
 
+# ---- nano as graphs ----
+
+
+@pytest.fixture(scope="session")
+def traced_nano():
+    """Nano's graphs without weights, by name; copy them before they are filled."""
+    pytest.importorskip("onnxscript")
+    from minicpmv.deploy import onnx
+    from minicpmv.deploy.source import Checkpoint
+
+    return {name: onnx.trace(Checkpoint(NANO), name) for name in onnx.NAMES}
+
+
+@pytest.fixture(scope="session")
+def onnx_nano(traced_nano, tmp_path_factory):
+    """A function (type) -> folder with nano's graphs, not compared with anything."""
+    from minicpmv.deploy import onnx
+    from minicpmv.deploy.source import Checkpoint
+
+    root = tmp_path_factory.mktemp("onnx")
+
+    def folder(kind):
+        if not (root / kind).is_dir():
+            (root / kind).mkdir()
+            graphs = {name: graph.clone() for name, graph in traced_nano.items()}
+            onnx.write(Checkpoint(NANO), graphs, kind, root / kind)
+        return root / kind
+
+    return folder
+
+
 @pytest.fixture
 def llama_server():
     """Starts an unmodified llama-server in this process; returns a function that posts JSON to it and reads its reply."""

@@ -129,9 +129,7 @@ def trace(checkpoint: Checkpoint, name: str) -> "ir.Model":
 
     config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=True)
     with init_empty_weights(include_buffers=False):  # those are computed, not read
-        model = AutoModel.from_config(
-            config, trust_remote_code=True, attn_implementation="sdpa", dtype=torch.float32
-        )
+        model = AutoModel.from_config(config, trust_remote_code=True, attn_implementation="sdpa", dtype=torch.float32)
     graph = {VISION: VisionGraph, EMBEDDING: EmbeddingGraph, DECODER: DecoderGraph}[name]
     with quiet():
         return traced(graph(model))
@@ -204,7 +202,9 @@ def _compare(
 
 
 def _write_card(folder: Path, checkpoint: Checkpoint, name: str, output: Path) -> None:
-    base = f"`{checkpoint.folder.name}`, a MiniCPM-V 4.5, as graphs for ONNX Runtime, written by `minicpmv export onnx`."
+    base = (
+        f"`{checkpoint.folder.name}`, a MiniCPM-V 4.5, as graphs for ONNX Runtime, written by `minicpmv export onnx`."
+    )
     files: dict[str, Any] = {"vision": VISION, "embedding": EMBEDDING, "decoder": DECODER}
     use = USE.format(folder=output.name, **{part: f"{file}{SUFFIX}" for part, file in files.items()})
     write_card(folder, "onnx", name, base, use, [name])

@@ -61,7 +61,9 @@ class VisionGraph(Graph):
     def forward(self, pixel_values: Tensor, temporal_ids: Tensor) -> Tensor:
         """pixel_values [units, frames, 3, P * rows, P * columns], temporal_ids [units, frames] -> [units, Q, D]."""
         units, frames = temporal_ids.shape
-        patches = self.vpm.embeddings.patch_embedding(pixel_values.flatten(0, 1))  # [units * frames, D', rows, columns]
+        patches = self.vpm.embeddings.patch_embedding(
+            pixel_values.flatten(0, 1)
+        )  # [units * frames, D', rows, columns]
         rows, columns = patches.shape[-2:]
         places = self._buckets(rows)[:, None] * self.table_side + self._buckets(columns)
         states = patches.flatten(2).transpose(1, 2) + self.vpm.embeddings.position_embedding(places.flatten())
@@ -72,7 +74,9 @@ class VisionGraph(Graph):
         states = self.vpm.post_layernorm(states)
 
         resampler = self.resampler
-        values = resampler.ln_kv(resampler.kv_proj(states)).unflatten(0, (units, frames))  # [units, frames, patches, D]
+        values = resampler.ln_kv(resampler.kv_proj(states)).unflatten(
+            0, (units, frames)
+        )  # [units, frames, patches, D]
         by_row = _sincos(torch.arange(rows), self.axis_frequencies)
         by_column = _sincos(torch.arange(columns), self.axis_frequencies)
         halves = by_column.expand(rows, -1, -1), by_row[:, None].expand(-1, columns, -1)
@@ -83,7 +87,10 @@ class VisionGraph(Graph):
         query, key, value = (
             self._heads(nn.functional.linear(states, weight, bias))
             for states, weight, bias in zip(
-                (resampler.ln_q(resampler.query)[None], keys.flatten(1, 2), values.flatten(1, 2)), weights, biases, strict=True
+                (resampler.ln_q(resampler.query)[None], keys.flatten(1, 2), values.flatten(1, 2)),
+                weights,
+                biases,
+                strict=True,
             )
         )
         query = query.expand(units, -1, -1, -1)

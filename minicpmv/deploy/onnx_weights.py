@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
 class Weight:
     """A weight, or what becomes of it, without its values."""
 
+    name: str  # in the checkpoint
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]  # float32
 
@@ -66,8 +67,16 @@ def trace(module: Any) -> ir.Model:
     inputs = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs)
     with torch.no_grad():
         traced = torch.export.export(module.eval(), inputs, dynamic_shapes=changes, strict=False)
-    names = {"input_names": list(module.inputs), "output_names": list(module.outputs)}
-    program = torch.onnx.export(traced, dynamo=True, opset_version=OPSET, optimize=False, verbose=False, **names)
+    program = torch.onnx.export(
+        traced,
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=list(module.inputs),
+        output_names=list(module.outputs),
+        dynamic_shapes=changes,  # for their names
+        optimize=False,
+        verbose=False,
+    )
     for value in program.model.graph.initializers.values():
         if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
             value.const_value = None
@@ -88,22 +97,21 @@ def fill(
         bits_of: of the matrix of a name: 4, 8, or None where it stays float32.
         table_type: of tables that are looked up: "float32" or "float16".
     """
-    graph, weights, names = model.graph, {}, {}
-    for value in list(graph.initializers.values()):
-        if value.const_value is None:
-            name = value.name
-            weights[value] = Weight(tuple(value.shape.numpy()), lambda name=name: read(name))
-            names[value] = name
+    graph = model.graph
+    weights = {
+        value: Weight(value.name, tuple(value.shape.numpy()), partial(read, value.name))
+        for value in graph.initializers.values()
+        if value.const_value is None
+    }
     for node in list(graph):
-        if node.op_type in ("Transpose", "Split") and node.inputs[0] in weights:
-            _fold(node, weights, names)
+        if node.op_type in ("Transpose", "Split") and (weight := weights.get(node.inputs[0])) is not None:
+            weights |= zip(node.outputs, _made_of(weight, node), strict=True)
     for node in list(graph):
-        matrix = node.inputs[1] if node.op_type == "MatMul" else None
-        table = node.inputs[0] if node.op_type == "Gather" else None
-        if matrix in weights and (bits := bits_of(names[matrix])) is not None:
-            _quantize(node, names[matrix], weights[matrix], bits)
-        elif table in weights and table_type == "float16":
-            _halve(node, names[table], weights[table])
+        if node.op_type == "MatMul" and (matrix := weights.get(node.inputs[1])) is not None:
+            if (bits := bits_of(matrix.name)) is not None:
+                _quantize(node, matrix, bits)
+        elif node.op_type == "Gather" and table_type == "float16" and node.inputs[0] in weights:
+            _halve(node, weights[node.inputs[0]])
     for value, weight in reversed(weights.items()):  # what was made of weights before these
         if not value.is_initializer():
             if value.uses():
@@ -119,27 +127,27 @@ def fill(
     _strip(model)
 
 
-def _fold(node: ir.Node, weights: dict[ir.Value, Weight], names: dict[ir.Value, str]) -> None:
-    """Make weights of what a node makes of a weight."""
-    source = node.inputs[0]
-    weight, name = weights[source], names[source]
+def _made_of(weight: Weight, node: ir.Node) -> list[Weight]:
+    """What a node makes of a weight."""
     if node.op_type == "Transpose":
         order = node.attributes["perm"].as_ints()
         shape = tuple(weight.shape[axis] for axis in order)
-        made = [Weight(shape, lambda: np.ascontiguousarray(weight.read().transpose(order)))]
-    else:
-        axis, count = node.attributes["axis"].as_int() if "axis" in node.attributes else 0, len(node.outputs)
-        shape = tuple(side // count if place == axis else side for place, side in enumerate(weight.shape))
-        made = [
-            Weight(shape, lambda place=place: np.split(weight.read(), count, axis)[place]) for place in range(count)
-        ]
-    for output, part in zip(node.outputs, made, strict=True):
-        weights[output], names[output] = part, name
+        return [Weight(weight.name, shape, lambda: np.ascontiguousarray(weight.read().transpose(order)))]
+    axis, count = node.attributes["axis"].as_int(), len(node.outputs)
+    shape = tuple(side // count if place == axis else side for place, side in enumerate(weight.shape))
+
+    def part(place: int) -> np.ndarray:
+        return np.split(weight.read(), count, axis)[place]
+
+    return [Weight(weight.name, shape, partial(part, place)) for place in range(count)]
 
 
-def _quantize(node: ir.Node, name: str, weight: Weight, bits: int) -> None:
+def _quantize(node: ir.Node, weight: Weight, bits: int) -> None:
     """Make a product with a matrix [rows, columns] one with integers, in blocks of rows that share a scale."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        DefaultWeightOnlyQuantizer,
+    )
 
     rows, columns = weight.shape
     blocks = -(-rows // BLOCK)
@@ -159,21 +167,20 @@ def _quantize(node: ir.Node, name: str, weight: Weight, bits: int) -> None:
         quantized.cache_clear()  # they are written last
         return found
 
-    graph = node.graph
+    graph, name = node.graph, f"{weight.name}_{node.name}"  # parts of a weight have its name, too
     inputs = [
         node.inputs[0],
-        _initializer(graph, f"{name}_{node.name}_Q{bits}", (columns, blocks, BLOCK * bits // 8), np.uint8, integers),
-        _initializer(graph, f"{name}_{node.name}_scales", (columns * blocks,), np.float32, scales),
+        _initializer(graph, f"{name}_Q{bits}", (columns, blocks, BLOCK * bits // 8), np.uint8, integers),
+        _initializer(graph, f"{name}_scales", (columns * blocks,), np.float32, scales),
     ]
     attributes = {"K": rows, "N": columns, "bits": bits, "block_size": BLOCK, "accuracy_level": INT8_PRODUCTS}
     _replace(node, [ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT)])
 
 
-def _halve(node: ir.Node, name: str, weight: Weight) -> None:
+def _halve(node: ir.Node, weight: Weight) -> None:
     """Store a table in 16 bits; what is looked up becomes float32 again."""
-    table = _initializer(
-        node.graph, f"{name}_half", weight.shape, np.float16, lambda: weight.read().astype(np.float16)
-    )
+    name = f"{weight.name}_half"
+    table = _initializer(node.graph, name, weight.shape, np.float16, lambda: weight.read().astype(np.float16))
     looked_up = ir.node("Gather", [table, node.inputs[1]], dict(node.attributes))
     _replace(node, [looked_up, ir.node("Cast", looked_up.outputs, {"to": ir.DataType.FLOAT})])
 

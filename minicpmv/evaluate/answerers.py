@@ -123,6 +123,7 @@ class LocalModel:
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.window = batch_size * BATCHES_IN_MEMORY
         self.versions = {name: version(name) for name in ("torch", "transformers")}
+        self.versions |= getattr(getattr(model, "llm", None), "versions", {})  # of what runs in other software
         self._video: Any = None  # the one looked at last: path, options, frames
 
     @cached_property

@@ -1,1 +1,1 @@
-"""What runs a model, or a part of it, in place of PyTorch: llama.cpp under files in its format."""
+"""What runs a model, or a part of it, in place of PyTorch: llama.cpp under GGUF files, ONNX Runtime under graphs."""

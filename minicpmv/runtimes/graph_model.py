@@ -81,7 +81,7 @@ class GraphForCausalLM(nn.Module):
                 f"{graphs.folder} has graphs with {found[0]} tokens of width {found[1]}, but its config.json says "
                 f"{wanted[0]} and {wanted[1]}: export the checkpoint again"
             )
-        self.config, self._graphs = config, graphs
+        self.config, self._graphs, self.versions = config, graphs, graphs.versions
         self.embed_tokens = GraphEmbedding(graphs)
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # by which a model tells device and type
 
@@ -130,7 +130,7 @@ class GraphForCausalLM(nn.Module):
         batch, length = rows.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
         states = self._graphs.no_states(batch)
-        if past:
+        if cache is not None and past:
             states = [part.cpu().numpy() for layer in cache.layers for part in (layer.keys, layer.values)]
         mask = np.ones((batch, past + length), np.int64)
         if attention_mask is not None:

@@ -8,6 +8,7 @@ What is special:
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,12 +82,12 @@ class Graphs:
     def __init__(self, folder: Path, threads: int | None = None):
         check(folder)
         self.folder = folder
-        self._vision, self._embedding, self._decoder = (_session(folder / f"{name}{SUFFIX}", threads) for name in NAMES)
+        sessions = [_session(folder / f"{name}{SUFFIX}", threads) for name in NAMES]
         self._run: dict[str, Run] = {
-            name: lambda feeds, session=session: session.run(None, feeds)
-            for name, session in zip(NAMES, (self._vision, self._embedding, self._decoder), strict=True)
+            name: partial(session.run, None) for name, session in zip(NAMES, sessions, strict=True)
         }
-        shapes = {value.name: value.shape for value in (*self._decoder.get_inputs(), *self._decoder.get_outputs())}
+        decoder = sessions[-1]
+        shapes = {value.name: value.shape for value in (*decoder.get_inputs(), *decoder.get_outputs())}
         self._states = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
         self.hidden_size, self.vocab_size = shapes["inputs_embeds"][-1], shapes["logits"][-1]
         self.versions = {PACKAGE: version(PACKAGE)}

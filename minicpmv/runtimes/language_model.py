@@ -10,6 +10,7 @@ What is special:
 """
 
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from minicpmv.runtimes.gguf_file import GGUFError, GGUFFile, StoredTensor
-from minicpmv.runtimes.llamacpp import LlamaCpp, LlamaCppError, Part
+from minicpmv.runtimes.llamacpp import PACKAGES, LlamaCpp, LlamaCppError, Part
 
 
 CELLS = 256  # room for tokens comes in multiples
@@ -74,6 +75,7 @@ class LlamaCppForCausalLM(nn.Module):
     def __init__(self, file: Path, config: Any, threads: int | None = None):
         super().__init__()
         self.file, self.config = file, config
+        self.versions = {name: version(name) for name in PACKAGES}
         self._tensors = GGUFFile(file).tensors
         if (table := self._tensors.get("token_embd.weight")) is None:
             raise GGUFError(f"{file} has no token_embd.weight: it is no language model")
