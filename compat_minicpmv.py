@@ -3,13 +3,14 @@
 import inspect
 from typing import Any
 
-import torch
 from transformers import BatchFeature, Cache, GenerationMixin, ProcessorMixin, Qwen2TokenizerFast, Qwen3Model
+from transformers.utils import is_torch_available
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 
 # transformers 5.24 renamed `past_key_values` to `cache`, in calls and in outputs.
-CACHE_NAME = "cache" if "cache" in inspect.signature(Qwen3Model.forward).parameters else "past_key_values"
+_is_new = is_torch_available() and "cache" in inspect.signature(Qwen3Model.forward).parameters
+CACHE_NAME = "cache" if _is_new else "past_key_values"
 CACHE_NAMES = ("cache", "past_key_values")
 # It also renamed how `quantization_config` says that compressed weights become whole while they are loaded.
 _DEQUANTIZES = "dequantize" in inspect.signature(CompressedTensorsConfig).parameters
@@ -58,13 +59,13 @@ class NestedBatchFeature(BatchFeature):
     def to(self, *args: Any, **kwargs: Any) -> "NestedBatchFeature":
         """Move all tensors to a device and cast the floating-point ones, as `torch.Tensor.to`; returns self."""
         device = kwargs.get("device")
-        if device is None and args and not isinstance(args[0], torch.dtype):
+        if device is None and args and not hasattr(args[0], "is_floating_point"):  # which a dtype has
             device = args[0]
 
         def move(value: Any) -> Any:
             if isinstance(value, (list, tuple)):
                 return type(value)(move(item) for item in value)
-            if not isinstance(value, torch.Tensor):
+            if not hasattr(value, "is_floating_point"):
                 return value
             if value.is_floating_point():
                 return value.to(*args, **kwargs)

@@ -23,7 +23,6 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .configuration_minicpmv import MiniCPMVError
@@ -47,7 +46,6 @@ FETCH_TIMEOUT = 30  # seconds without a sign of the server
 FETCH_SECONDS = 120  # for the whole of a download
 FETCH_BYTES = 64 * 2**20
 
-_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 # What Pillow's decoders raise on damaged data.
 _PROGRAM_ERRORS = (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError)
 DECODE_ERRORS = (OSError, EOFError, struct.error, zlib.error, Image.DecompressionBombError, *_PROGRAM_ERRORS)
@@ -82,7 +80,7 @@ def load_image(
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, np.ndarray):
         image = _array_to_pil(image, input_data_format, channels_last=True)
-    elif isinstance(image, torch.Tensor):
+    elif hasattr(image, "detach"):  # a tensor, in an environment that has torch
         image = image.detach().cpu()
         image = image.float() if image.is_floating_point() else image  # numpy has no bfloat16
         image = _array_to_pil(image.numpy(), input_data_format, channels_last=False)
@@ -224,7 +222,7 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, background_color: tuple[int, int, int] | None) -> Image.Image:
-    has_alpha = image.mode in _ALPHA_MODES or "transparency" in image.info
+    has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
     if image.mode == "RGB" and not has_alpha:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):

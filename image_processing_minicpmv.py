@@ -16,13 +16,18 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import is_torch_available
 
 from .compat_minicpmv import NestedBatchFeature
 from .configuration_minicpmv import MiniCPMVError, check_whole, shorten
 from .image_loading_minicpmv import FramePackingError, ImageInputError, load_image
+
+
+if is_torch_available():
+    import torch
+as_tensor = torch.from_numpy if is_torch_available() else np.asarray  # without torch, arrays stand for tensors
 
 
 # ---- Geometry, as in LLaVA-UHD (arXiv 2403.11703) with the constants of the MiniCPM-V 4.5 model card.
@@ -126,14 +131,14 @@ class SlicedImage:
 
     image_size: tuple[int, int]  # of the upright image, before resizing
     grid: tuple[int, int] | None  # None when the image is not sliced
-    pixel_values: list[torch.Tensor]  # float32 [3, P, P * patches]: the source view, then the slices row by row
+    pixel_values: "list[torch.Tensor]"  # float32 [3, P, P * patches]: the source view, then the slices row by row
     tgt_sizes: list[tuple[int, int]]  # (rows, columns) of patches, one for each tensor
     image: Any = None  # what it was made of, where a model keeps features instead of pixels (`model.encode_images`)
 
 
 def pack_frames(
     frames: Sequence[SlicedImage], groups: Sequence[list[int]]
-) -> tuple[list[torch.Tensor], list[tuple[int, int]], list[list[int]]]:
+) -> "tuple[list[torch.Tensor], list[tuple[int, int]], list[list[int]]]":
     """Order the slices of one sample's images and frames by visual unit.
 
     `groups` (of [`read_groups`]) tells by their ids the frames that share a unit. A group with grid (columns, rows)
@@ -144,9 +149,7 @@ def pack_frames(
 
     Source: MiniCPM-V 4.5 (arXiv 2509.18154), 3D resampler.
     """
-    pixel_values: list[torch.Tensor] = []
-    tgt_sizes: list[tuple[int, int]] = []
-    unit_temporal_ids, rest = [], iter(frames)
+    pixel_values, tgt_sizes, unit_temporal_ids, rest = [], [], [], iter(frames)
     for group in groups:
         members = list(islice(rest, len(group)))
         first = members[0]
@@ -202,7 +205,7 @@ def _are_groups(sample: Any) -> bool:
     return sample is None or (isinstance(sample, list) and all(isinstance(group, list) for group in sample))
 
 
-def pad_visual_inputs(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+def pad_visual_inputs(rows: Sequence[Mapping[str, Any]]) -> "dict[str, torch.Tensor]":
     """The visual inputs of single samples as tensors with one entry a sample, for trainers that insist on them.
 
     `rows` are samples as the image processor returns them; all stills may lack `temporal_ids`. Returns `pixel_values`
@@ -213,21 +216,19 @@ def pad_visual_inputs(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tens
     if not slices:
         return {}
     most, width = max(len(row["pixel_values"]) for row in rows), max(pixels.shape[2] for pixels in slices)
-    # numpy, because torch's threads stall on busy cores and gain nothing here
     pixel_values = np.zeros((len(rows), most, *slices[0].shape[:2], width), np.float32)
-    tgt_sizes = torch.zeros(len(rows), most, 2, dtype=torch.long)
+    tgt_sizes = np.zeros((len(rows), most, 2), np.int64)
     units = [row.get("temporal_ids") or [[-1]] * len(row["pixel_values"]) for row in rows]
-    frames = max(len(unit) for row in units for unit in row)
-    temporal_ids = torch.full((len(rows), max(map(len, units)), frames), -2)
+    temporal_ids = np.full((len(rows), max(map(len, units)), max(len(unit) for row in units for unit in row)), -2)
     for place, row in enumerate(rows):
         for number, (pixels, size) in enumerate(zip(row["pixel_values"], row["tgt_sizes"], strict=True)):
-            pixel_values[place, number, :, :, : pixels.shape[2]] = pixels.numpy()
-            tgt_sizes[place, number] = torch.as_tensor(size)
+            pixel_values[place, number, :, :, : pixels.shape[2]] = pixels
+            tgt_sizes[place, number] = size
         for number, unit in enumerate(units[place]):
-            temporal_ids[place, number, : len(unit)] = torch.as_tensor(unit)
-    batch = {"pixel_values": torch.from_numpy(pixel_values), "tgt_sizes": tgt_sizes}
+            temporal_ids[place, number, : len(unit)] = unit
+    batch = {"pixel_values": as_tensor(pixel_values), "tgt_sizes": as_tensor(tgt_sizes)}
     is_packed = any(unit != [-1] for row in units for unit in row)
-    return batch | {"temporal_ids": temporal_ids} if is_packed else batch
+    return batch | {"temporal_ids": as_tensor(temporal_ids)} if is_packed else batch
 
 
 # ---- The processor.
@@ -348,9 +349,8 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
     ) -> list[SlicedImage]:
         """Load, resize, cut and normalize images (anything `load_image` takes, which also says what it raises).
 
-        They are taken 16 at a time, on at most `torch.get_num_threads()` threads.
-
-        The tensors of a call share memory, by up to 16 images: clone one to store it alone.
+        They are taken 16 at a time, on at most `torch.get_num_threads()` threads. The tensors of a call share memory, by
+        up to 16 images: clone one to store it alone.
         """
         images, sliced = iter(images), []
         # Nothing here holds a block of images while the next one is decoded.
@@ -373,7 +373,7 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
             if layout.refined is not None and layout.slice is not None:
                 views.append((image, layout.refined, layout.slice, own[1:]))
             tgt_sizes = [(height // self.patch_size, width // self.patch_size) for width, height in sizes]
-            sliced.append(SlicedImage(image.size, layout.grid, [torch.from_numpy(strip) for strip in own], tgt_sizes))
+            sliced.append(SlicedImage(image.size, layout.grid, [as_tensor(strip) for strip in own], tgt_sizes))
         _map_threaded(lambda view: self._fill_strips(*view), views)
         return sliced
 
@@ -435,20 +435,20 @@ def visual_features(
     """What both processors return, of the images or frames of each sample and their groups."""
     if return_tensors not in (None, "pt", "np"):
         raise MiniCPMVError(f"return_tensors={return_tensors!r} is not supported; give None, 'pt' or 'np'")
-    convert = (lambda tensor: tensor.numpy()) if return_tensors == "np" else (lambda tensor: tensor)
+    convert = np.asarray if return_tensors == "np" else (lambda tensor: tensor)
     data: dict[str, list] = {"pixel_values": [], "image_sizes": [], "tgt_sizes": [], "temporal_ids": []}
     for frames, groups in samples:
         pixel_values, tgt_sizes, unit_temporal_ids = pack_frames(frames, groups)
         data["pixel_values"].append([convert(strip) for strip in pixel_values])
         data["image_sizes"].append([frame.image_size for frame in frames])
-        data["tgt_sizes"].append(convert(torch.tensor(tgt_sizes, dtype=torch.int64).reshape(-1, 2)))
+        data["tgt_sizes"].append(convert(as_tensor(np.array(tgt_sizes, np.int64).reshape(-1, 2))))
         data["temporal_ids"].append(unit_temporal_ids)
     return NestedBatchFeature(data)
 
 
 def _map_threaded(function: Callable, items: Sequence) -> list:
     # Pillow and numpy work outside the GIL; torch's limit keeps data-loader workers to one thread each
-    workers = min(torch.get_num_threads(), len(items))
+    workers = min(torch.get_num_threads() if is_torch_available() else 4, len(items))
     if workers < 2:
         return [function(item) for item in items]
     with ThreadPoolExecutor(workers) as pool:

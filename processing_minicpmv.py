@@ -16,7 +16,7 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any
 
-import torch
+import numpy as np
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature
 from transformers.image_utils import ImageInput
@@ -34,6 +34,7 @@ from .image_processing_minicpmv import (
     MiniCPMVImageProcessor,
     SlicedImage,
     as_samples,
+    as_tensor,
     pad_visual_inputs,
     read_groups,
     visual_features,
@@ -380,7 +381,7 @@ class MiniCPMVProcessor(ProcessorBase):
             missing = max(length - len(row["input_ids"]), 0)
             left = missing if options.padding_side == "left" else 0
             bounds = row.pop("image_bound")
-            data["image_bound"].append(torch.tensor(bounds).reshape(-1, 2).long() + left)
+            data["image_bound"].append(as_tensor(np.array(bounds, np.int64).reshape(-1, 2) + left))
             for name, values in row.items():
                 filler = [self.tokenizer.pad_token_id if name == "input_ids" else 0]
                 data[name].append(filler * left + values + filler * (missing - left))

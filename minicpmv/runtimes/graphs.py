@@ -155,7 +155,7 @@ class Graphs:
     def _call(self, name: str, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         try:
             return self._run[name]({key: np.ascontiguousarray(value) for key, value in feeds.items()})
-        except RuntimeError as error:
+        except _errors() as error:
             shapes = {key: value.shape for key, value in feeds.items() if not key.startswith("past")}
             reason = str(error).strip().partition("\n")[0]
             raise GraphError(f"{self.folder / name}{SUFFIX} cannot read {shapes}: {reason}") from error
@@ -169,9 +169,17 @@ def _session(file: Path, threads: int | None) -> Any:
     options.log_severity_level = 3  # errors, which are raised as well
     try:
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    except (RuntimeError, ValueError) as error:
+    except _errors() as error:
         reason = str(error).strip().partition("\n")[0]
         raise GraphError(f"{file} cannot be loaded ({reason}): export the checkpoint again") from error
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """All that ONNX Runtime raises; its errors have no base of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    kinds = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
+    return (RuntimeError, *kinds)
 
 
 def _picture(strip: np.ndarray, size: tuple[int, int]) -> np.ndarray:

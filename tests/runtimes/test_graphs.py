@@ -144,7 +144,7 @@ def test_a_session_reads_only_what_is_new(nano, loaded):
         ChatSession(model, processor, max_new_tokens=16, **GREEDY) for model, processor in (nano, loaded("fp32"))
     ]
     for content in ([ASSETS / "shapes.jpg", "What color is the circle?"], "How many shapes are there?"):
-        ours, theirs = (session.send(content, return_dict=True) for session in sessions)
+        ours, theirs = (session.send(content) for session in sessions)
         assert ours.text == theirs.text and ours.cached_tokens == theirs.cached_tokens
     assert theirs.cached_tokens > 100
 
