@@ -149,7 +149,8 @@ def pack_frames(
 
     Source: MiniCPM-V 4.5 (arXiv 2509.18154), 3D resampler.
     """
-    pixel_values, tgt_sizes, unit_temporal_ids, rest = [], [], [], iter(frames)
+    pixel_values, tgt_sizes = list[Any](), list[tuple[int, int]]()
+    unit_temporal_ids, rest = [], iter(frames)
     for group in groups:
         members = list(islice(rest, len(group)))
         first = members[0]
