@@ -118,6 +118,12 @@ def exported(name: str | Path) -> Path | None:
     return graphs_folder(place) or find_language_model(place)
 
 
+def gguf_file(name: str | Path) -> Path | None:
+    """The GGUF file that a name means, as `exported`; None where it means anything else."""
+    place = exported(name)
+    return place if place is not None and place.is_file() else None
+
+
 def _load_exported(place: Path, dtype: Any, device_map: Any, quantization_config: Any) -> tuple[Any, Any]:
     from minicpmv.runtimes.load import load as load_exported
 
