@@ -52,6 +52,7 @@ DECODE_ERRORS = (OSError, EOFError, struct.error, zlib.error, Image.Decompressio
 # A lazy Pillow image may stand in a batch twice, and its decoder is not safe under threads.
 _DECODE_LOCK = threading.Lock()
 _ACCEPTED = "a Pillow image, a path, a data: or http(s) URL, bytes, a numpy array or a torch tensor"
+_DAMAGED = "give a complete file that is not damaged"
 _TOO_LARGE = "scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS for a source you trust"
 
 
@@ -128,9 +129,7 @@ def _explained(name: str) -> Iterator[None]:
         what = f"not an image in a format that is read here ({', '.join(IMAGE_FORMATS)}), perhaps a page of text"
         raise ImageInputError(f"{name}: {what}; give {_ACCEPTED}") from error
     except DECODE_ERRORS as error:
-        raise ImageInputError(
-            f"{name}: cannot be decoded ({error}); give a complete file that is not damaged"
-        ) from error
+        raise ImageInputError(f"{name}: cannot be decoded ({error}); {_DAMAGED}") from error
 
 
 def open_formats(file: Any) -> Image.Image:

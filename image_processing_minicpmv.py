@@ -244,8 +244,7 @@ class ImageOptions:
     input_data_format: str | None = None  # "channels_first" or "channels_last", for arrays and tensors
 
 
-# Images that are decoded at a time and share one block of memory.
-_IMAGES_PER_BLOCK = 16
+_IMAGES_PER_BLOCK = 16  # which are decoded at a time and share memory
 
 # Names under which vLLM and the configurations of other processors know a setting -> its name here.
 _SETTING_ALIASES = {"image_mean": "norm_mean", "mean": "norm_mean", "image_std": "norm_std", "std": "norm_std"} | {
