@@ -18,8 +18,8 @@ RUN pip install -c constraints.txt torch --index-url https://download.pytorch.or
 COPY . .
 RUN pip install -c constraints.txt -e ".[serve,tokenizer]" && \
     minicpmv build-tokenizer && \
-    useradd --create-home minicpmv
-USER minicpmv
+    useradd --create-home --uid 1000 minicpmv
+USER 1000
 
 EXPOSE 8000
 HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=5)"]

