@@ -120,6 +120,8 @@ class Local:
     as_files = True
 
     def __init__(self, options: AnswererOptions) -> None:
+        from transformers.utils.logging import disable_progress_bar
+
         from minicpmv.checkpoint import gguf_file, load
         from minicpmv.serving.engine import LocalEngine
         from minicpmv.serving.limits import Limits
@@ -128,6 +130,8 @@ class Local:
         if options.engine in ("transformers", "llama.cpp") and is_gguf != (options.engine == "llama.cpp"):
             wanted = "a checkpoint, not a GGUF file" if is_gguf else "a GGUF file: minicpmv export gguf writes one"
             raise EngineError(f"{options.model}: the engine {options.engine} needs {wanted}")
+        if not sys.stderr.isatty():
+            disable_progress_bar()
         loaded = load(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
         rows = 2 * options.concurrency  # a worker of Ray begins a piece while it ends another
         limits = Limits(

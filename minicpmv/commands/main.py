@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from minicpmv.commands.ask import ask
+from minicpmv.commands.batch import batch
 from minicpmv.commands.build_tokenizer import build_tokenizer
 from minicpmv.commands.chat import chat
 from minicpmv.commands.compress import compress
@@ -23,7 +24,7 @@ from minicpmv.commands.web import web
 
 # Plain help: rich's cuts names where the terminal is narrow, and calls flags <bool>.
 app = typer.Typer(name="minicpmv", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-for verb in (ask, chat, read, video, web, serve, show, fetch, compress, quantize, demo, build_tokenizer):
+for verb in (ask, chat, read, video, batch, web, serve, show, fetch, compress, quantize, demo, build_tokenizer):
     app.command()(verb)
 for name, group in {"train": train_app, "align": align_app, "evaluate": evaluate_app, "export": export_app}.items():
     app.add_typer(group, name=name)
