@@ -16,10 +16,12 @@ VENV := .venv
 WEB := .venvs/web
 PY := $(VENV)/bin/python
 PIP_INSTALL := -m pip install --disable-pip-version-check
+BROWSER := minicpmv/deploy/browser
+LIBRARIES := $(BROWSER)/node_modules/stamp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo nano test pytest batch engines deploy-check web web-screenshots torchao matrix newest conformance lint format docs bench clean
+.PHONY: help demo nano test pytest batch engines deploy-check page page-libraries web web-screenshots torchao matrix newest conformance lint format docs bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -59,11 +61,18 @@ $(NANO)/README.md: $(NANO)/figures.json
 test: ## side by side: lint, all tests, those of the web page, those of torchao, and those of the oldest transformers
 	@$(MAKE) --no-print-directory --output-sync=target -j4 pytest web matrix-$(firstword $(MATRIX)) lint torchao
 
-pytest: $(VENV)/dev.stamp tokenizer.json ## all tests but those of the web page, with the pinned versions; PYTEST_ARGS="-k name" picks some; WORKERS=2
+pytest: $(VENV)/dev.stamp $(LIBRARIES) tokenizer.json ## all tests but those of the web page, with the pinned versions; PYTEST_ARGS="-k name" picks some; WORKERS=2
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore=tests/web --ignore=tests/deploy/engines -n $(WORKERS) --dist worksteal --durations=20 \
 		$(PYTEST_ARGS)
 
-web: $(WEB)/stamp ## the tests of the web page, which need a browser
+page: build/page/index.html ## nano in a page of static files, in build/page
+
+build/page/index.html: $(wildcard $(BROWSER)/*.* $(BROWSER)/src/*) minicpmv/deploy/page.py nano/model.safetensors | $(VENV)/dev.stamp $(LIBRARIES)
+	rm -rf build/page
+	OMP_NUM_THREADS=1 $(PY) -m minicpmv export page --model nano --output build/page --no-check
+	@touch $@
+
+web: $(WEB)/stamp build/page/index.html ## the tests of the web pages, which need a browser
 	OMP_NUM_THREADS=1 $(WEB)/bin/python -m pytest tests/web --durations=5 $(PYTEST_ARGS)
 
 torchao: $(VENV)/dev.stamp .venvs/torchao/stamp tokenizer.json ## the tests that need torchao, which slows every start where it is installed and so lies in a folder of its own
@@ -202,6 +211,13 @@ $(WEB)/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(WEB)
 	sed 's/^pillow==.*/pillow==12.3.0/' constraints.txt > $(WEB)/constraints.txt
 	$(WEB)/bin/python $(PIP_INSTALL) -c $(WEB)/constraints.txt -e ".[webtest]"
+	@touch $@
+
+page-libraries: $(LIBRARIES) ## the libraries of the page that `minicpmv export page` writes
+
+$(LIBRARIES): $(BROWSER)/package-lock.json
+	@command -v npm > /dev/null || { echo "npm is needed for the libraries of the page: apt-get install nodejs npm" >&2; exit 1; }
+	npm ci --prefix $(BROWSER) --ignore-scripts --no-audit --no-fund
 	@touch $@
 
 tokenizer.json: minicpmv/build_tokenizer.py | $(VENV)/demo.stamp

@@ -175,3 +175,41 @@ def slot(
         if packing is not None:
             settings |= {"max_num_packing": packing, "force_packing": packing}
         terminal.write(str(export_slot(loaded, processor, video.expanduser(), output.expanduser(), **settings)))
+
+
+@export_app.command()
+def page(
+    model: Checkpoint,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the page and its card.")],
+    type: Annotated[
+        GraphType,
+        typer.Option(case_sensitive=False, help="Type of the matrices, where the folder holds no graphs yet."),
+    ] = GraphType.int8,
+    samples: Samples = 5,
+    no_check: NoCheck = False,
+) -> None:
+    """Write a page that runs a small model wholly in the browser: static files for any host.
+
+    The model is a checkpoint, or a folder of minicpmv export onnx. npm (of Node.js) brings the libraries.
+
+    Examples:
+
+    \b
+      minicpmv export page --model nano --output page
+      python -m http.server --directory page
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    with one_line_errors(OSError):
+        with console.status("Starting"):
+            from minicpmv.deploy.page import export as export_page
+        written = export_page(
+            model,
+            output,
+            type.value,
+            samples=samples,
+            is_checked=not no_check,
+            note=lambda what: console.print(what, style="dim"),
+        )
+        terminal.write(str(written))

@@ -111,7 +111,9 @@ def write_record(folder: Path, parity: Parity) -> None:
     write_whole(folder / f"{parity.name}{RECORD}", json.dumps(asdict(parity), indent=1) + "\n")
 
 
-def write_card(folder: Path, library: str, title: str, base: str, use: str, names: Iterable[str]) -> None:
+def write_card(
+    folder: Path, library: str, title: str, base: str, use: str, names: Iterable[str], is_space: bool = False
+) -> None:
     """Write the card of a folder from the records in it.
 
     Args:
@@ -119,6 +121,7 @@ def write_card(folder: Path, library: str, title: str, base: str, use: str, name
         base: Markdown: what was exported.
         use: Markdown: how to use it.
         names: of all exports in the folder, whether they have a record or not.
+        is_space: the folder is a page, which the Hub may serve as a Space.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -131,7 +134,9 @@ def write_card(folder: Path, library: str, title: str, base: str, use: str, name
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     unchecked = [f"`{name}`" for name, file in zip(names, files, strict=True) if not file.is_file()]
     template = environment.get_template("card.md.jinja")
-    card = template.render(library=library, title=title, base=base, use=use, exports=found, unchecked=unchecked)
+    card = template.render(
+        library=library, title=title, base=base, use=use, exports=found, unchecked=unchecked, is_space=is_space
+    )
     write_whole(folder / CARD, card.rstrip() + "\n")
 
 
