@@ -95,7 +95,7 @@ build/nano-w8a8/config.json: nano/model.safetensors | $(VENV)/dev.stamp
 deploy-check: .venvs/deploy/stamp ## the files in deploy/ under the tools that know them; wants nginx, openssl, docker-compose and systemd beside
 	.venvs/deploy/bin/python -m pytest tests/deployment/test_tools.py --noconftest $(PYTEST_ARGS)
 
-web-screenshots: $(WEB)/stamp ## take the screenshots of the web page in docs/ anew
+web-screenshots: $(WEB)/stamp build/page/index.html ## take the screenshots of the web pages in docs/ anew
 	$(WEB)/bin/python tests/web/make_screenshots.py
 
 quantize-env: .venvs/quantize/stamp ## llm-compressor for minicpmv quantize --algorithm gptq or awq, in .venvs/quantize
