@@ -288,6 +288,19 @@ def test_a_checkpoint_in_8_bits_answers_as_it_does_in_transformers(engine, refer
     assert same >= len(cases) - 1  # activations are rounded too
 
 
+def test_two_ranks_answer_as_one(reference, monkeypatch):
+    from vllm import LLM
+
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # a core for each
+    model, processor = reference
+    cases = [*stills()[:4], *clips()[::2], *mixtures()]
+    # Three heads of nano's tower cannot be shared by two: each rank has all of it, and its share of the slices.
+    ranks = LLM(**ENGINE, tensor_parallel_size=2, mm_encoder_tp_mode="data")
+    found = [output.outputs[0].text for output in answers(ranks, [request(processor, case) for case in cases])]
+    expected = [model.chat(msgs=case.messages, decoding="greedy", max_new_tokens=24, **case.options) for case in cases]
+    assert found == expected
+
+
 # ---- over HTTP ----
 
 
