@@ -345,6 +345,11 @@ def taken_batches(drawn: DrawnBatches, stage: Stage, first_step: int, store: dis
         yield of(step)
 
 
+def stand_back(worker: int) -> None:
+    """Drawing waits for the process that trains, where both want a core."""
+    os.nice(5)
+
+
 def packed_ahead(steps: PackedSteps, numbers: Sequence[int], device: torch.device) -> Iterator[dict[str, Any]]:
     """The steps of these numbers, on their device, drawn ahead by all cores but the one that trains.
 
@@ -352,6 +357,7 @@ def packed_ahead(steps: PackedSteps, numbers: Sequence[int], device: torch.devic
     """
     workers, is_cuda = max(1, (os.cpu_count() or 2) - 1), device.type == "cuda"
     options: dict[str, Any] = {"batch_size": None, "num_workers": workers, "prefetch_factor": 4, "pin_memory": is_cuda}
+    options["worker_init_fn"] = stand_back
     drawn = iter(DataLoader(steps, sampler=list(dict.fromkeys(numbers)), **options))
     left, kept = Counter(numbers), {}
     for number in numbers:
@@ -534,6 +540,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)  # so that a run that goes on gives the same bits
         torch.utils.deterministic.fill_uninitialized_memory = False
+        # cuDNN's attention plans anew for every shape, and nearly every step has new ones: five sixths of the time.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         train(0, recipe, args.output, None, args.minutes, args.finish)
     else:
         with tempfile.TemporaryDirectory() as folder:
