@@ -4,7 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,29 @@ class Stats(NamedTuple):
     is_alive: bool
 
 
+class Post:
+    """Brings events from the thread of the model to event loops: each loop is woken once a round, not for every token."""
+
+    def __init__(self) -> None:
+        self._letters: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Event], Event]]] = {}
+
+    def to(self, loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[Event]") -> Callable[[Event], None]:
+        """What takes the events for a queue."""
+        return lambda event: self._letters.setdefault(loop, []).append((queue, event))
+
+    def deliver(self) -> None:
+        """Bring all that were taken."""
+        letters, self._letters = self._letters, {}
+        for loop, batch in letters.items():
+            with suppress(RuntimeError):  # the loop is closed: nobody reads on
+                loop.call_soon_threadsafe(_put_all, batch)
+
+
+def _put_all(batch: "list[tuple[asyncio.Queue[Event], Event]]") -> None:
+    for queue, event in batch:
+        queue.put_nowait(event)
+
+
 class LocalEngine:
     """Answers OpenAI's requests with a model in this process. All requests share one running batch.
 
@@ -69,9 +92,11 @@ class LocalEngine:
         self.on_finish: Callable[[Finish], None] = lambda finish: None
         self._prompts = PromptReader(model, processor, think)
         self._grammars = Grammars(model, processor)
-        self._memory = PrefixMemory(prefix_megabytes)
+        self._memory, self._post = PrefixMemory(prefix_megabytes), Post()
         _warm_up(model, max_rows)
-        self._scheduler = Scheduler(model, max_rows, max_tokens or _fitting_tokens(model), self._memory)
+        self._scheduler = Scheduler(
+            model, max_rows, max_tokens or _fitting_tokens(model), self._memory, self._post.deliver
+        )
         self._requests = Room(self.limits.requests, f"{self.limits.requests} requests at work")
         # Also takes the bodies of requests, as long as the server holds them.
         self.bytes = Room(self.limits.total_megabytes * 1e6, "as many bytes of images and videos as fit")
@@ -169,17 +194,10 @@ class LocalEngine:
         choices = request.n or 1
         if choices > self._max_rows:
             raise RequestError(f"n={choices}: this server writes {self._max_rows} answers at a time.", param="n")
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
-
-        def send(event: Event) -> None:
-            try:
-                loop.call_soon_threadsafe(queue.put_nowait, event)
-            except RuntimeError:  # the loop is closed: nobody reads on
-                job.cancel()
-
+        queue = asyncio.Queue[Event]()
         with self._requests.taking(1):
             job = await self._prepare(request, local_files)
-            job.send = send
+            job.send = self._post.to(asyncio.get_running_loop(), queue)
             self._scheduler.submit(job)
             left = choices
             try:

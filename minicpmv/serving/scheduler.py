@@ -108,10 +108,14 @@ class Scheduler:
         max_rows: most answers at the same time.
         max_tokens: most tokens of all rows of the batch together, each counted as the longest; a row alone may have more.
         memory: of earlier states.
+        after_round: called when the events of a round have been sent.
     """
 
-    def __init__(self, model: Any, max_rows: int, max_tokens: int, memory: PrefixMemory) -> None:
+    def __init__(
+        self, model: Any, max_rows: int, max_tokens: int, memory: PrefixMemory, after_round: Callable[[], None]
+    ) -> None:
         self.model, self.max_rows, self.max_tokens, self.memory = model, max_rows, max_tokens, memory
+        self._after_round = after_round
         stops = model.generation_config.eos_token_id
         self.stop_ids = frozenset(stops if isinstance(stops, (list, tuple)) else [stops])
         self.slot, self.query_num = model.config.image_token_id, model.config.query_num
@@ -177,6 +181,7 @@ class Scheduler:
             self._readings.rotate(-1)
         if self._rows:
             self._write_on()
+        self._after_round()
 
     def _drop_cancelled(self) -> None:
         with self._wake:
@@ -368,6 +373,7 @@ class Scheduler:
             row.job.send((row.index, error))
         self._readings.clear()
         self._rows.clear()
+        self._after_round()
 
 
 def _distinct(units: list[Any]) -> list[Any]:

@@ -306,16 +306,39 @@ def test_a_table_of_the_published_size_stays_as_it_is():
 
 
 def test_the_server_answers_about_images_and_videos_from_a_file(llamacpp):
-    pytest.importorskip("fastapi")
-    from starlette.testclient import TestClient
+    pytest.importorskip("pydantic")
+    from minicpmv.serving.engine import LocalEngine
 
-    from minicpmv.serving.app import build_app
+    with LocalEngine(*llamacpp("f16"), "nano", max_rows=2) as engine:
+        for (file, question), kind, answer in ((NUMBER, "image", "47"), (STAR, "video", "right")):
+            data = base64.b64encode(file.read_bytes()).decode()
+            part = {"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{kind}/any;base64,{data}"}}
+            content = [part, {"type": "text", "text": question}]
+            body = {"model": "nano", "messages": [{"role": "user", "content": content}], "temperature": 0}
+            reply = engine.answer(body)
+            assert reply["choices"][0]["message"]["content"] == answer, reply
 
-    client = TestClient(build_app(*llamacpp("f16"), "nano"))
-    for (file, question), kind, answer in ((NUMBER, "image", "47"), (STAR, "video", "right")):
-        data = base64.b64encode(file.read_bytes()).decode()
-        part = {"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{kind}/any;base64,{data}"}}
-        content = [part, {"type": "text", "text": question}]
-        body = {"model": "nano", "messages": [{"role": "user", "content": content}], "temperature": 0}
-        reply = client.post("/v1/chat/completions", json=body).json()
-        assert reply["choices"][0]["message"]["content"] == answer, reply
+
+def test_a_server_writes_many_answers_at_once_and_keeps_their_states_apart(llamacpp):
+    pytest.importorskip("pydantic")
+    from minicpmv.serving.engine import LocalEngine
+
+    model, processor = llamacpp("f16")
+    questions = [f"What is {number}?" for number in range(6)]
+    bodies = [
+        {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 8} for text in questions
+    ]
+    bodies = [body | {"logit_bias": {"887": -100, "889": -100}} for body in bodies]
+    with LocalEngine(model, processor, "nano", max_rows=4) as engine:
+        alone = [engine.answer(body)["choices"][0]["message"]["content"] for body in bodies]
+        with ThreadPoolExecutor(6) as pool:
+            together = [answer["choices"][0]["message"]["content"] for answer in pool.map(engine.answer, bodies)]
+        assert together == alone
+        reads = []
+        read = binding.LlamaCpp.read
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(binding.LlamaCpp, "read", lambda self, parts: reads.append(parts) or read(self, parts))
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(engine.answer, bodies[:4]))
+        # Once a row is in the batch, each of its tokens is read alone: nobody takes its states.
+        assert sum(len(part.rows) for parts in reads for part in parts) < 4 * (8 + 2 * 24)
