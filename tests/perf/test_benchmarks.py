@@ -3,6 +3,9 @@
 import json
 import math
 import re
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -81,3 +84,50 @@ def test_preprocessing_is_measured_beside_its_resizes():
 
     names = [f"{case}, {clock}" for case in ("image 1920x1440", "36 frames 640x360") for clock in ("wall", "CPU")]
     check(bench_preprocessing.main(["--repeats", "1"]), names)
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Streams four tokens, two of them at a time, and refuses the third request."""
+
+    asked = []
+
+    def do_POST(self):
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(400 if len(self.asked) == 3 else 200)
+        self.end_headers()
+        pieces = [{"choices": [{"delta": {"content": text}}]} for text in ("", "ab", "cd")]
+        for piece in [*pieces, {"choices": [], "usage": {"completion_tokens": 4}}]:
+            time.sleep(0.01)
+            self.wfile.write(b"data: " + json.dumps(piece).encode() + b"\n\n")
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, *words):
+        pass
+
+
+def test_a_server_is_measured_at_each_concurrency(tmp_path, capsys):
+    import bench_serving
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    Thread(target=server.serve_forever, daemon=True).start()
+    address = f"slow=http://127.0.0.1:{server.server_port}/v1"
+    file = tmp_path / "figures.json"
+    measured = bench_serving.main(
+        ["--servers", address, "--concurrency", "1", "3", "--rounds", "1", "--json", str(file)]
+    )
+    server.shutdown()
+    assert [(load.server, load.concurrency, load.failed) for load in measured] == [("slow", 1, 1), ("slow", 3, 0)]
+    for load in measured:
+        assert load.tokens_per_second == pytest.approx(4 * load.requests_per_second)
+        assert 0 < load.first_token_ms <= load.first_token_p95_ms and load.between_tokens_ms > 0
+    assert [entry["concurrency"] for entry in json.loads(file.read_text())["loads"]] == [1, 3]
+    urls = [body["messages"][0]["content"][0]["image_url"]["url"] for body in Slow.asked]
+    assert len(set(urls)) == len(urls) == 9
+    assert capsys.readouterr().out.count("slow") == 2
+
+
+def test_load_is_sent_to_this_machine_alone():
+    import bench_serving
+
+    with pytest.raises(SystemExit):
+        bench_serving.main(["--servers", "far=http://192.0.2.1:8000/v1"])
