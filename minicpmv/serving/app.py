@@ -10,7 +10,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import anyio
@@ -20,10 +21,11 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from PIL import EpsImagePlugin
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from minicpmv.serving.doors import FrontDoor, is_key
 from minicpmv.serving.engine import LocalEngine
-from minicpmv.serving.limits import check_body
+from minicpmv.serving.limits import Room, check_body
 from minicpmv.serving.metrics import Metrics
 from minicpmv.serving.schema import ChatRequest, CompletionRequest, GenerationRequest, RequestError, read_request
 
@@ -136,11 +138,10 @@ def build_app(
 
 async def _answer(engine: LocalEngine, request: Request, kind: type[GenerationRequest]) -> Response:
     """The response to a request, or the stream of it."""
-    most = int(engine.limits.megabytes * 1e6)
-    body = await _body(request, most)
-    engine.bytes.take(len(body))
-    taken = len(body)
+    taken = 0
     try:
+        body = await _body(request, int(engine.limits.megabytes * 1e6), engine.bytes)
+        taken = len(body)
         await anyio.to_thread.run_sync(check_body, body, engine.limits.text_bytes(engine.context))
         parsed = await anyio.to_thread.run_sync(read_request, kind, body)
         del body
@@ -152,9 +153,9 @@ async def _answer(engine: LocalEngine, request: Request, kind: type[GenerationRe
         except BaseException:
             await chunks.aclose()
             raise
-        stream, taken = _events(first, chunks, engine, taken), 0
-        return EventStream(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-    except ClientGone:
+        held, taken = taken, 0
+        return EventStream(first, chunks, partial(engine.bytes.give_back, held))
+    except (ClientGone, ClientDisconnect):
         return Response(status_code=499)
     finally:
         engine.bytes.give_back(taken)
@@ -188,11 +189,11 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _body(request: Request, most: int) -> bytes:
-    """The body of a request.
+async def _body(request: Request, most: int, room: Room) -> bytes:
+    """The body of a request; its bytes are taken from `room`, for the caller to give back.
 
     Raises:
-        RequestError: it is larger than `most` bytes, or does not come.
+        RequestError: it is larger than `most` bytes, does not come, or there is no room for it.
     """
     too_large = RequestError(
         f"The body of a request may have {most} bytes. Scale images down, or send their addresses.",
@@ -205,30 +206,43 @@ async def _body(request: Request, most: int) -> bytes:
             raise too_large
         with anyio.fail_after(BODY_SECONDS):
             async for piece in request.stream():
+                room.take(len(piece))
                 body += piece
                 if len(body) > most:
                     raise too_large
-    except TimeoutError as error:
-        raise RequestError(f"The body of the request did not come within {BODY_SECONDS} seconds.", 408) from error
-    return bytes(body)
+        return bytes(body)
+    except BaseException as error:
+        room.give_back(len(body))
+        if isinstance(error, TimeoutError):
+            late = f"The body of the request did not come within {BODY_SECONDS} seconds."
+            raise RequestError(late, 408) from error
+        raise
 
 
 # ---- streams ----
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. However it ends, so does what it is made of."""
+    """Server-sent events of the chunks of an answer.
+
+    Args:
+        end: called once they have ended, however that came, even where they never began.
+    """
+
+    def __init__(self, first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any], None], end: Callable[[], None]):
+        super().__init__(_events(first, chunks), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._chunks, self._end = chunks, end
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        events: Any = self.body_iterator
         try:
             await super().__call__(scope, receive, send)
         finally:
+            self._end()
             with anyio.CancelScope(shield=True):
-                await events.aclose()
+                await self._chunks.aclose()
 
 
-async def _events(first: dict[str, Any], chunks: Any, engine: LocalEngine, taken: int) -> AsyncIterator[str]:
+async def _events(first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
     try:
         yield _event(first)
         async for chunk in chunks:
@@ -238,9 +252,6 @@ async def _events(first: dict[str, Any], chunks: Any, engine: LocalEngine, taken
     except Exception:  # the response has begun: this is the only way left to tell
         logger.exception("a stream failed")
         yield _event(_failure().body())
-    finally:
-        await chunks.aclose()
-        engine.bytes.give_back(taken)
     yield "data: [DONE]\n\n"
 
 

@@ -2,9 +2,9 @@
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +100,7 @@ class LocalEngine:
         self._requests = Room(self.limits.requests, f"{self.limits.requests} requests at work")
         # Also takes the bodies of requests, as long as the server holds them.
         self.bytes = Room(self.limits.total_megabytes * 1e6, "as many bytes of images and videos as fit")
+        self._slices = Room(self.limits.slice_megabytes * 1e6, "as many images and videos to read as fit")
         self._pools = [ThreadPoolExecutor(READERS, "minicpmv-text"), ThreadPoolExecutor(READERS, "minicpmv-media")]
         self._think_end = processor.tokenizer.convert_tokens_to_ids(THINK_END)
         closing = processor.write_thought("").partition("\n")[2]  # what follows the opening tag
@@ -198,9 +199,9 @@ class LocalEngine:
         with self._requests.taking(1):
             job = await self._prepare(request, local_files)
             job.send = self._post.to(asyncio.get_running_loop(), queue)
-            self._scheduler.submit(job)
             left = choices
-            try:
+            with self._slices.taking(job.prompt.bytes), _cancelling(job):
+                self._scheduler.submit(job)
                 while left:
                     index, event = await queue.get()
                     if isinstance(event, BaseException):
@@ -209,8 +210,6 @@ class LocalEngine:
                         left -= 1
                         self.on_finish(event)
                     yield index, event
-            finally:
-                job.cancel()
 
     # ---- preparing ----
 
@@ -290,6 +289,14 @@ class LocalEngine:
             thinking=thinking,
             deep=deep,
         )
+
+
+@contextmanager
+def _cancelling(job: Job) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        job.cancel()
 
 
 def _as_refusal(error: BaseException) -> BaseException:

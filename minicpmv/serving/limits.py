@@ -17,7 +17,7 @@ DATA_URL = re.compile(rb'"data:[^"\\]*"')
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may take, but for the last two: those are of all that are there at a time."""
+    """What one request may take, but for the last three: those are of all that are there at a time."""
 
     seconds: float = 20  # to fetch its images and videos
     megabytes: float = 64  # of its body, and of what is fetched for it
@@ -25,7 +25,8 @@ class Limits:
     frames: int = 4096  # of an animation
     hosts: frozenset[str] = frozenset()  # fetched from wherever they are
     requests: int = 64
-    total_megabytes: float = 256  # of bodies and of what is fetched, until the model's inputs are made
+    total_megabytes: float = 256  # of bodies, and of what is fetched
+    slice_megabytes: float = 4096  # of slices and frames that the model has not read yet
 
     def text_bytes(self, context: int) -> int:
         """Most bytes of a request besides its data URLs."""

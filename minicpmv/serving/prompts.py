@@ -22,7 +22,9 @@ from minicpmv.errors import is_expected
 from minicpmv.serving.schema import ChatRequest, RequestError
 
 
-KNOWN_MEDIA = 256  # images and videos whose slices or features are kept
+KNOWN_BYTES = (
+    1e9  # of the slices of images and videos that are kept, as they were made: what is read of them is smaller
+)
 PLAIN_TEMPLATE = "{{ messages[0]['content'] }}"
 
 
@@ -35,12 +37,18 @@ class Prompt:
     units: list[Any]  # the visual units, in the order of their slots; they hold slices and features
     turn: Any = None  # of the model; tells the need to think
 
+    @property
+    def bytes(self) -> int:
+        """Of the slices that are not read yet."""
+        return sum(pixels.nbytes for unit in self.units for pixels in unit.slices)
+
 
 class MediaStore:
     """What the processor made of images and videos that were given lately. Several threads may use it."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple, Any] = OrderedDict()
+        self._known: OrderedDict[tuple, tuple[Any, int]] = OrderedDict()  # what was made, and its bytes then
+        self._bytes = 0
         self._lock = threading.Lock()
 
     def reader(self, options: dict[str, Any]) -> "MediaReader":
@@ -49,16 +57,22 @@ class MediaStore:
 
     def find(self, key: tuple) -> Any:
         with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-            return self._known.get(key)
+            if key not in self._known:
+                return None
+            self._known.move_to_end(key)
+            return self._known[key][0]
 
     def keep(self, key: tuple, made: Any) -> Any:
         """What is known by the key from now on: what came first, since features may ride on it already."""
         with self._lock:
-            made = self._known.setdefault(key, made)
-            while len(self._known) > KNOWN_MEDIA:
-                self._known.popitem(last=False)
+            if key in self._known:
+                return self._known[key][0]
+            images = getattr(made, "frames", [made])
+            size = sum(pixels.nbytes for image in images for pixels in image.pixel_values)
+            self._known[key] = made, size
+            self._bytes += size
+            while self._bytes > KNOWN_BYTES:
+                self._bytes -= self._known.popitem(last=False)[1][1]
             return made
 
 

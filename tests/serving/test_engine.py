@@ -272,6 +272,30 @@ def test_a_short_question_does_not_wait_for_a_long_answer(nano):
         assert over[0]["usage"]["completion_tokens"] == 300
 
 
+def test_an_answer_goes_on_while_prompts_are_read_and_these_take_turns(nano, monkeypatch):
+    monkeypatch.setattr("minicpmv.serving.scheduler.READ_TOKENS", 16)
+    model, calls = nano[0], []
+    with LocalEngine(*nano, "nano", prefix_megabytes=0) as engine:
+        forward = model.llm.forward
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                model.llm,
+                "forward",
+                lambda **inputs: calls.append(tuple(inputs["inputs_embeds"].shape[:2])) or forward(**inputs),
+            )
+            first = threading.Thread(target=engine.answer, args=[body_of("Hello", max_tokens=120, **ENDLESS)])
+            first.start()
+            while len(calls) < 5:
+                time.sleep(0.001)
+            bodies = [body_of(f"{number} " * 100, max_tokens=1) for number in (1, 2)]
+            ask_all(engine, [*bodies, body_of("Hi", max_tokens=1)])
+            first.join()
+    reads = [place for place, (_, tokens) in enumerate(calls) if tokens > 1]
+    busy = reads[1:]  # those while the first answer was written
+    assert len(busy) > 10
+    assert all(calls[place - 1][1] == 1 for place in busy)
+
+
 def test_more_answers_than_rows_wait_and_none_is_lost(nano):
     with LocalEngine(*nano, "nano", max_rows=2) as engine:
         answers = ask_all(engine, [body_of("Hello", max_tokens=length, **ENDLESS) for length in (9, 3, 7, 1, 5)])
