@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import json
+import os
 import sys
 import types
 
@@ -28,7 +29,7 @@ def vllm(monkeypatch):
     monkeypatch.setitem(sys.modules, main.__name__, main)
     monkeypatch.setattr(server, "check_engine", lambda: None)
     monkeypatch.setattr(sys, "argv", ["minicpmv"])
-    for name in ("VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB", "VLLM_MEDIA_URL_ALLOW_REDIRECTS"):
+    for name in server.environment():
         monkeypatch.setenv(name, "")
     return called
 
@@ -71,14 +72,15 @@ def test_what_the_user_adds_comes_last_and_so_counts_over_the_rest():
 def test_vllm_runs_in_this_process_with_limits_in_its_environment(vllm, monkeypatch):
     serve(str(NANO), name="nano", api_keys=["secret"], max_megabytes=10)
     assert vllm == [["vllm", *arguments(str(NANO), name="nano", api_keys=["secret"])]]
-    assert server.os.environ["VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB"] == "10"
-    assert server.os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+    assert os.environ["VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB"] == "10"
+    assert os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
 
 
 def test_a_process_of_its_own_gets_the_same_arguments_and_limits():
     words = command(str(NANO), name="nano", media_hosts=["*"], max_megabytes=0.2)
-    assert words[:3] == ["env", "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB=1", sys.executable]
-    assert words[5:] == arguments(str(NANO), name="nano", media_hosts=["*"])
+    limits = ["VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB=1", "VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB=1"]
+    assert words[:4] == ["env", *limits, sys.executable]
+    assert words[6:] == arguments(str(NANO), name="nano", media_hosts=["*"])
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ def environment(
     """The limits that vLLM takes from the environment.
 
     Args:
-        max_megabytes: most of an image or video that is fetched; vLLM does not limit what a request itself holds.
+        max_megabytes: most that is fetched for a request, before vLLM 0.33 for each image or video; what a request itself
+            holds has no limit there.
         max_requests: None, as vLLM lets any number wait.
 
     Raises:
@@ -101,7 +102,8 @@ def environment(
             f"vLLM lets any number of requests wait, not {max_requests}: set a limit in the proxy before it, and those "
             "answered at once with --max-rows"
         )
-    limits = {"VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": str(max(round(max_megabytes), 1))}
+    names = ("VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB", "VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB")
+    limits = dict.fromkeys(names, str(max(round(max_megabytes), 1)))
     if ANY_HOST not in media_hosts:
         limits["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"  # a named host could point at any other
     return limits

@@ -306,14 +306,14 @@ def test_two_ranks_answer_as_one(reference, monkeypatch):
 
 @pytest.fixture(scope="module")
 def address():
-    """Of `vllm serve` as `minicpmv serve --engine vllm` starts it."""
+    """Of vLLM's server as `minicpmv serve` starts it."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    options = {"name": "nano", "port": port, "api_keys": ["secret"], "max_rows": 8}
-    extra = ["--enforce-eager", "--dtype", "float32", "--limit-mm-per-prompt", '{"image": 8, "video": 2}']
-    program = f"from minicpmv.deploy.vllm.server import serve\nserve({str(NANO)!r}, extra={extra!r}, **{options!r})"
-    with subprocess.Popen([sys.executable, "-c", program]) as server:
+    words = ["serve", "--engine", "vllm", "-m", str(NANO), "--port", str(port), "--max-rows", "8", "--"]
+    words += ["--enforce-eager", "--dtype", "float32", "--limit-mm-per-prompt", '{"image": 8, "video": 2}']
+    environment = os.environ | {"MINICPMV_API_KEY": "secret"}
+    with subprocess.Popen([sys.executable, "-m", "minicpmv", *words], cwd=REPOSITORY, env=environment) as server:
         deadline = time.monotonic() + 300
         while True:
             try:
