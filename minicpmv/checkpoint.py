@@ -58,8 +58,8 @@ def load(
     """`(model, processor)` of a model folder, an export or a Hub repository, ready to answer.
 
     Args:
-        name: a folder; a GGUF file, whose language model then runs in llama.cpp; a folder that minicpmv export onnx wrote,
-            which runs in ONNX Runtime; or the name of a Hub repository, whose code needs `trust_remote_code`.
+        name: a folder; a GGUF file, whose language model then runs in llama.cpp; a folder of graphs, which run in ONNX
+            Runtime or OpenVINO; or the name of a Hub repository, whose code needs `trust_remote_code`.
         revision: commit, tag or branch of a Hub repository.
         dtype: `torch.dtype` or its name; "auto" is the checkpoint's.
         device_map: as in transformers; "auto" is the accelerator if there is one, else the CPU.
@@ -106,16 +106,17 @@ def exported(name: str | Path) -> Path | None:
         GGUFError: it is the file of a tower, or the folder holds several language models.
     """
     from minicpmv.runtimes.gguf import SUFFIX, find_language_model
-    from minicpmv.runtimes.graphs import graphs_folder
+    from minicpmv.runtimes.graphs import NAMES, engine_of
 
     place = Path(name).expanduser()
     if place.suffix == SUFFIX and not place.exists():
         raise CheckpointError(f"{name}: no such file; minicpmv export gguf writes one from a checkpoint")
     if place.is_file():
         return find_language_model(place) if place.suffix == SUFFIX else None
-    if not place.is_dir() or any(any(place.glob(pattern)) for pattern in WEIGHTS):
+    weights = (file.stem for pattern in WEIGHTS for file in place.glob(pattern))
+    if not place.is_dir() or any(name not in NAMES for name in weights):  # OpenVINO calls those of graphs *.bin
         return None
-    return graphs_folder(place) or find_language_model(place)
+    return place if engine_of(place) else find_language_model(place)
 
 
 def gguf_file(name: str | Path) -> Path | None:

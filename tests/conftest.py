@@ -259,9 +259,21 @@ def onnx_nano(traced_nano, tmp_path_factory):
         if not (root / kind).is_dir():
             (root / kind).mkdir()
             graphs = {name: graph.clone() for name, graph in traced_nano.items()}
-            onnx.write(Checkpoint(NANO), graphs, kind, root / kind)
+            onnx.write(Checkpoint(NANO), graphs, onnx.TYPES[kind], root / kind)
         return root / kind
 
+    return folder
+
+
+@pytest.fixture(scope="session")
+def openvino_nano(onnx_nano, tmp_path_factory):
+    """A folder with nano's graphs for OpenVINO, in 16 bits."""
+    pytest.importorskip("openvino")
+    from minicpmv.deploy.openvino import convert
+
+    folder = tmp_path_factory.mktemp("openvino") / "f16"
+    shutil.copytree(onnx_nano("fp32"), folder)
+    convert(folder, "f16")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""A model in ONNX Runtime without PyTorch: numpy, the checkpoint's own processor, and a loop over tokens.
+"""An exported model without PyTorch: numpy, the checkpoint's own processor, and a loop over tokens.
 
 What is special:
 - Prompts, slices and packed videos come from the processor, as everywhere; transformers gives it arrays where torch is not
@@ -27,7 +27,8 @@ import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from minicpmv.chat.cache import MediaCache
-from minicpmv.runtimes.graphs import GraphError, Graphs, Unit
+from minicpmv.runtimes.graph_engines import GraphError
+from minicpmv.runtimes.graphs import Graphs, Unit
 
 
 CHUNK = 1024  # tokens that are read at a time, which bounds the memory of a long prompt
@@ -87,12 +88,12 @@ class Runner:
     """A folder of graphs, ready to answer.
 
     Args:
-        folder: what `minicpmv export onnx` wrote.
-        threads: those of the CPU; as many as ONNX Runtime likes for None.
+        folder: what `minicpmv export onnx` or `openvino` wrote.
+        threads: those of the CPU; as many as the software likes for None.
 
     Raises:
         GraphError: the folder is not whole.
-        MissingPackageError: onnxruntime is not installed.
+        MissingPackageError: the software is not installed.
     """
 
     def __init__(self, folder: str | Path, threads: int | None = None):

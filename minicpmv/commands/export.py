@@ -1,6 +1,7 @@
 """`minicpmv export TARGET`: a checkpoint for other software, held against PyTorch."""
 
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,14 @@ class GraphType(str, Enum):
     """How the matrices of ONNX graphs are stored."""
 
     fp32 = "fp32"
+    int8 = "int8"
+    int4 = "int4"
+
+
+class OpenVINOType(str, Enum):
+    """How the matrices of OpenVINO's graphs are stored."""
+
+    f16 = "f16"
     int8 = "int8"
     int4 = "int4"
 
@@ -107,10 +116,13 @@ def gguf(
         terminal.write(f"figures: {output / 'README.md'}")
 
 
+NewFolder = Annotated[Path, typer.Option(metavar="DIR", help="New folder for the graphs and their card.")]
+
+
 @export_app.command()
 def onnx(
     model: Checkpoint,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the graphs and their card.")],
+    output: NewFolder,
     type: Annotated[GraphType, typer.Option(case_sensitive=False, help="Type of the matrices.")] = GraphType.int8,
     samples: Samples = 5,
     no_check: NoCheck = False,
@@ -123,6 +135,32 @@ def onnx(
       minicpmv export onnx --model nano --output nano-onnx --type int8
       minicpmv ask cat.jpg "What is this?" -m nano-onnx
     """
+    _export_graphs("minicpmv.deploy.onnx", model, output, type.value, samples, no_check)
+
+
+@export_app.command()
+def openvino(
+    model: Checkpoint,
+    output: NewFolder,
+    type: Annotated[
+        OpenVINOType, typer.Option(case_sensitive=False, help="Type of the matrices.")
+    ] = OpenVINOType.int8,
+    samples: Samples = 5,
+    no_check: NoCheck = False,
+) -> None:
+    """Write a model for OpenVINO: minicpmv ask, chat and evaluate run it there.
+
+    Examples:
+
+    \b
+      minicpmv export openvino --model nano --output nano-openvino --type f16
+      minicpmv ask cat.jpg "What is this?" -m nano-openvino
+    """
+    _export_graphs("minicpmv.deploy.openvino", model, output, type.value, samples, no_check)
+
+
+def _export_graphs(module: str, model: str, output: Path, kind: str, samples: int, no_check: bool) -> None:
+    """Export by the function `export` of a module, and say where its figures are."""
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
@@ -130,13 +168,13 @@ def onnx(
         with console.status("Starting"):
             from transformers.utils import logging
 
-            from minicpmv.deploy.onnx import export as export_onnx
+            export_graphs = import_module(module).export
         if not console.is_terminal:
             logging.disable_progress_bar()
-        folder = export_onnx(
+        folder = export_graphs(
             model,
             output,
-            type.value,
+            kind,
             samples=samples,
             is_checked=not no_check,
             note=lambda what: console.print(what, style="dim"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,13 +19,14 @@ from minicpmv.deploy.folder import check_new, whole_folder, write_card, write_re
 from minicpmv.deploy.parity import ModelRuntime, ParityError, cases, hold, observe
 from minicpmv.deploy.source import Checkpoint, ExportError
 from minicpmv.errors import require
-from minicpmv.runtimes.graphs import DECODER, EMBEDDING, EXTRA, NAMES, PACKAGE, SUFFIX, VISION
+from minicpmv.runtimes.graph_engines import ONNX_RUNTIME, Engine
+from minicpmv.runtimes.graphs import DECODER, EMBEDDING, NAMES, VISION
 
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # which make the graphs
 LAYERS = "llm.model.layers."  # how the names of what a 4-bit type stores in 4 bits begin
 
 
@@ -40,11 +41,29 @@ class GraphType:
     feature_margin: float
 
 
+@dataclass(frozen=True)
+class Target:
+    """Software that graphs are written for."""
+
+    engine: Engine
+    name: str
+    library: str  # as the Hub calls it
+    types: dict[str, GraphType]
+    convert: Callable[[Path, str], None]  # (folder with ONNX graphs, type): makes of them what the software reads
+
+    @property
+    def packages(self) -> dict[str, str]:
+        """Versions of what made and runs the graphs."""
+        return {name: version(name) for name in ("onnx", self.engine.package)}
+
+
 TYPES = {
     "fp32": GraphType(None, None, "float32", 0.01, 1e-3),
     "int8": GraphType(8, 8, "float16", 0.3, 5e-2),
     "int4": GraphType(4, 8, "float16", 1.5, 5e-2),
 }
+
+ONNX = Target(ONNX_RUNTIME, "ONNX Runtime", "onnx", TYPES, lambda folder, kind: None)
 
 USE = """\
 ```text
@@ -52,7 +71,7 @@ minicpmv ask IMAGE "What is in the image?" -m {folder}
 minicpmv chat -m {folder}
 ```
 
-runs it in ONNX Runtime, as do `minicpmv evaluate` and `minicpmv serve`. The graphs are `{vision}` (images, and packed frames with their times, to
+runs it in {software}, as do `minicpmv evaluate` and `minicpmv serve`. The graphs are `{vision}` (images, and packed frames with their times, to
 features), `{embedding}` and `{decoder}` (the language model behind keys and values that the caller keeps); `minicpmv/runtimes/graphs.py` shows how
 they are called. The small files are the checkpoint's own."""
 
@@ -62,16 +81,18 @@ def export(
     output: Path,
     kind: str,
     *,
+    target: Target = ONNX,
     samples: int = 5,
     is_checked: bool = True,
     note: Callable[[str], None] = lambda what: None,
 ) -> Path:
-    """Write a checkpoint as ONNX graphs and hold them against PyTorch.
+    """Write a checkpoint as graphs and hold them against PyTorch.
 
     Args:
         model: folder of the checkpoint.
         output: the new folder.
-        kind: of `TYPES`.
+        kind: of the target's types; of `TYPES` for ONNX Runtime.
+        target: which software runs them.
         samples: questions of each row of NanoBench.
         is_checked: False leaves out the comparison, where PyTorch has no memory for the checkpoint.
         note: is told what happens.
@@ -83,12 +104,12 @@ def export(
         CheckpointError, ExportError, OutputError, MissingPackageError: before anything is written.
         ParityError: the answers differ beyond what the type allows; the files stay in a folder whose name says so.
     """
-    require(EXTRA, *PACKAGES)
+    require(target.engine.extra, *PACKAGES, target.engine.package)
     checkpoint, output = Checkpoint(model), Path(output).expanduser()
     if checkpoint.config.get("rope_scaling"):
         found = checkpoint.config["rope_scaling"]
         raise ExportError(f"rope_scaling ({found}) is not written: export the checkpoint without it")
-    check_new(output, graph_bytes(checkpoint, TYPES[kind]))
+    check_new(output, graph_bytes(checkpoint, target.types[kind]))
     name = f"{checkpoint.folder.name}-{kind}"
     with whole_folder(output) as stage:
         graphs = {}
@@ -96,10 +117,11 @@ def export(
             note(f"Tracing {graph}")
             graphs[graph] = trace(checkpoint, graph)
         note(f"Writing {name}")
-        write(checkpoint, graphs, kind, stage)
+        write(checkpoint, graphs, target.types[kind], stage)
+        target.convert(stage, kind)
         if is_checked:
-            _compare(checkpoint, stage, name, kind, samples, note)
-        _write_card(stage, checkpoint, name, output)
+            _compare(checkpoint, stage, name, kind, target, samples, note)
+        _write_card(stage, checkpoint, name, output, target)
     return output
 
 
@@ -135,7 +157,7 @@ def trace(checkpoint: Checkpoint, name: str) -> "ir.Model":
         return traced(graph(model))
 
 
-def write(checkpoint: Checkpoint, graphs: dict[str, "ir.Model"], kind: str, folder: Path) -> None:
+def write(checkpoint: Checkpoint, graphs: dict[str, "ir.Model"], kind: GraphType, folder: Path) -> None:
     """Fill traced graphs and write them, with the checkpoint's small files."""
     from minicpmv.deploy import onnx_weights
 
@@ -144,13 +166,13 @@ def write(checkpoint: Checkpoint, graphs: dict[str, "ir.Model"], kind: str, fold
         return checkpoint.tensor("llm.model.embed_tokens.weight" if is_head else name)
 
     def bits_of(name: str) -> int | None:
-        return TYPES[kind].layers if name.startswith(LAYERS) else TYPES[kind].others
+        return kind.layers if name.startswith(LAYERS) else kind.others
 
     checkpoint.copy_small_files(folder)
     with onnx_weights.quiet():
         for name, graph in graphs.items():
-            onnx_weights.fill(graph, read, bits_of, TYPES[kind].table)
-            onnx_weights.write(graph, folder / f"{name}{SUFFIX}")
+            onnx_weights.fill(graph, read, bits_of, kind.table)
+            onnx_weights.write(graph, folder / f"{name}{ONNX_RUNTIME.suffix}")
 
 
 # ---- what is left beside it ----
@@ -161,13 +183,19 @@ def _pytorch(source: str) -> ModelRuntime:
     return ModelRuntime(model, processor, {name: version(name) for name in ("torch", "transformers")})
 
 
-def _onnxruntime(folder: Path) -> ModelRuntime:
+def _exported(folder: Path, target: Target) -> ModelRuntime:
     model, processor = load(folder)
-    return ModelRuntime(model, processor, {PACKAGE: version(PACKAGE), "onnx": version("onnx")})
+    return ModelRuntime(model, processor, target.packages)
 
 
 def _compare(
-    checkpoint: Checkpoint, stage: Path, name: str, kind: str, samples: int, note: Callable[[str], None]
+    checkpoint: Checkpoint,
+    stage: Path,
+    name: str,
+    kind: str,
+    target: Target,
+    samples: int,
+    note: Callable[[str], None],
 ) -> None:
     """Hold what was written against PyTorch, and write down what was found.
 
@@ -181,30 +209,30 @@ def _compare(
     reference = observe(partial(_pytorch, source), asked, samples, note=lambda what: note(f"PyTorch: {what}"))
     found = hold(
         reference,
-        partial(_onnxruntime, stage),
+        partial(_exported, stage, target),
         asked,
         name=name,
         type=kind,
-        size=sum(file.stat().st_size for file in stage.glob(f"*{SUFFIX}*")),
-        margin=TYPES[kind].margin,
-        feature_margin=TYPES[kind].feature_margin,
+        size=sum(file.stat().st_size for graph in NAMES for file in stage.glob(f"{graph}.*")),
+        margin=target.types[kind].margin,
+        feature_margin=target.types[kind].feature_margin,
         samples=samples,
         reference_type=str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")),
         note=lambda what: note(f"{name}: {what}"),
     )
     write_record(stage, found)
     if found.faults:
-        _write_card(stage, checkpoint, name, stage)
+        _write_card(stage, checkpoint, name, stage, target)
         raise ParityError(
             f"{name} does not answer as PyTorch does: {'; '.join(found.faults)}. It stays in {stage}, to be looked at; "
             "choose a type with more bits"
         )
 
 
-def _write_card(folder: Path, checkpoint: Checkpoint, name: str, output: Path) -> None:
-    base = (
-        f"`{checkpoint.folder.name}`, a MiniCPM-V 4.5, as graphs for ONNX Runtime, written by `minicpmv export onnx`."
-    )
-    files: dict[str, Any] = {"vision": VISION, "embedding": EMBEDDING, "decoder": DECODER}
-    use = USE.format(folder=output.name, **{part: f"{file}{SUFFIX}" for part, file in files.items()})
-    write_card(folder, "onnx", name, base, use, [name])
+def _write_card(folder: Path, checkpoint: Checkpoint, name: str, output: Path, target: Target) -> None:
+    extra, suffix = target.engine.extra, target.engine.suffix
+    base = f"`{checkpoint.folder.name}`, a MiniCPM-V 4.5, as graphs for {target.name}, written by `minicpmv export {extra}`."
+    files = {"vision": VISION, "embedding": EMBEDDING, "decoder": DECODER}
+    named = {part: f"{file}{suffix}" for part, file in files.items()}
+    use = USE.format(folder=output.name, software=target.name, **named)
+    write_card(folder, target.library, name, base, use, [name])

@@ -25,7 +25,8 @@ from minicpmv.deploy.folder import RECORD, check_new, whole_folder, write_card
 from minicpmv.deploy.source import ExportError
 from minicpmv.errors import MiniCPMVError, one_line
 from minicpmv.files import read_json
-from minicpmv.runtimes.graphs import graphs_folder
+from minicpmv.runtimes.graph_engines import ONNX_RUNTIME
+from minicpmv.runtimes.graphs import engine_of
 
 
 SOURCE = Path(__file__).parent / "browser"
@@ -102,7 +103,7 @@ def export(
     check_new(output, LIBRARY_BYTES)
     find_npm()
     with tempfile.TemporaryDirectory(prefix="minicpmv-page-") as folder, whole_folder(output) as stage:
-        graphs = graphs_folder(model)
+        graphs = model if engine_of(model) is ONNX_RUNTIME else None
         if graphs is None:
             graphs = onnx.export(
                 model, Path(folder, model.resolve().name), kind, samples=samples, is_checked=is_checked, note=note

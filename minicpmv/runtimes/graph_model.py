@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
-from minicpmv.runtimes.graphs import GraphError, Graphs, Unit
+from minicpmv.runtimes.graph_engines import GraphError
+from minicpmv.runtimes.graphs import Graphs, Unit
 from minicpmv.runtimes.language_model import CACHE_FIELD
 
 

@@ -1,4 +1,4 @@
-"""The three graphs of an exported model, and ONNX Runtime under them: numpy arrays in, numpy arrays out.
+"""The three graphs of an exported model, in whatever runs them: numpy arrays in, numpy arrays out.
 
 What is special:
 - The tower's graph takes units of one size at a time; units of several sizes are sorted here, and their features come back
@@ -7,25 +7,19 @@ What is special:
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from minicpmv.errors import MiniCPMVError, require
+from minicpmv.errors import require
+from minicpmv.runtimes.graph_engines import ENGINES, Engine, GraphError
 
 
 VISION, EMBEDDING, DECODER = NAMES = ("vision_encoder", "embed_tokens", "decoder_model")
-EXTRA, PACKAGE = "onnx", "onnxruntime"
-SUFFIX = ".onnx"
 LEAST_SIDE = 256  # patches a side that the table of positions has room for, or more where slices can be longer
-
-
-class GraphError(MiniCPMVError):
-    """Graphs cannot be used: the message says why and what to do."""
 
 
 class Unit(NamedTuple):
@@ -36,7 +30,6 @@ class Unit(NamedTuple):
     temporal_ids: Sequence[int]  # one a frame, tenths of a second; [-1] for an image
 
 
-Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 States = list[np.ndarray]  # keys and values of every layer, in turn: float32 [B, H, past, d]
 
 
@@ -46,22 +39,31 @@ def longest_side(config: Any) -> int:
     return max(LEAST_SIDE, (slices.scale_resolution // slices.patch_size) ** 2)
 
 
-def graphs_folder(place: Path) -> Path | None:
-    """The folder, where it holds the graphs of a model."""
-    return place if (place / f"{DECODER}{SUFFIX}").is_file() else None
+def engine_of(folder: Path) -> Engine | None:
+    """What runs the graphs in a folder; None where there are none."""
+    return next((engine for engine in ENGINES if (folder / f"{DECODER}{engine.suffix}").is_file()), None)
 
 
-def check(folder: Path) -> None:
-    """Refuse a folder that cannot be loaded before anything heavy is imported.
+def check(folder: Path) -> Engine:
+    """Refuse a folder that cannot be loaded before anything heavy is imported. Returns what runs it.
 
     Raises:
         MissingPackageError: the software is not installed.
         GraphError: a file is not there.
     """
-    require(EXTRA, PACKAGE)
-    for name in (*(f"{name}{SUFFIX}" for name in NAMES), "config.json", "preprocessor_config.json", "tokenizer.json"):
+    engine = engine_of(folder) or ENGINES[0]
+    require(engine.extra, engine.package)
+    for name in (
+        *(f"{name}{engine.suffix}" for name in NAMES),
+        "config.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
+    ):
         if not (folder / name).is_file():
-            raise GraphError(f"{folder} has no {name}: export the checkpoint again, with minicpmv export onnx")
+            raise GraphError(
+                f"{folder} has no {name}: export the checkpoint again, with minicpmv export {engine.extra}"
+            )
+    return engine
 
 
 class Graphs:
@@ -80,17 +82,18 @@ class Graphs:
     """
 
     def __init__(self, folder: Path, threads: int | None = None):
-        check(folder)
-        self.folder = folder
-        sessions = [_session(folder / f"{name}{SUFFIX}", threads) for name in NAMES]
-        self._run: dict[str, Run] = {
-            name: partial(session.run, None) for name, session in zip(NAMES, sessions, strict=True)
-        }
-        decoder = sessions[-1]
-        shapes = {value.name: value.shape for value in (*decoder.get_inputs(), *decoder.get_outputs())}
+        engine = check(folder)
+        self._files = {name: folder / f"{name}{engine.suffix}" for name in NAMES}
+        self._sessions = {}
+        for name, file in self._files.items():
+            try:
+                self._sessions[name] = engine.open(file, threads)
+            except GraphError as error:
+                raise GraphError(f"{file} cannot be loaded ({error}): export the checkpoint again") from error
+        shapes = self._sessions[DECODER].shapes
         self._states = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
+        self.folder, self.versions = folder, {engine.package: version(engine.package)}
         self.hidden_size, self.vocab_size = shapes["inputs_embeds"][-1], shapes["logits"][-1]
-        self.versions = {PACKAGE: version(PACKAGE)}
 
     def files(self) -> list[Path]:
         """Graphs and weights, by name."""
@@ -154,32 +157,10 @@ class Graphs:
 
     def _call(self, name: str, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         try:
-            return self._run[name]({key: np.ascontiguousarray(value) for key, value in feeds.items()})
-        except _errors() as error:
+            return self._sessions[name].run({key: np.ascontiguousarray(value) for key, value in feeds.items()})
+        except GraphError as error:
             shapes = {key: value.shape for key, value in feeds.items() if not key.startswith("past")}
-            reason = str(error).strip().partition("\n")[0]
-            raise GraphError(f"{self.folder / name}{SUFFIX} cannot read {shapes}: {reason}") from error
-
-
-def _session(file: Path, threads: int | None) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 3  # errors, which are raised as well
-    try:
-        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    except _errors() as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise GraphError(f"{file} cannot be loaded ({reason}): export the checkpoint again") from error
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    """All that ONNX Runtime raises; its errors have no base of their own."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    kinds = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
-    return (RuntimeError, *kinds)
+            raise GraphError(f"{self._files[name]} cannot read {shapes}: {error}") from error
 
 
 def _picture(strip: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -1,5 +1,5 @@
 """A model that runs elsewhere, as one of PyTorch: a GGUF file with the tower from the file beside it, in PyTorch, and
-llama.cpp behind it; or a folder of graphs, in ONNX Runtime."""
+llama.cpp behind it; or a folder of graphs, in ONNX Runtime or OpenVINO."""
 
 from pathlib import Path
 from typing import Any

@@ -20,7 +20,7 @@ from transformers import (
 
 from minicpmv.chat import ChatSession
 from minicpmv.chat.runner import Choice, Runner
-from minicpmv.runtimes.graphs import GraphError
+from minicpmv.runtimes.graph_engines import GraphError
 
 
 pytest.importorskip("onnxruntime")

@@ -148,7 +148,7 @@ def test_4_bits_are_for_the_layers_of_the_language_model_alone(onnx_nano):
 def test_large_weights_stand_in_a_file_of_their_own(onnx_nano, traced_nano, tmp_path, monkeypatch):
     monkeypatch.setattr("minicpmv.deploy.onnx_weights.LARGEST_FILE", 2_000_000)
     graphs = {name: graph.clone() for name, graph in traced_nano.items()}
-    export_onnx.write(Checkpoint(NANO), graphs, "int8", tmp_path)
+    export_onnx.write(Checkpoint(NANO), graphs, export_onnx.TYPES["int8"], tmp_path)
     assert {path.name for path in tmp_path.glob("*.data")} == {
         "vision_encoder.onnx.data",
         "decoder_model.onnx.data",
