@@ -6,8 +6,8 @@
     python perf/bench_serving.py --servers mine=http://127.0.0.1:8000/v1 --model NAME
 
 What is special:
-- Servers run one after the other on the same machine, each started here and ended when it was measured; any other that
-  answers as OpenAI's API is measured by its address. Only loopback is ever asked.
+- Servers are started here and take turns at each concurrency, so that what else the machine does counts against all of them;
+  one that runs already is measured by its address. Only loopback is ever asked.
 - Every request shows another picture, so that no server answers from what it remembers, and is written to the same length: the
   tokens that would end it are forbidden by `logit_bias`.
 - At each concurrency as many clients stream one request after the other. The clients share the machine with the server.
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
@@ -275,15 +275,17 @@ def main(arguments: Sequence[str] | None = None) -> list[Load]:
     print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores; {versions()}")
     print(HEADING)
     measured = []
-    for kind in options.servers:
-        with running(kind, options.model, options.gguf, options.vllm_python) as (address, name):
-            # All servers are asked the same.
-            requests = bodies(name, options.new_tokens, end_tokens(options.model))
+    with ExitStack() as started:
+        asked = []
+        for kind in options.servers:
+            address, name = started.enter_context(running(kind, options.model, options.gguf, options.vllm_python))
+            requests = bodies(name, options.new_tokens, end_tokens(options.model))  # all servers are asked the same
             stream(address, next(requests))  # what only the first request pays
-            for concurrency in options.concurrency:
-                number = max(4, options.rounds * concurrency)
-                prepared = [next(requests) for _ in range(number)]
-                measured.append(load(kind.partition("=")[0], address, prepared, concurrency))
+            asked.append((kind.partition("=")[0], address, requests))
+        for concurrency in options.concurrency:
+            for server, address, requests in asked:
+                prepared = [next(requests) for _ in range(max(4, options.rounds * concurrency))]
+                measured.append(load(server, address, prepared, concurrency))
                 print(measured[-1], flush=True)
     if options.json:
         content = {

@@ -8,7 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # the package lies beside this file
 
-from minicpmv import build_tokenizer, checkpoint  # noqa: E402
+from minicpmv import checkpoint  # noqa: E402
 from minicpmv.web import page  # noqa: E402
 from minicpmv.web.conversation import Conversations  # noqa: E402
 
@@ -17,7 +17,6 @@ MODEL = os.environ.get("MODEL", str(HERE / "nano"))
 
 
 def main() -> None:
-    build_tokenizer.build(HERE)
     model, processor = checkpoint.load(MODEL, revision=os.environ.get("REVISION"), trust_remote_code=True)
     conversations = Conversations(model, processor, most=64)
     page.launch(page.build(conversations, Path(MODEL).name), "0.0.0.0", 7860)
