@@ -97,6 +97,16 @@ def load(
     return model, processor
 
 
+def attend_without_plans() -> None:
+    """Take cuDNN's attention out of torch's kernels, for this whole process: of commands alone, whose process is theirs.
+
+    On Hopper torch 2.11 prefers it, and it plans anew for every shape. Images, prompts and batches have a new one nearly every time.
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def exported(name: str | Path) -> Path | None:
     """What a name means that other software than PyTorch runs: a GGUF file, which is the name itself or the only language
     model in a folder without other weights; or a folder of graphs; else None.

@@ -68,13 +68,14 @@ class Scale:
     frame_size: tuple[int, int] = (640, 360)
     image_slices: int = 9
     slices: int = 16  # what the model gives its tower at a time
+    new_slices: int = 10  # of one size: nine and the overview
     answer_words: int = 300  # that a training row learns
     product: int = 8192
     block: int = 2**30  # float32 values that are read and copied
 
 
 FULL = Scale(REPOSITORY)
-TINY = Scale(REPOSITORY / "nano", 1, 4, 2, 1, 6, (64, 48), 1, 2, 5, 128, 2**18)
+TINY = Scale(REPOSITORY / "nano", 1, 4, 2, 1, 6, (64, 48), 1, 2, 2, 5, 128, 2**18)
 
 
 class StepClock(StoppingCriteria):
@@ -194,6 +195,14 @@ class Bench:
             self.wait()
             times.append((time.perf_counter() - start) / calls)
         return median(times)
+
+    def once(self, function: Callable[[], object]) -> float:
+        """Seconds of one call, whatever it prepares included."""
+        self.wait()
+        start = time.perf_counter()
+        function()
+        self.wait()
+        return time.perf_counter() - start
 
     def free(self) -> None:
         gc.collect()
@@ -457,6 +466,39 @@ class Bench:
         note = f"{seconds * 1e3:.1f} ms"
         self.add(name, flops / seconds / 1e12, "TFLOP/s", self.tower_product / 1e12, "product", note)
 
+    # ---- a size that is new ----
+
+    def new_sizes(self) -> None:
+        """The first call at a size beside the next one at the same size, with cuDNN's attention among torch's kernels, as by
+        default, and without."""
+        model, count, repeats = self.model("bf16"), self.scale.new_slices, self.scale.repeats
+        side = self.processor.image_processor.scale_resolution // 14
+
+        def slices(place: int) -> Callable[[], object]:
+            sizes = [(side - 1 - place, side)] * count
+            pixels = self.pixels(sizes)
+            return lambda: model.vpm(pixels, sizes)
+
+        def prompt(place: int) -> Callable[[], object]:
+            ids = torch.full((1, 9 * model.config.query_num + 7 * place + 1), 1000, device=self.device)
+            return lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+        was_on = torch.backends.cuda.cudnn_sdp_enabled()
+        for what, call_at in {f"{count} slices in the tower": slices, "a prompt": prompt}.items():
+            times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+            for place in range(2 * (1 + repeats)):  # no size twice: other libraries remember sizes, too
+                has_cudnn = place % 2 == 0
+                torch.backends.cuda.enable_cudnn_sdp(has_cudnn)
+                call = call_at(place)
+                with torch.no_grad():
+                    times[has_cudnn].append((self.once(call), self.once(call)))
+            torch.backends.cuda.enable_cudnn_sdp(was_on)
+            for has_cudnn, found in times.items():
+                first, known = (median(column) * 1e3 for column in zip(*found[1:], strict=True))
+                name = f"new size: {what}, {'with' if has_cudnn else 'without'} cuDNN"
+                longest = max(seconds for seconds, _ in found[1:]) * 1e3
+                self.add(name, first, "ms", known, "at a known size", f"at most {longest:.0f} ms")
+
     # ---- training ----
 
     def training(self, adapter: str, batch: int = 2) -> None:
@@ -563,6 +605,7 @@ def main(arguments: Sequence[str] | None = None) -> Bench | None:
         ("decoding bf16", 40, partial(bench.decodings, "bf16", ["dynamic", "static"])),
         ("first token", 15, bench.first_token),
         ("tower", 15, partial(bench.tower, eager)),
+        ("new size", 10, bench.new_sizes),
         ("compiled bf16, batch 1", 60, partial(bench.compiled, "bf16", 1)),
         ("training with LoRA", 20, partial(bench.training, "lora")),
         ("decoding nf4", 30, partial(bench.decodings, "nf4", ["dynamic"])),

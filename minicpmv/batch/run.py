@@ -23,6 +23,7 @@ from minicpmv.batch.answerers import AnswererOptions
 from minicpmv.batch.jobs import Asked, answer_row
 from minicpmv.batch.results import OutputError, Results
 from minicpmv.batch.rows import Piece, open_input
+from minicpmv.checkpoint import attend_without_plans
 from minicpmv.errors import MiniCPMVError, is_expected, one_line, require
 
 
@@ -200,6 +201,8 @@ class Worker:
         """Opened when it is first needed: an error of a call reaches who waits for it as it is, one of `__init__` does not."""
         with self._opening:
             if self._answerer is None:
+                if self.options.endpoint is None:
+                    attend_without_plans()
                 self._answerer = self.options.open()
             return self._answerer
 

@@ -108,6 +108,7 @@ def batch(
         from minicpmv.batch.answerers import AnswererOptions
         from minicpmv.batch.jobs import Asked
         from minicpmv.batch.run import Workers, open_batch
+        from minicpmv.checkpoint import attend_without_plans
 
         who = AnswererOptions(
             model,
@@ -123,6 +124,8 @@ def batch(
         ready: Any = task and task.value
         asked = Asked(ready, prompt, seconds, fields, max_megabytes)
         of_ray = Workers(workers, ray_address) if workers or ray_address else None
+        if endpoint is None and of_ray is None:
+            attend_without_plans()
         bar = Progress(
             BarColumn(),
             MofNCompleteColumn(),

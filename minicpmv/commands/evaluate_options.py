@@ -379,10 +379,11 @@ def open_answerer(
     """
     if model and asked and (endpoint := asked.open(model)):
         return model, endpoint
-    from minicpmv.checkpoint import load
+    from minicpmv.checkpoint import attend_without_plans, load
     from minicpmv.evaluate.answerers import LocalModel
 
     name = model or "."
+    attend_without_plans()
     device_map = "auto" if device is None else {"": device}
     loaded = load(name, revision=revision, trust_remote_code=trust_remote_code, device_map=device_map)
     return name, LocalModel(*loaded, batch_size)

@@ -98,6 +98,7 @@ def load_shown(console: Any, name: str, revision: str | None, trust_remote_code:
     gc.enable()
     if not console.is_terminal:
         transformers.utils.logging.disable_progress_bar()
+    checkpoint.attend_without_plans()
     return checkpoint.load(name, revision=revision, trust_remote_code=trust_remote_code)
 
 

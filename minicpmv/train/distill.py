@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy, log_softmax, normalize
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, set_seed
 from trl.models.utils import unwrap_model_for_generation
 
-from minicpmv.checkpoint import source_of
+from minicpmv.checkpoint import attend_without_plans, source_of
 from minicpmv.data.collator import IGNORED, ConversationCollator
 from minicpmv.errors import one_line_errors
 from minicpmv.train.common.arguments import (
@@ -451,6 +451,7 @@ GROUPS = (ModelArguments, AdapterArguments, FreezeArguments, DataArguments, Dist
 
 def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
+        attend_without_plans()
         train(*parse(GROUPS, argv, "Distillation: a smaller model learns from a larger one."))
 
 

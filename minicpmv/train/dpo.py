@@ -23,6 +23,7 @@ import torch
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
+from minicpmv.checkpoint import attend_without_plans
 from minicpmv.data.collator import IGNORED, ConversationCollator, EncodedRow
 from minicpmv.data.formats import BadRowError, conversation_row
 from minicpmv.errors import one_line_errors
@@ -203,6 +204,7 @@ GROUPS = (ModelArguments, AdapterArguments, FreezeArguments, DataArguments, DPOA
 
 def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
+        attend_without_plans()
         train(*parse(GROUPS, argv, "Direct preference optimization on pairs of answers."))
 
 

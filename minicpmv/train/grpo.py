@@ -37,7 +37,7 @@ from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin, set_see
 from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import get_repetition_penalty_reward
 
-from minicpmv.checkpoint import source_of
+from minicpmv.checkpoint import attend_without_plans, source_of
 from minicpmv.data.collator import ROW_OPTIONS, EncodedRow, encoded_row
 from minicpmv.data.formats import CONVERSATION_COLUMNS, MEDIA_COLUMNS, BadRowError, conversation_row, text_of
 from minicpmv.errors import is_expected, one_line_errors
@@ -367,6 +367,7 @@ GROUPS = (ModelArguments, AdapterArguments, FreezeArguments, DataArguments, RLAr
 
 def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
+        attend_without_plans()
         train(*parse(GROUPS, argv, "Reinforcement learning with GRPO, thinking and fast rollouts mixed."))
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from transformers import ProcessorMixin, set_seed
 from trl import RewardConfig, RewardTrainer
 
+from minicpmv.checkpoint import attend_without_plans
 from minicpmv.data.formats import conversation_row, text_of
 from minicpmv.errors import one_line_errors
 from minicpmv.train.common.arguments import (
@@ -131,6 +132,7 @@ GROUPS = (ModelArguments, AdapterArguments, FreezeArguments, DataArguments, Rewa
 
 def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
+        attend_without_plans()
         train(*parse(GROUPS, argv, "A visual reward model from pairs of answers."))
 
 

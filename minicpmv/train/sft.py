@@ -19,6 +19,7 @@ import torch
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
+from minicpmv.checkpoint import attend_without_plans
 from minicpmv.data.collator import ConversationCollator
 from minicpmv.errors import one_line_errors
 from minicpmv.train.common.arguments import (
@@ -141,6 +142,7 @@ GROUPS = (ModelArguments, AdapterArguments, FreezeArguments, DataArguments, SFTA
 
 def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
+        attend_without_plans()
         train(*parse(GROUPS, argv, "Supervised fine-tuning: full, LoRA, QLoRA, DoRA."))
 
 

@@ -97,6 +97,18 @@ def test_ask_streams_the_same_answer(run, answer):
     assert run("ask", NUMBER, QUESTION, "--stream", *SHORT).stdout == answer(Path(NUMBER), QUESTION) + "\n"
 
 
+def test_a_command_takes_no_attention_that_plans_anew_for_each_size(run):
+    was_on = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        checkpoint.load(NANO)
+        assert torch.backends.cuda.cudnn_sdp_enabled()  # a library leaves its user's process as it is
+        run("ask", NUMBER, QUESTION, *SHORT)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_on)
+
+
 def test_ask_takes_pictures_and_clips_in_their_order(run, answer):
     result = run("ask", SHAPES, STAR, NUMBER, "What is it?", *SHORT)
     assert result.stdout == answer(Path(SHAPES), Path(STAR), Path(NUMBER), "What is it?") + "\n"

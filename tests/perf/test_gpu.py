@@ -28,8 +28,8 @@ def test_without_a_gpu_one_line_says_so(gpu, monkeypatch, capsys):
 
 
 def test_every_section_that_needs_no_compiler_runs_with_a_tiny_model(gpu, tmp_path):
-    file = tmp_path / "gpu.json"
-    sections = ["decoding bf16", "first token", "tower", "decoding nf4", "training with QLoRA"]
+    file, has_cudnn = tmp_path / "gpu.json", torch.backends.cuda.cudnn_sdp_enabled()
+    sections = ["decoding bf16", "first token", "tower", "new size", "decoding nf4", "training with QLoRA"]
     bench = gpu.main(["--tiny", "--json", str(file), "--only", *sections])
     found = json.loads(file.read_text())
     assert found["failed"].keys() == ON_GPUS_ONLY and not found["left out"]
@@ -43,6 +43,8 @@ def test_every_section_that_needs_no_compiler_runs_with_a_tiny_model(gpu, tmp_pa
     limits = {name: entry["limit"] for name, entry in figures.items() if name.startswith("decoding")}
     assert limits["decoding: bf16, batch 8, dynamic cache"] == 8 * limits["decoding: bf16, batch 1, dynamic cache"]
     assert limits["decoding: nf4, batch 1, dynamic cache"] > 2 * limits["decoding: bf16, batch 1, dynamic cache"]
+    sizes = [name for name in figures if name.startswith("new size")]
+    assert len(sizes) == 4 and torch.backends.cuda.cudnn_sdp_enabled() == has_cudnn
     parts = [figures[f"first token: image in 1 slices, {part}"]["value"] for part in ("processor", "tower", "prompt")]
     assert sum(parts) == pytest.approx(figures["first token: image in 1 slices"]["value"])
 

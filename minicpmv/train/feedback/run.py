@@ -25,6 +25,7 @@ import datasets
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from minicpmv.checkpoint import attend_without_plans
 from minicpmv.data.formats import BadRowError
 from minicpmv.errors import is_expected, one_line_errors
 from minicpmv.train.common.arguments import ModelArguments, parse
@@ -123,6 +124,7 @@ GROUPS = (ModelArguments, FeedbackArguments)
 
 def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
+        attend_without_plans()
         model_args, args = parse(GROUPS, argv, "Make preference pairs (RLAIF-V).")
         summary = run(model_args, args)
         if summary:

@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
+from minicpmv.checkpoint import attend_without_plans
 from minicpmv.drawn.samples import Mixture, make_sample
 from minicpmv.errors import one_line_errors
 from minicpmv.files import read_json, read_json_lines, write_whole
@@ -540,8 +541,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)  # so that a run that goes on gives the same bits
         torch.utils.deterministic.fill_uninitialized_memory = False
-        # cuDNN's attention plans anew for every shape, and nearly every step has new ones: five sixths of the time.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        attend_without_plans()  # plans were five sixths of the time
         train(0, recipe, args.output, None, args.minutes, args.finish)
     else:
         with tempfile.TemporaryDirectory() as folder:
