@@ -77,7 +77,10 @@ def serve(
     ] = None,
     media_host: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Also fetch images from this host, which is not public; repeatable."),
+        typer.Option(
+            metavar="NAME",
+            help="Also fetch images and videos from this host, which is not public; repeatable. In vLLM: from these hosts only.",
+        ),
     ] = None,
     max_megabytes: Annotated[
         float, typer.Option(metavar="N", min=1, help="Most megabytes of a request, and of what is fetched for it.")
@@ -107,6 +110,7 @@ def serve(
       minicpmv serve -m ~/MiniCPM-V-4_5 --engine vllm -- --tensor-parallel-size 2
     """
     import socket
+    from ipaddress import ip_address
 
     from rich.console import Console
 
@@ -159,7 +163,7 @@ def serve(
         host, port = listener.getsockname()[:2]
         names = frozenset(allowed.lower() for allowed in allowed_host or ())
         rows = max_rows or (LLAMA_CPP_ROWS if chosen is Engine.LLAMA_CPP else ROWS)
-        is_open = "*" in names or not (names or host in LOOPBACK)
+        is_open = "*" in names or not (names or ip_address(host).is_loopback)
         with LocalEngine(
             loaded,
             processor,

@@ -1,13 +1,13 @@
 """Answers to requests, in this process: the same for the HTTP server and for whoever has requests in a file."""
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from transformers import DynamicCache
 
@@ -323,8 +323,5 @@ def _fitting_tokens(model: Any) -> int:
     config, device = model.config, model.device
     width = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
     bytes_of_token = width * next(model.parameters()).element_size()
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return max(config.max_position_embeddings, int(SHARE_OF_MEMORY * free / bytes_of_token))

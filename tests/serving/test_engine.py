@@ -261,7 +261,7 @@ def test_requests_at_the_same_time_get_what_each_gets_alone(engine):
 def test_a_short_question_does_not_wait_for_a_long_answer(nano):
     with LocalEngine(*nano, "nano", max_rows=2) as engine:
         over = []
-        long = threading.Thread(target=lambda: over.append(engine.answer(body_of("Hello", max_tokens=300, **ENDLESS))))
+        long = threading.Thread(target=lambda: over.append(engine.answer(body_of("Hello", max_tokens=150, **ENDLESS))))
         long.start()
         while not engine.stats().running:
             time.sleep(0.005)
@@ -269,7 +269,7 @@ def test_a_short_question_does_not_wait_for_a_long_answer(nano):
             engine.answer(body_of("Hi", max_tokens=2))
         assert not over
         long.join()
-        assert over[0]["usage"]["completion_tokens"] == 300
+        assert over[0]["usage"]["completion_tokens"] == 150
 
 
 def test_an_answer_goes_on_while_prompts_are_read_and_these_take_turns(nano, monkeypatch):
@@ -306,8 +306,8 @@ def test_more_answers_than_rows_wait_and_none_is_lost(nano):
 
 def test_a_batch_keeps_to_its_tokens_but_a_row_alone_may_have_more(nano):
     with LocalEngine(*nano, "nano", max_tokens=40) as engine:
-        answers = ask_all(engine, [body_of("Hello", max_tokens=60, **ENDLESS)] * 3)
-        assert [answer["usage"]["completion_tokens"] for answer in answers] == [60] * 3
+        answers = ask_all(engine, [body_of("Hello", max_tokens=30, **ENDLESS)] * 3)
+        assert [answer["usage"]["completion_tokens"] for answer in answers] == [30] * 3
 
 
 # ---- conversations ----
