@@ -8,6 +8,7 @@ from minicpmv.errors import require
 from minicpmv.runtimes import graphs
 from minicpmv.runtimes.gguf import find_mmproj, tower_tensors
 from minicpmv.runtimes.gguf_file import GGUFError
+from minicpmv.runtimes.graph_engines import GraphError
 from minicpmv.runtimes.llamacpp import EXTRA, PACKAGES
 
 
@@ -37,7 +38,11 @@ def load(place: Path, dtype: Any = "auto", device: Any = None) -> tuple[Any, Any
     Raises:
         GGUFError, LlamaCppError, GraphError: a file is damaged, missing, or that of another model.
     """
-    return _load_graphs(place) if place.is_dir() else _load_gguf(place, dtype, device)
+    if not place.is_dir():
+        return _load_gguf(place, dtype, device)
+    if str(dtype).removeprefix("torch.") not in ("auto", "float32"):
+        raise GraphError(f"{place} computes in float32: leave out dtype={dtype}, or load the checkpoint")
+    return _load_graphs(place)
 
 
 def _check_gguf(file: Path) -> None:

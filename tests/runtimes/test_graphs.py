@@ -174,6 +174,8 @@ def test_folders_that_are_not_whole_are_refused(onnx_nano, tmp_path):
         checkpoint.load(tmp_path, revision="main")
     with pytest.raises(MiniCPMVError, match="is quantized as it is"):
         checkpoint.load(tmp_path, quantization_config=object())
+    with pytest.raises(GraphError, match=r"computes in float32: leave out dtype=torch\.bfloat16"):
+        checkpoint.load(tmp_path, dtype=torch.bfloat16)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(config.replace('"vocab_size": 1024', '"vocab_size": 1000'))
