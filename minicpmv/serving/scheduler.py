@@ -233,6 +233,7 @@ class Scheduler:
                 self._readings.remove(reading)
             for index in reading.answers:
                 reading.job.send((index, error))
+            reading.job.cancel()
 
     def _encode(self, reading: Reading) -> None:
         units: list[Any] = []
@@ -303,8 +304,12 @@ class Scheduler:
                 row.job.send((row.index, error))
             return
         for place, row in enumerate(rows):
-            token = likeliest[place] if row.sampler.is_plain else row.sampler.choose(logits[place])
-            self._take(row, token, logits[place])
+            try:
+                token = likeliest[place] if row.sampler.is_plain else row.sampler.choose(logits[place])
+                self._take(row, token, logits[place])
+            except (RuntimeError, ValueError, MemoryError) as error:  # such as of a grammar
+                row.job.send((row.index, error))
+                row.job.cancel()
 
     def _take(self, row: Row, token: int, logits: torch.Tensor) -> None:
         """Add a token to an answer, and end it where that was its last."""

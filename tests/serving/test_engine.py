@@ -296,6 +296,20 @@ def test_an_answer_goes_on_while_prompts_are_read_and_these_take_turns(nano, mon
     assert all(calls[place - 1][1] == 1 for place in busy)
 
 
+def test_what_goes_wrong_in_a_request_ends_that_request_alone(engine, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("of this request")
+
+    monkeypatch.setattr("minicpmv.serving.grammar.Matcher.take", fail)
+    bodies = [body_of("Hello", max_tokens=20, **ENDLESS), body_of("Hi", response_format={"type": "json_object"})]
+    with ThreadPoolExecutor(2) as pool:
+        whole, broken = [pool.submit(engine.answer, body) for body in bodies]
+        assert whole.result()["usage"]["completion_tokens"] == 20
+        with pytest.raises(RuntimeError, match="of this request"):
+            broken.result()
+    assert engine.stats().is_alive and said(engine.answer(bodies[0])) == said(whole.result())
+
+
 def test_more_answers_than_rows_wait_and_none_is_lost(nano):
     with LocalEngine(*nano, "nano", max_rows=2) as engine:
         answers = ask_all(engine, [body_of("Hello", max_tokens=length, **ENDLESS) for length in (9, 3, 7, 1, 5)])
