@@ -1,5 +1,7 @@
 """What several test files share."""
 
+import copy
+import gc
 import hashlib
 import importlib
 import json
@@ -33,6 +35,20 @@ def ground_floor(name):
     package = sys.modules.setdefault("minicpmv_hub", types.ModuleType("minicpmv_hub"))
     package.__path__ = [str(REPOSITORY)]
     return importlib.import_module(f"minicpmv_hub.{name}")
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: trainers and others that collect garbage need not look through it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def drawn_curves(request, monkeypatch):
+    """Runs of training draw only in tests that name their curves: a dozen panels take longer than most of these runs."""
+    module = sys.modules.get("minicpmv.train.common.curves")
+    if module and "curves" not in request.node.name:
+        monkeypatch.setattr(module, "draw", lambda *arguments, **options: None)
 
 
 @pytest.fixture
@@ -183,6 +199,14 @@ def name_seeded_model(config, attn_implementation="sdpa"):
 def golden_model():
     """The tiny model behind the golden values. Tests leave its parameters as they are."""
     return name_seeded_model(tiny_config())
+
+
+@pytest.fixture(scope="session")
+def eager_golden_model(golden_model):
+    """The same with attention whose weights can be asked for."""
+    model = copy.deepcopy(golden_model)  # drawing 80 million parameters anew takes longer
+    model.set_attn_implementation("eager")
+    return model
 
 
 @pytest.fixture(scope="session")

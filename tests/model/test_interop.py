@@ -1,10 +1,11 @@
 """The calls that other software makes, as its sources make them: engines, trainers, exporters, evaluation."""
 
+import copy
 import json
 
 import pytest
 import torch
-from conftest import GREEDY, REPOSITORY, name_seeded_model, tiny_config, wave_picture
+from conftest import GREEDY, REPOSITORY, wave_picture
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
@@ -39,8 +40,8 @@ def test_vllm_asks_the_image_processor_alone(processor):
     assert images.image_feature_size == 64 and str(images.version) == "4.5"
 
 
-def test_llama_factory_trains_with_a_data_dict_and_positional_placeholders(processor):
-    model = name_seeded_model(tiny_config()).train()
+def test_llama_factory_trains_with_a_data_dict_and_positional_placeholders(golden_model, processor):
+    model = copy.deepcopy(golden_model).train()
     images = processor.image_processor
     features = images(PICTURES, do_pad=True, max_slice_nums=images.max_slice_nums, return_tensors="pt")
     placeholders = [
@@ -61,8 +62,8 @@ def test_llama_factory_trains_with_a_data_dict_and_positional_placeholders(proce
     assert torch.isfinite(model(data=text_only).loss)
 
 
-def test_ms_swift_embeds_with_the_ids_of_still_pictures(processor):
-    model = name_seeded_model(tiny_config()).train()
+def test_ms_swift_embeds_with_the_ids_of_still_pictures(golden_model, processor):
+    model = copy.deepcopy(golden_model).train()
     features = processor.image_processor([[PICTURES[0]], []], return_tensors="pt", max_slice_nums=None).to(
         torch.float32
     )

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import GREEDY, REPOSITORY, name_seeded_model, tiny_config
+from conftest import GREEDY, REPOSITORY
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 
@@ -78,14 +78,13 @@ def test_nano_batches_and_streams_like_it_answers_alone(nano):
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-def test_a_real_photograph_and_a_real_video_go_the_whole_road(nano, processor, thinking):
+def test_a_real_photograph_and_a_real_video_go_the_whole_road(nano, golden_model, processor, thinking):
     """nano has never seen a photograph, and the other model is random: what counts is that every part takes part."""
     photograph, film = ASSETS / "coffee.jpg", ASSETS / "big_buck_bunny.mp4"
     content = [photograph, film, "What is in the picture, and what happens in the film?"]
     options = {"fps": 5, "max_num_packing": 6, "force_packing": 6, "enable_thinking": thinking}
     assert isinstance(ask(nano, *content, **options), str)
-    published = name_seeded_model(tiny_config())
-    answer = ask(published, *content, processor=processor, return_dict=True, **options)
+    answer = ask(golden_model, *content, processor=processor, return_dict=True, **options)
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         tokenize=True,
@@ -101,5 +100,5 @@ def test_a_real_photograph_and_a_real_video_go_the_whole_road(nano, processor, t
     slots = int((inputs["input_ids"] == processor.image_token_id).sum())
     assert slots == 64 * len(inputs["temporal_ids"][0]) and answer.prompt_tokens == inputs["input_ids"].shape[1]
     with torch.no_grad():
-        features = published.get_image_features(*(inputs[n] for n in ("pixel_values", "tgt_sizes", "temporal_ids")))
+        features = golden_model.get_image_features(*(inputs[n] for n in ("pixel_values", "tgt_sizes", "temporal_ids")))
     assert features.pooler_output.shape == (slots // 64, 64, 256)

@@ -1,5 +1,6 @@
 """The tower and the resampler: positions, packing, attention kernels."""
 
+import copy
 import dataclasses
 import json
 import tracemalloc
@@ -7,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, name_seeded_model, tiny_config
+from conftest import FIXTURES, name_seeded_model, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,12 +94,11 @@ def test_the_tower_bears_hooks_that_rebuild_its_inputs(golden_model):
                 hook.remove()
 
 
-def test_sdpa_equals_eager(golden_model):
-    eager = name_seeded_model(tiny_config(), "eager")
+def test_sdpa_equals_eager(golden_model, eager_golden_model):
     slices = random_slices(SIZES)
     with torch.no_grad():
         ours = golden_model.get_image_features([slices], [SIZES]).pooler_output
-        reference = eager.get_image_features([slices], [SIZES]).pooler_output
+        reference = eager_golden_model.get_image_features([slices], [SIZES]).pooler_output
     torch.testing.assert_close(ours, reference, atol=1e-4, rtol=0)
 
 
@@ -129,7 +129,7 @@ def test_variable_length_kernels_get_the_bounds_of_the_slices(golden_model):
 
 
 def test_one_kernel_for_the_tower_and_another_for_the_language_model():
-    model = name_seeded_model(tiny_config(), {"": "sdpa", "vision_config": "eager"})
+    model = name_seeded_model(small_config(), {"": "sdpa", "vision_config": "eager"})
     assert (model.llm.config._attn_implementation, model.vpm.config._attn_implementation) == ("sdpa", "eager")
     model.set_attn_implementation("eager")
     assert model.config._attn_implementation == model.vpm.config._attn_implementation == "eager"
@@ -148,11 +148,10 @@ def test_vision_batch_size_changes_nothing_but_memory(golden_model):
     torch.testing.assert_close(at_once, in_parts, atol=1e-5, rtol=0)
 
 
-def test_attentions_and_hidden_states_on_request():
-    model = name_seeded_model(tiny_config(), "eager")
+def test_attentions_and_hidden_states_on_request(eager_golden_model):
     sizes = [(3, 4), (2, 2), (2, 2)]
     with torch.no_grad():
-        outputs = model.get_image_features(
+        outputs = eager_golden_model.get_image_features(
             [random_slices(sizes)], [sizes], output_attentions=True, output_hidden_states=True
         )
     assert [weights.shape for weights in outputs.attentions[0]] == [(4, 12, 12), (4, 4, 4), (4, 4, 4)]
@@ -166,8 +165,8 @@ def test_attentions_of_a_kernel_without_them_are_refused(golden_model):
         golden_model.get_image_features([random_slices([(2, 2)])], [[(2, 2)]], output_attentions=True)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model = name_seeded_model(tiny_config()).train()
+def test_gradient_checkpointing_gives_the_same_gradients(golden_model):
+    model = copy.deepcopy(golden_model).train()
     slices, sizes = random_slices([(3, 4), (2, 2)]), [(3, 4), (2, 2)]
 
     def gradients():
