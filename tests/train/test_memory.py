@@ -28,11 +28,9 @@ def test_computed_bytes_are_those_of_a_loaded_4bit_model():
 
 
 def test_a_step_takes_more_with_more_tokens_and_holds_gradients_and_optimizer_states():
-    def peak(tokens):
-        return memory.peak_of_step(memory.qlora_model(REPOSITORY / "nano", 16), tokens, 1)
-
-    adapter = memory.bytes_of_weights(memory.qlora_model(REPOSITORY / "nano", 16))["adapter"]
-    assert 3 * adapter < peak(32) < peak(256)
+    few, many = (memory.qlora_model(REPOSITORY / "nano", 16) for _ in range(2))
+    adapter = memory.bytes_of_weights(few)["adapter"]
+    assert 3 * adapter < memory.peak_of_step(few, 32, 1) < memory.peak_of_step(many, 256, 1)
 
 
 def test_the_command_prints_a_table_that_adds_up_and_refuses_a_folder_without_a_model(tmp_path, capsys):

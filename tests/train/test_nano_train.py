@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -247,7 +248,10 @@ def prepared(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_weights_that_one_makes(tmp_path):
+def test_two_processes_make_the_weights_that_one_makes(tmp_path, monkeypatch):
+    # Each would import torch anew; that the processes start so is seen below, where a run is out of time.
+    fork = partial(torch.multiprocessing.start_processes, start_method="fork")
+    monkeypatch.setattr(torch.multiprocessing, "spawn", fork)
     recipe = two_stages(tmp_path / "small")
     for processes in (1, 2):
         settings = tmp_path / f"{processes}.yaml"
