@@ -1,6 +1,7 @@
 """Answers to requests, in this process: the same for the HTTP server and for whoever has requests in a file."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
@@ -27,6 +28,7 @@ from minicpmv.serving.writing import THINK_END, AnswerWriter, Piece
 DEFAULT_MAX_TOKENS = 2048  # as in chat()
 DEFAULT_COMPLETION_TOKENS = 16  # as in OpenAI's API
 READERS = 2  # requests whose images and videos are decoded at the same time: bounds the memory that takes
+WAIT_SECONDS = 0.02  # between two looks at what waits
 SHARE_OF_MEMORY = 0.35  # of what is free, for the states of a batch; a row that joins makes a copy of all for a moment
 
 
@@ -100,7 +102,8 @@ class LocalEngine:
         self._requests = Room(self.limits.requests, f"{self.limits.requests} requests at work")
         # Also takes the bodies of requests, as long as the server holds them.
         self.bytes = Room(self.limits.total_megabytes * 1e6, "as many bytes of images and videos as fit")
-        self._slices = Room(self.limits.slice_megabytes * 1e6, "as many images and videos to read as fit")
+        self._unread: dict[int, Prompt] = {}  # id of a job -> the prompt, whose slices may not be read yet
+        self._is_closed = False
         self._pools = [ThreadPoolExecutor(READERS, "minicpmv-text"), ThreadPoolExecutor(READERS, "minicpmv-media")]
         self._think_end = processor.tokenizer.convert_tokens_to_ids(THINK_END)
         closing = processor.write_thought("").partition("\n")[2]  # what follows the opening tag
@@ -109,6 +112,7 @@ class LocalEngine:
 
     def close(self) -> None:
         """Stop; what is not answered is cancelled."""
+        self._is_closed = True
         self._scheduler.close()
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
@@ -200,8 +204,7 @@ class LocalEngine:
             job = await self._prepare(request, local_files)
             job.send = self._post.to(asyncio.get_running_loop(), queue)
             left = choices
-            with self._slices.taking(job.prompt.bytes), _cancelling(job):
-                self._scheduler.submit(job)
+            with self._submitted(job):
                 while left:
                     index, event = await queue.get()
                     if isinstance(event, BaseException):
@@ -210,6 +213,16 @@ class LocalEngine:
                         left -= 1
                         self.on_finish(event)
                     yield index, event
+
+    @contextmanager
+    def _submitted(self, job: Job) -> Iterator[None]:
+        self._unread[id(job)] = job.prompt
+        try:
+            self._scheduler.submit(job)
+            yield
+        finally:
+            job.cancel()
+            del self._unread[id(job)]
 
     # ---- preparing ----
 
@@ -239,6 +252,11 @@ class LocalEngine:
             self._prompts.check_images(request, *check_media(messages, self.limits))
         except MediaError as error:
             raise RequestError(str(error), param="messages") from error
+        # Before more is decoded, the model reads what waits.
+        while sum(prompt.bytes for prompt in list(self._unread.values())) > self.limits.slice_megabytes * 1e6:
+            if self._is_closed:
+                raise RuntimeError("the engine is closed")
+            time.sleep(WAIT_SECONDS)
         thinking = request.thinking(self._prompts.think)
         if messages[-1]["role"] == "assistant":
             if request.thinking(False):
@@ -289,14 +307,6 @@ class LocalEngine:
             thinking=thinking,
             deep=deep,
         )
-
-
-@contextmanager
-def _cancelling(job: Job) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        job.cancel()
 
 
 def _as_refusal(error: BaseException) -> BaseException:

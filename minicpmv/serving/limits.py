@@ -26,7 +26,9 @@ class Limits:
     hosts: frozenset[str] = frozenset()  # fetched from wherever they are
     requests: int = 64
     total_megabytes: float = 256  # of bodies, and of what is fetched
-    slice_megabytes: float = 4096  # of slices and frames that the model has not read yet
+    slice_megabytes: float = (
+        4096  # of slices and frames that the model has not read yet; others wait with their decoding
+    )
 
     def text_bytes(self, context: int) -> int:
         """Most bytes of a request besides its data URLs."""

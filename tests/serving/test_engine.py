@@ -25,6 +25,7 @@ from serving_requests import (
 )
 
 from minicpmv.serving.engine import LocalEngine
+from minicpmv.serving.limits import Limits
 from minicpmv.serving.prompts import PromptReader
 from minicpmv.serving.schema import ChatRequest, RequestError
 
@@ -372,6 +373,15 @@ def test_a_caller_in_this_process_may_name_files_of_a_folder(engine, tmp_path):
         body["messages"][0]["content"][0]["image_url"]["url"] = name
         with pytest.raises(RequestError, match=reason):
             engine.answer(body, local_files=tmp_path)
+
+
+def test_images_beyond_those_that_may_wait_are_decoded_later_and_none_is_refused(nano):
+    limits = Limits(slice_megabytes=0.001)
+    with LocalEngine(*nano, "nano", limits=limits) as engine:
+        answers = ask_all(
+            engine, [body_of(image, QUESTION, max_tokens=2) for image in (NUMBER, SHAPES, NUMBER, SHAPES)], 4
+        )
+    assert len({text_of(answer) for answer in answers}) == 2
 
 
 # ---- soak ----
