@@ -1,5 +1,6 @@
 """Reinforcement learning: modes, rollouts with pictures and clips, log-probabilities, rewards, and that it learns."""
 
+import copy
 import csv
 import json
 import math
@@ -9,7 +10,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import REPOSITORY, name_seeded_model, tiny_config
+from conftest import REPOSITORY
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
@@ -188,9 +189,12 @@ def test_half_of_the_groups_think_all_rollouts_of_a_group_alike(processor, tmp_p
 
 @pytest.mark.parametrize(("share", "expected"), [(0, 0), (1, 12), (1 / 3, 4), (0.5, 6)])
 def test_the_share_of_thinking_groups_is_kept_over_batches(processor, tmp_path, share, expected):
-    seen = Recorder()
+    seen, rows = (
+        Recorder(),
+        Dataset.from_list([{"prompt": ask(text=word)} for word in ("Hi!", "Who?", "Why?", "How?")]),
+    )
     settings = {"per_device_train_batch_size": 12, "max_completion_length": 1, "max_steps": 4}
-    trainer(nano(), processor, color_rows(4), tmp_path, [seen], thinking_share=share, **settings).train()
+    trainer(nano(), processor, rows, tmp_path, [seen], thinking_share=share, **settings).train()
     modes = [mode for batch in seen.batches for mode in batch["enable_thinking"]]  # three groups of four a batch
     groups = [modes[first : first + 4] for first in range(0, 48, 4)]
     assert all(len(set(group)) == 1 for group in groups)
@@ -264,11 +268,13 @@ def test_vllm_rollouts_are_refused_before_anything_starts(processor, tmp_path):
 # --- Rewards ---
 
 
-def test_rewards_judge_the_whole_text_though_the_full_tokenizer_parses_thoughts_out(repository, tmp_path):
+def test_rewards_judge_the_whole_text_though_the_full_tokenizer_parses_thoughts_out(
+    repository, golden_model, tmp_path
+):
     processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True)
     assert processor.tokenizer.response_template  # TRL would hand over thought and answer apart
     texts = ["<box>1 2 3 4</box>", "red!", "see\n</think>\n\nred", "see"]
-    model = scripted(name_seeded_model(tiny_config()), processor, [f"{text}<|im_end|>" for text in texts])
+    model = scripted(copy.deepcopy(golden_model), processor, [f"{text}<|im_end|>" for text in texts])
     rows = [{"prompt": ask(text=answer), "answer": answer} for answer in ("<box>1 2 3 4</box>", "red")]
     settings = IN_ORDER | {"per_device_train_batch_size": 4, "log_completions": True}
     seen = Recorder()
@@ -429,10 +435,11 @@ def test_the_recipe_is_that_of_the_paper(tmp_path):
 # --- Learning ---
 
 
-def taught_two_ways(model, processor, steps=40):
+def taught_two_ways(model, processor, steps=24):
     """The model after a little supervised tuning: with and without a thought, half of its answers are longer than asked."""
     rng = random.Random(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.vpm.requires_grad_(False)  # half of a step's time
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(steps):
         conversations = []
         for thought in ("", "<think>\nlook\n</think>\n\n"):
@@ -462,14 +469,14 @@ def test_grpo_learns_what_the_reward_wants_about_pictures_in_both_modes(processo
         per_device_train_batch_size=16,
         per_device_eval_batch_size=32,
         learning_rate=1e-4,
-        max_steps=25,
+        max_steps=15,
     )
     before = run.evaluate()
     run.train()
     after = run.evaluate()
     for mode in ("deep", "fast"):
         name = f"eval_accuracy/{mode}"
-        assert before[name] < 0.75 and after[name] > 0.8, (before, after)
+        assert after[name] > before[name] + 0.3, (before, after)
     assert all(entry.get("thinking_share", 0.5) == 0.5 for entry in run.state.log_history)
 
 
