@@ -5,7 +5,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
 
@@ -51,9 +50,10 @@ def test_notebook_runs_from_top_to_bottom(notebook, warm_python, tmp_path, monke
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     content = nbformat.read(notebook, as_version=4)
     content.cells.append(nbformat.v4.new_code_cell(CHECKS[notebook.stem]))
-    manager = AsyncKernelManager(kernel_name="python3")
-    manager.kernel_spec.argv[0] = warm_python
-    client = NotebookClient(content, km=manager, timeout=240, resources={"metadata": {"path": str(notebook.parent)}})
+    client = NotebookClient(
+        content, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(notebook.parent)}}
+    )
+    client.create_kernel_manager().kernel_spec.argv[0] = warm_python
     client.execute()  # raises what a cell raises
 
 
