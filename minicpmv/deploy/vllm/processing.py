@@ -158,6 +158,9 @@ class PackedMultiModalProcessor(MiniCPMVMultiModalProcessor):
         read = self.info.get_hf_processor()(text=[prompt], **inputs)
         (slices,), (tgt_sizes,) = read["pixel_values"], read["tgt_sizes"]
         units = read["temporal_ids"][0] if "temporal_ids" in read else [[-1]] * len(slices)
+        most, longest = self.info.get_hf_config().vision_batch_size, max(map(len, units))
+        if longest > most:  # they go through the tower together, and nobody has measured the memory for so many
+            raise MiniCPMVError(f"a group of {longest} frames is more than {most}, which the model reads at a time")
         return {
             "slots": read["input_ids"][0],
             "pixel_values": [pixels.to(self.info.ctx.model_config.dtype) for pixels in slices],

@@ -301,6 +301,13 @@ def test_two_ranks_answer_as_one(reference, monkeypatch):
     assert found == expected
 
 
+def test_a_group_that_the_tower_would_not_read_at_a_time_is_refused(engine, reference):
+    frames = np.zeros((65, 28, 28, 3), np.uint8)
+    video = (frames, {"temporal_ids": [list(range(65))]})
+    with pytest.raises(ValueError, match="a group of 65 frames is more than 64"):
+        answers(engine, [request(reference[1], Case(asked(Image.fromarray(frames[0]), "What?"), given=[video]))])
+
+
 # ---- over HTTP ----
 
 
