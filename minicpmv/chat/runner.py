@@ -107,7 +107,9 @@ class Runner:
         stops = settings.get("eos_token_id", self.processor.tokenizer.eos_token_id)
         self.stops = set(stops) if isinstance(stops, list) else {stops}
         names = CHOICE_NAMES if settings.get("do_sample") else []
-        self.defaults = {name: settings[name] for name in names if name in settings}  # of `Choice`
+        self.defaults = {name: settings[name] for name in names if settings.get(name) is not None}  # of `Choice`
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.max_tokens: int = config["max_position_embeddings"]  # of prompt and answer together
 
     def conversation(self, system_prompt: str = "", **options: Any) -> "Conversation":
         """A conversation that goes on; `options` are those of `Conversation.stream`, for all its turns."""
@@ -169,6 +171,13 @@ class Conversation:
                 raise TypeError(f"there is no option {name!r} of images, videos, prompts or choices: leave it out")
         messages = [*self.messages, {"role": "user", "content": content}]
         prompt = self._read(messages, options | {"enable_thinking": thinks})
+        room = runner.max_tokens - len(prompt.ids)
+        if room < 1:
+            raise GraphError(
+                f"the prompt has {len(prompt.ids)} tokens, and the model reads {runner.max_tokens}: ask about fewer or smaller "
+                "images (max_slice_nums) or frames (fps), or begin a new conversation"
+            )
+        most = min(most, room)
         cached = self._forget_others(prompt)
         logits = self._compute(prompt.ids[cached:], prompt.keys[cached:], prompt.slots)
         decode, ids, finish = DecodeStream(skip_special_tokens=False), list(prompt.ids), "length"

@@ -89,6 +89,14 @@ def test_settings_that_do_not_exist_are_refused(runner):
             conversation.send("Hello", **options)
 
 
+def test_the_positions_of_the_model_bound_prompt_and_answer(runner, monkeypatch):
+    monkeypatch.setattr(runner, "max_tokens", 24)
+    answer = runner.chat([{"role": "user", "content": "What is it?"}], enable_thinking=True)
+    assert answer.prompt_tokens + answer.generated_tokens <= 24
+    with pytest.raises(GraphError, match="the prompt has .* tokens, and the model reads 24"):
+        runner.chat([{"role": "user", "content": "What is it? " * 9}])
+
+
 class Dice:
     """In place of a random generator: notes what it chooses from."""
 
