@@ -4,11 +4,16 @@ against what nano answers in PyTorch."""
 import base64
 import hashlib
 import json
+import mimetypes
 import re
+import struct
 import threading
+from fractions import Fraction
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import av
+import numpy as np
 import pytest
 from conftest import GREEDY, REPOSITORY
 from PIL import Image
@@ -165,7 +170,7 @@ def test_questions_about_images_are_answered_as_in_python_and_the_slices_are_sho
         assert site.ask(question, *(["shapes.jpg"] if len(talk) == 1 else [])) == expected.text
         figures = site.figures()
         assert figures["images"] + figures["text"] == expected.prompt_tokens
-        assert figures["answer"] == expected.generated_tokens - 1  # without the closing token
+        assert figures["answer"] == expected.generated_tokens
         talk.append(expected.text)
     layout = nano[1].image_processor.get_slice_layout(image.size)
     assert site.tab.locator(".cell").count() == layout.grid[0] * layout.grid[1]
@@ -197,7 +202,29 @@ def test_a_video_is_packed_and_answered_as_in_python(site, nano):
     site.change("Frames per second of a video", 3)
 
 
-def test_frames_are_those_of_python_bit_for_bit(site, nano):
+def write_videos(folder):
+    """Videos whose frames are noise: a GIF, VP9 with a rate of 30000 / 1001, and HD colors turned as phones do it."""
+    noise = np.random.default_rng(0).integers(0, 256, (6, 48, 64, 3), dtype=np.uint8)
+    first, *rest = map(Image.fromarray, noise)
+    first.save(folder / "noise.gif", save_all=True, append_images=rest, duration=[100, 300, 100, 500, 100, 200])
+    for name, codec, rate, is_hd in (
+        ("noise.webm", "libvpx-vp9", Fraction(30000, 1001), False),
+        ("noise.mp4", "libx264", 25, True),
+    ):
+        with av.open(str(folder / name), "w") as container:
+            stream = container.add_stream(codec, rate=rate)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            stream.codec_context.colorspace = 1 if is_hd else 2  # BT.709, or nothing said
+            for number in range(40):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(noise[number % 6])))
+            container.mux(stream.encode())
+    data = bytearray((folder / "noise.mp4").read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)
+    (folder / "noise.mp4").write_bytes(data)
+
+
+def test_frames_are_those_of_python_bit_for_bit(site, nano, tmp_path):
     """Also of a file whose frames have no time stamps."""
     read = """async ([data, name, type]) => {
         const { openVideo } = await import("./src/media.js");
@@ -211,15 +238,16 @@ def test_frames_are_those_of_python_bit_for_bit(site, nano):
         }
         return { indices: plan.indices, packs: plan.packs, total, found };
     }"""
-    for name in ("star.mp4", "big_buck_bunny.mp4"):
-        sampled = nano[1].video_processor.sample_video(str(ASSETS / name), fps=2)
-        seen = site.tab.evaluate(read, [base64.b64encode((ASSETS / name).read_bytes()).decode(), name, "video/mp4"])
+    write_videos(tmp_path)
+    for file in (ASSETS / "star.mp4", ASSETS / "big_buck_bunny.mp4", *sorted(tmp_path.glob("noise.*"))):
+        sampled = nano[1].video_processor.sample_video(str(file), fps=2)
+        kind = mimetypes.guess_type(file)[0]
+        seen = site.tab.evaluate(read, [base64.b64encode(file.read_bytes()).decode(), file.name, kind])
         assert seen["total"] == sampled.metadata.total_num_frames
         assert seen["indices"] == sampled.metadata.frames_indices and seen["packs"] == sampled.temporal_ids
-        expected = [
-            [*frame.size, hashlib.sha256(frame.convert("RGBA").tobytes()).hexdigest()] for frame in sampled.frames
-        ]
-        assert seen["found"] == expected, name
+        digests = [hashlib.sha256(frame.convert("RGBA").tobytes()).hexdigest() for frame in sampled.frames]
+        expected = [[*frame.size, digest] for frame, digest in zip(sampled.frames, digests, strict=True)]
+        assert seen["found"] == expected, file.name
 
 
 def test_a_thought_is_shown_apart_from_the_answer(site, nano):
@@ -230,7 +258,9 @@ def test_a_thought_is_shown_apart_from_the_answer(site, nano):
     assert thought.locator("summary").inner_text() == "Thought" and not thought.locator("div").is_visible()
     thought.locator("summary").click()
     assert thought.locator("div").inner_text() == expected.reasoning
-    assert site.figures()["thought"] > 10
+    figures = site.figures()
+    assert figures["thought"] == expected.reasoning_tokens
+    assert figures["answer"] == expected.generated_tokens - expected.reasoning_tokens
     site.think(False)
     site.tab.get_by_role("button", name="Retry").click()  # the same question, now without
     expect(site.tab.locator(".thought")).to_have_count(0)

@@ -136,7 +136,7 @@ async function openAnimation(file, options) {
   let decoder, durations;
   try {
     decoder = new ImageDecoder({ data: await file.arrayBuffer(), type: file.type });
-    await decoder.completed;
+    await Promise.all([decoder.tracks.ready, decoder.completed]);
     durations = [];
     for (let frameIndex = 0; frameIndex < decoder.tracks.selectedTrack.frameCount; frameIndex++) {
       const { image } = await decoder.decode({ frameIndex });

@@ -64,16 +64,15 @@ export class Model {
    *
    * @param ids of the prompt
    * @param slot the id of the places that `features` take, in order
-   * @param most tokens
    * @yields ids, without the closing one
    */
-  async *generate(ids, slot, features, most) {
+  async *generate(ids, slot, features) {
     const { ort, settings } = this;
     const { heads, width } = settings.decoder;
     let past = this.names.map((name) => [name, new ort.Tensor("float32", new Float32Array(0), [1, heads, 0, width])]);
     let read = 0;
     try {
-      for (let written = 0; written < most; written++) {
+      for (;;) {
         const embeds = await this.embed(ids);
         if (!read) fill(embeds, ids, slot, features);
         const outputs = await this.decoder_model.run({

@@ -16,6 +16,7 @@ import { Prompts, splitThought } from "./prompt.js";
 
 const GRAPHS = ["vision_encoder", "embed_tokens", "decoder_model"];
 const MOST_PACKED = 6; // frames that the resampler was trained on
+const BETWEEN_UPDATES = 40; // milliseconds
 
 let settings, prompts, model;
 let wanted = null; // number of the question that is to be answered; null: none
@@ -143,29 +144,23 @@ async function ask({ number, turns, isThinking, options }) {
   const media = looked.slice(first).flatMap((turn) => turn.media);
   const features = media.flatMap((each) => each.features);
   const written = [];
-  let ending = "length";
-  let thoughtTokens = 0;
-  let firstToken;
-  let text = "";
-  let parts = ["", ""];
+  let [ending, firstToken, lastTold] = ["stop", null, 0];
   const tell = (isWhole) => {
-    text = prompts.decode(written, isWhole);
-    parts = isThinking ? splitThought(text) : [null, text];
-    if (isThinking && !parts[1]) thoughtTokens = written.length;
-    postMessage({ type: "wrote", number, thought: parts[0], text: parts[1] });
+    const text = prompts.decode(written, isWhole);
+    const [thought, answer] = isThinking ? splitThought(text) : [null, text];
+    postMessage({ type: "wrote", number, thought, text: answer });
+    lastTold = performance.now();
   };
   try {
     await pause(number);
-    const tokens = model.generate(ids, prompts.slot, features, most);
-    for (;;) {
-      const { value, done } = await tokens.next();
+    for await (const id of model.generate(ids, prompts.slot, features)) {
       firstToken ??= performance.now() - begin;
-      if (done) {
-        if (written.length < most) ending = "stop";
+      written.push(id);
+      if (written.length === most) {
+        ending = "length";
         break;
       }
-      written.push(value);
-      tell(false);
+      if (performance.now() - lastTold >= BETWEEN_UPDATES) tell(false);
       await pause(number);
     }
   } catch (error) {
@@ -173,10 +168,18 @@ async function ask({ number, turns, isThinking, options }) {
     ending = "cancelled";
   }
   tell(true);
-  const images = media.reduce((sum, each) => sum + each.tokens, 0);
-  const total = performance.now() - begin;
-  const output = { ending, dropped: first, prompt: ids.length, images, written: written.length, thought: thoughtTokens };
-  postMessage({ type: "done", number, output: { ...output, first: firstToken / 1000, total: total / 1000 } });
+  const closed = written.indexOf(prompts.ids.get("</think>")) + 1;
+  const output = {
+    ending,
+    dropped: first,
+    prompt: ids.length,
+    images: media.reduce((sum, each) => sum + each.tokens, 0),
+    written: written.length + (ending === "stop"), // with the closing token
+    thought: isThinking ? closed || written.length : 0,
+    first: (firstToken ?? performance.now() - begin) / 1000,
+    total: (performance.now() - begin) / 1000,
+  };
+  postMessage({ type: "done", number, output });
 }
 
 /** Do something, and tell what went wrong. */
