@@ -18,11 +18,20 @@ export class Model {
     // What was read stays where it was computed.
     const kept = device === "webgpu" ? Object.fromEntries(names.map((name) => [`present.${name}`, "gpu-buffer"])) : undefined;
     for (const [name, bytes] of Object.entries(graphs)) {
-      const options = { executionProviders: [device], graphOptimizationLevel: "all" };
+      // Embeddings are looked up where features are put among them; their float16 is more than some GPUs know.
+      const options = { executionProviders: [name === "embed_tokens" ? "wasm" : device], graphOptimizationLevel: "all" };
       if (kept && name === "decoder_model") options.preferredOutputLocation = kept;
       model[name] = await ort.InferenceSession.create(bytes, options);
     }
     return model;
+  }
+
+  /** Run everything once on a gray patch and a token: some GPUs refuse only then. */
+  async tryOut() {
+    const { patch_size: side } = this.settings.image;
+    const piece = { width: side, height: side, values: new Float32Array(3 * side * side) };
+    await this.run([{ pieces: [piece], times: [-1] }]);
+    for await (const id of this.generate([0], -1, [])) if (id >= 0) break;
   }
 
   /**

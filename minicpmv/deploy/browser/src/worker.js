@@ -73,6 +73,7 @@ async function loadOn(device, about) {
   ort.env.wasm.wasmBinary = await gunzip(wasm);
   ort.env.wasm.wasmPaths = new URL("../vendor/", import.meta.url).href;
   model = await Model.load(ort, Object.fromEntries(GRAPHS.map((name, i) => [name, graphs[i]])), settings, device);
+  if (device === "webgpu") await model.tryOut();
 }
 
 /** What the model makes of a file: {kind, size, layout, packs, features, ...}. */
