@@ -171,7 +171,9 @@ def write(checkpoint: Checkpoint, graphs: dict[str, "ir.Model"], kind: GraphType
     checkpoint.copy_small_files(folder)
     with onnx_weights.quiet():
         for name, graph in graphs.items():
-            onnx_weights.fill(graph, read, bits_of, kind.table)
+            # GPUs in browsers may not know float16, so positions stay float32; embeddings are looked up beside them.
+            table = kind.table if name == EMBEDDING else "float32"
+            onnx_weights.fill(graph, read, bits_of, table)
             onnx_weights.write(graph, folder / f"{name}{ONNX_RUNTIME.suffix}")
 
 
