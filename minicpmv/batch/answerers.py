@@ -12,16 +12,15 @@ import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from minicpmv.errors import MiniCPMVError
+from minicpmv.errors import MiniCPMVError, require
+from minicpmv.serving.choice import Engine, EngineError, choose_engine
 
 
 PR_SET_PDEATHSIG = 1
 START_SECONDS = 1800  # for vLLM to load and compile a model
-Engine = Literal["auto", "transformers", "llama.cpp", "vllm"]
 
 
 class RefusedError(MiniCPMVError):
@@ -30,10 +29,6 @@ class RefusedError(MiniCPMVError):
     def __init__(self, message: str, code: str | int | None = None) -> None:
         super().__init__(message)
         self.code = code
-
-
-class EngineError(MiniCPMVError):
-    """The engine of a batch does not start, or has stopped."""
 
 
 class Answerer(Protocol):
@@ -87,31 +82,12 @@ class AnswererOptions:
         """
         if self.endpoint is not None:
             return Remote(self, self.endpoint)
-        if self.chosen_engine() == "vllm":
-            return OwnServer(self)
-        return Local(self)
-
-    def chosen_engine(self) -> Engine:
-        """The engine that `"auto"` means here."""
-        if self.engine != "auto":
-            return self.engine
-        from minicpmv.checkpoint import gguf_file
-
-        if gguf_file(self.model) is not None:
-            return "llama.cpp"
-        return "vllm" if find_spec("vllm") and accelerators() else "transformers"
+        return OwnServer(self) if choose_engine(self.engine, self.model) == "vllm" else Local(self)
 
 
 def _end_with_parent() -> None:
     """What a child does first: it gets SIGTERM when its parent dies, killed or not, and so leaves no GPU taken. Linux alone."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def accelerators() -> int:
-    """How many GPUs this process may use."""
-    import torch
-
-    return torch.cuda.device_count()
 
 
 class Local:
@@ -120,16 +96,13 @@ class Local:
     as_files = True
 
     def __init__(self, options: AnswererOptions) -> None:
+        require("batch", "httpcore", "pydantic")
         from transformers.utils.logging import disable_progress_bar
 
-        from minicpmv.checkpoint import gguf_file, load
+        from minicpmv.checkpoint import load
         from minicpmv.serving.engine import LocalEngine
         from minicpmv.serving.limits import Limits
 
-        is_gguf = gguf_file(options.model) is not None
-        if options.engine in ("transformers", "llama.cpp") and is_gguf != (options.engine == "llama.cpp"):
-            wanted = "a checkpoint, not a GGUF file" if is_gguf else "a GGUF file: minicpmv export gguf writes one"
-            raise EngineError(f"{options.model}: the engine {options.engine} needs {wanted}")
         if not sys.stderr.isatty():
             disable_progress_bar()
         loaded = load(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)

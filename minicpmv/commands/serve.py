@@ -7,6 +7,7 @@ import typer
 
 from minicpmv.commands import options, terminal
 from minicpmv.errors import MiniCPMVError, one_line_errors, require
+from minicpmv.serving.choice import choose_engine
 
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 PACKAGES = ("fastapi", "httpcore", "prometheus_client", "pydantic", "uvicorn")
 ROWS, LLAMA_CPP_ROWS = 16, 8  # the latter has room for all of them from the start
 REQUESTS, PREFIX_MEGABYTES = 64, 2048
-GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")  # of NVIDIA, and of AMD
 CONNECTIONS = 1024
 STOP_SECONDS = 5  # for answers to end when the server is stopped
 
@@ -115,7 +115,7 @@ def serve(
     from rich.console import Console
 
     with one_line_errors():
-        chosen = choose_engine(engine, model)
+        chosen = Engine(choose_engine(engine.value, model))
         name = served_name or terminal.shown_name(model)
         if chosen is Engine.VLLM:
             for option, given in {"--allowed-host": allowed_host, "--prefix-megabytes": prefix_megabytes}.items():
@@ -189,34 +189,6 @@ def serve(
                 log_config=log.configure(),
             )
             uvicorn.Server(config).run(sockets=[listener])
-
-
-def choose_engine(engine: Engine, model: str) -> Engine:
-    """What runs the model, where that is left open; and whether it can.
-
-    Raises:
-        ServerError: the engine cannot run what the model is.
-    """
-    from minicpmv.checkpoint import gguf_file
-
-    is_gguf = gguf_file(model) is not None
-    if engine is Engine.LLAMA_CPP and not is_gguf:
-        raise ServerError(f"{model} is no GGUF file: minicpmv export gguf writes one that llama.cpp runs")
-    if engine in (Engine.TRANSFORMERS, Engine.VLLM) and is_gguf:
-        raise ServerError(f"{model} is a GGUF file, which llama.cpp runs: leave out --engine, or give the checkpoint")
-    if engine is not Engine.AUTO:
-        return engine
-    if is_gguf:
-        return Engine.LLAMA_CPP
-    return Engine.VLLM if has_vllm() else Engine.TRANSFORMERS
-
-
-def has_vllm() -> bool:
-    """Whether vLLM is installed, and a GPU there for it. torch is not asked: vLLM wants to import it first."""
-    import importlib.util
-    from pathlib import Path
-
-    return importlib.util.find_spec("vllm") is not None and any(Path(device).exists() for device in GPU_DEVICES)
 
 
 def open_port(host: str, port: int) -> "socket.socket":

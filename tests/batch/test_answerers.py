@@ -92,7 +92,7 @@ def test_nano_does_every_task_on_a_folder(here, tmp_path):
 
 
 def test_an_engine_that_cannot_run_the_model_is_refused(tmp_path):
-    with pytest.raises(EngineError, match=r"needs a GGUF file: minicpmv export gguf"):
+    with pytest.raises(EngineError, match="no GGUF file: minicpmv export gguf"):
         AnswererOptions(str(NANO), "llama.cpp").open()
 
 
