@@ -13,6 +13,7 @@ import sys
 import time
 import types
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,11 +105,34 @@ def nano_processor(nano):
 
 
 @pytest.fixture(scope="session")
-def warm_python(tmp_path_factory):
+def of_the_run(tmp_path_factory):
+    """The folder that all workers of a run share, and the process that outlives them."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent, os.getppid()) if "PYTEST_XDIST_WORKER" in os.environ else (folder, os.getpid())
+
+
+@pytest.fixture(scope="session")
+def made_once(of_the_run):
+    """A function (name, make) -> path of the folder that `make(path)` has made, for all workers of a run."""
+
+    def once(name, make):
+        folder = of_the_run[0] / name
+        partial_folder = folder.with_name(f"{folder.name}.partial")
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                shutil.rmtree(partial_folder, ignore_errors=True)
+                make(partial_folder)
+                partial_folder.rename(folder)
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def warm_python(of_the_run):
     """The path of an executable that stands for `sys.executable` and has its imports done: one for all workers of a run."""
-    folder, owner = tmp_path_factory.getbasetemp(), os.getpid()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder, owner = folder.parent, os.getppid()
+    folder, owner = of_the_run
     script, socket = Path(__file__).parent / "warm_python.py", folder / "warm.socket"
     executable, log = folder / "warm_python", folder / "warm_python.log"
     with FileLock(folder / "warm.lock"):
@@ -223,14 +247,12 @@ GGUF_TYPES = ("f32", "f16", "q8_0", "q4_k_m")
 
 
 @pytest.fixture(scope="session")
-def ggufs(tmp_path_factory):
+def ggufs(made_once):
     """A folder with nano in several types, not compared with anything."""
     pytest.importorskip("xllamacpp")
     from minicpmv.deploy.gguf import export
 
-    folder = tmp_path_factory.mktemp("gguf") / "nano"
-    export(NANO, folder, GGUF_TYPES, is_checked=False)
-    return folder
+    return made_once("gguf/nano", lambda folder: export(NANO, folder, GGUF_TYPES, is_checked=False))
 
 
 @pytest.fixture(scope="session")
@@ -272,33 +294,31 @@ def traced_nano():
 
 
 @pytest.fixture(scope="session")
-def onnx_nano(traced_nano, tmp_path_factory):
+def onnx_nano(request, made_once):
     """A function (type) -> folder with nano's graphs, not compared with anything."""
+    pytest.importorskip("onnxscript")
     from minicpmv.deploy import onnx
     from minicpmv.deploy.source import Checkpoint
 
-    root = tmp_path_factory.mktemp("onnx")
+    def write(kind, folder):
+        folder.mkdir()
+        graphs = {name: graph.clone() for name, graph in request.getfixturevalue("traced_nano").items()}
+        onnx.write(Checkpoint(NANO), graphs, onnx.TYPES[kind], folder)
 
-    def folder(kind):
-        if not (root / kind).is_dir():
-            (root / kind).mkdir()
-            graphs = {name: graph.clone() for name, graph in traced_nano.items()}
-            onnx.write(Checkpoint(NANO), graphs, onnx.TYPES[kind], root / kind)
-        return root / kind
-
-    return folder
+    return lambda kind: made_once(f"onnx/{kind}", partial(write, kind))
 
 
 @pytest.fixture(scope="session")
-def openvino_nano(onnx_nano, tmp_path_factory):
+def openvino_nano(onnx_nano, made_once):
     """A folder with nano's graphs for OpenVINO, in 16 bits."""
     pytest.importorskip("openvino")
     from minicpmv.deploy.openvino import convert
 
-    folder = tmp_path_factory.mktemp("openvino") / "f16"
-    shutil.copytree(onnx_nano("fp32"), folder)
-    convert(folder, "f16")
-    return folder
+    def make(folder):
+        shutil.copytree(onnx_nano("fp32"), folder)
+        convert(folder, "f16")
+
+    return made_once("openvino/f16", make)
 
 
 @pytest.fixture
