@@ -1,5 +1,7 @@
 """The measurements of perf/ run, and what they state can be true."""
 
+import contextlib
+import io
 import json
 import math
 import re
@@ -10,6 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY
+from typer.testing import CliRunner
+
+from minicpmv.commands.main import app
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,3 +137,67 @@ def test_load_is_sent_to_this_machine_alone():
 
     with pytest.raises(SystemExit):
         bench_serving.main(["--servers", "far=http://192.0.2.1:8000/v1"])
+
+
+@pytest.fixture
+def runtimes(monkeypatch):
+    """The module, whose roads run in this process."""
+    import bench_runtimes
+
+    def run(arguments):
+        words = [str(argument) for argument in arguments]
+        if words[:2] == ["-m", "minicpmv"]:
+            result = CliRunner().invoke(app, words[2:])
+            if result.exit_code:
+                raise RuntimeError(result.stderr)
+            return result.stdout
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            bench_runtimes.main(words[1:])
+        return out.getvalue()
+
+    monkeypatch.setattr(bench_runtimes, "run", run)
+    return bench_runtimes
+
+
+def test_runtimes_are_measured_on_the_same_weights_beside_the_read_rate(runtimes, tmp_path, capsys):
+    absent = runtimes.Road("no_such_package", 1, runtimes.in_graphs, ("onnx", "int8"))
+    names = ["pytorch, eager, float32", "gguf, q8_0", "llama.cpp, stock, q8_0"]
+    runtimes.ROADS["absent"] = absent
+    try:
+        measured = runtimes.main(
+            [
+                "--size",
+                "nano",
+                "--prompt-tokens",
+                "8",
+                "--new-tokens",
+                "6",
+                "--repeats",
+                "1",
+                "--roads",
+                *names,
+                "absent",
+            ]
+            + ["--folder", str(tmp_path), "--json", str(tmp_path / "figures.json")]
+        )
+    finally:
+        del runtimes.ROADS["absent"]
+    assert [figures.road for figures in measured] == names
+    for figures in measured:
+        assert min(figures.first_token_ms, figures.tokens_per_second, figures.share) > 0
+        assert figures.peak_gib * 2**30 > figures.weights_gb * 1e9  # a process is larger than the weights in it
+    whole, ours, stock = measured
+    assert ours.weights_gb == stock.weights_gb < whole.weights_gb / 3
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert [entry["road"] for entry in found["measured"]] == names
+    assert found["left out"] == {"absent": "left out: no_such_package is not installed"}
+    assert "1.0 x" in capsys.readouterr().out
+
+
+def test_a_road_for_which_memory_is_short_is_left_out(runtimes, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtimes, "free_memory", lambda: 0)
+    options = ["--size", "nano", "--roads", "pytorch, eager", "--json", str(tmp_path / "figures.json")]
+    assert runtimes.main(options) == []
+    reasons = json.loads((tmp_path / "figures.json").read_text())["left out"]
+    assert "0 are free" in reasons["pytorch, eager, float32"]
