@@ -160,6 +160,7 @@ def runtimes(monkeypatch):
     return bench_runtimes
 
 
+@pytest.mark.slow
 def test_runtimes_are_measured_on_the_same_weights_beside_the_read_rate(runtimes, tmp_path, capsys):
     absent = runtimes.Road("no_such_package", 1, runtimes.in_graphs, ("onnx", "int8"))
     names = ["pytorch, eager, float32", "gguf, q8_0", "llama.cpp, stock, q8_0"]
