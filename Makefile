@@ -59,7 +59,7 @@ $(NANO)/README.md: $(NANO)/figures.json
 
 # The page's tests mostly wait for the browser. The newest transformers is that of `pytest`.
 test: ## side by side: lint, all tests, those of the web page, those of torchao, and those of the oldest transformers
-	@$(MAKE) --no-print-directory --output-sync=target -j4 pytest web matrix-$(firstword $(MATRIX)) lint torchao
+	@$(MAKE) --no-print-directory --output-sync=target -j3 pytest web matrix-$(firstword $(MATRIX)) lint torchao
 
 pytest: $(VENV)/dev.stamp $(LIBRARIES) tokenizer.json ## all tests but those of the web page, with the pinned versions; PYTEST_ARGS="-k name" picks some; WORKERS=2
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests --ignore=tests/web --ignore=tests/deploy/engines -n $(WORKERS) --dist worksteal --durations=20 \

@@ -30,7 +30,7 @@ ASSETS = REPOSITORY / "assets"
 NANO = REPOSITORY / "nano"
 SHAPES, NUMBER, STAR = (str(ASSETS / name) for name in ("shapes.jpg", "number.jpg", "star.mp4"))
 PHONE = {"width": 390, "height": 844}
-WAIT = 60_000  # milliseconds: the machine may be busy
+WAIT = 180_000  # milliseconds: the machine may be busy
 BROWSER_OPTIONS = [
     "--no-sandbox",  # Chromium has none for root
     "--disable-background-networking",
