@@ -47,7 +47,7 @@ class Target:
 
     engine: Engine
     name: str
-    library: str  # as the Hub calls it
+    hub_name: str  # as the Hub calls it
     types: dict[str, GraphType]
     convert: Callable[[Path, str], None]  # (folder with ONNX graphs, type): makes of them what the software reads
 
@@ -237,4 +237,4 @@ def _write_card(folder: Path, checkpoint: Checkpoint, name: str, output: Path, t
     files = {"vision": VISION, "embedding": EMBEDDING, "decoder": DECODER}
     named = {part: f"{file}{suffix}" for part, file in files.items()}
     use = USE.format(folder=output.name, software=target.name, **named)
-    write_card(folder, target.library, name, base, use, [name])
+    write_card(folder, target.hub_name, name, base, use, [name])
