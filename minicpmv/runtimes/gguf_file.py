@@ -76,6 +76,8 @@ class GGUFFile:
         version, self._tensor_count, count = self._number("<I"), self._number("<Q"), self._number("<Q")
         if version not in VERSIONS:
             raise ValueError(f"its version is {version}")
+        if not self._tensor_count:
+            raise ValueError("it has no tensors")
         return {self._text(): self._value(self._number("<I")) for _ in range(count)}
 
     def _number(self, layout: str) -> Any:
