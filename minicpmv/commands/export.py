@@ -1,7 +1,6 @@
 """`minicpmv export TARGET`: a checkpoint for other software, held against PyTorch."""
 
 from enum import Enum
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,25 +90,10 @@ def gguf(
       minicpmv export gguf -m ~/MiniCPM-V-4_5 --output ~/gguf --type q4_k_m --type q8_0 --no-check
       minicpmv ask cat.jpg "What is this?" -m exports/nano-Q8_0.gguf
     """
-    from rich.console import Console
-
     kinds = list(dict.fromkeys(kind.value for kind in type or [FileType.q4_k_m]))
-    console = Console(stderr=True, highlight=False)
     with one_line_errors(OSError):
-        with console.status("Starting"):
-            from transformers.utils import logging
-
-            from minicpmv.deploy.gguf import export as export_gguf
-        if not console.is_terminal:
-            logging.disable_progress_bar()
-        files = export_gguf(
-            model,
-            output,
-            kinds,
-            mmproj_kind=mmproj_type.value,
-            samples=samples,
-            is_checked=not no_check,
-            note=lambda what: console.print(what, style="dim"),
+        files = terminal.write_model(
+            "gguf", "export", model, output, kinds, samples, no_check, mmproj_kind=mmproj_type.value
         )
         for file in files:
             terminal.write(str(file))
@@ -135,7 +119,7 @@ def onnx(
       minicpmv export onnx --model nano --output nano-onnx --type int8
       minicpmv ask cat.jpg "What is this?" -m nano-onnx
     """
-    _export_graphs("minicpmv.deploy.onnx", model, output, type.value, samples, no_check)
+    _export_graphs("onnx", model, output, type.value, samples, no_check)
 
 
 @export_app.command()
@@ -156,29 +140,13 @@ def openvino(
       minicpmv export openvino --model nano --output nano-openvino --type f16
       minicpmv ask cat.jpg "What is this?" -m nano-openvino
     """
-    _export_graphs("minicpmv.deploy.openvino", model, output, type.value, samples, no_check)
+    _export_graphs("openvino", model, output, type.value, samples, no_check)
 
 
 def _export_graphs(module: str, model: str, output: Path, kind: str, samples: int, no_check: bool) -> None:
-    """Export by the function `export` of a module, and say where its figures are."""
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
+    """Export graphs, and say where their figures are."""
     with one_line_errors(OSError):
-        with console.status("Starting"):
-            from transformers.utils import logging
-
-            export_graphs = import_module(module).export
-        if not console.is_terminal:
-            logging.disable_progress_bar()
-        folder = export_graphs(
-            model,
-            output,
-            kind,
-            samples=samples,
-            is_checked=not no_check,
-            note=lambda what: console.print(what, style="dim"),
-        )
+        folder = terminal.write_model(module, "export", model, output, kind, samples, no_check)
         terminal.write(str(folder))
         terminal.write(f"figures: {folder / 'README.md'}")
 
@@ -236,18 +204,5 @@ def page(
       minicpmv export page --model nano --output page
       python -m http.server --directory page
     """
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
     with one_line_errors(OSError):
-        with console.status("Starting"):
-            from minicpmv.deploy.page import export as export_page
-        written = export_page(
-            model,
-            output,
-            type.value,
-            samples=samples,
-            is_checked=not no_check,
-            note=lambda what: console.print(what, style="dim"),
-        )
-        terminal.write(str(written))
+        terminal.write(str(terminal.write_model("page", "export", model, output, type.value, samples, no_check)))

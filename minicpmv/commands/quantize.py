@@ -72,27 +72,19 @@ def quantize(
       minicpmv quantize --method w4a16 --group-size 64 -m nano --output nano-w4a16
       minicpmv ask cat.jpg "What is this?" -m nano-nf4
     """
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
     with one_line_errors(OSError):
-        with console.status("Starting"):
-            from transformers.utils import logging
-
-            from minicpmv.deploy.quantize import quantize as quantize_checkpoint
-        if not console.is_terminal:
-            logging.disable_progress_bar()
-        folder = quantize_checkpoint(
+        folder = terminal.write_model(
+            "quantize",
+            "quantize",
             model,
             output,
             method.value,
+            samples,
+            no_check,
             group_size=group_size,
             algorithm=algorithm.value,
             also=[part.value for part in also or []],
             conversations=conversations,
-            samples=samples,
-            is_checked=not no_check,
-            note=lambda what: console.print(what, style="dim"),
         )
         terminal.write(str(folder))
         terminal.write(f"figures: {folder / 'README.md'}")

@@ -102,6 +102,28 @@ def load_shown(console: Any, name: str, revision: str | None, trust_remote_code:
     return checkpoint.load(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
+def write_model(
+    module: str, function: str, model: str, output: Path, kind: Any, samples: int, no_check: bool, **settings: Any
+) -> Any:
+    """What a function of a module in `minicpmv.deploy` returns; meanwhile the terminal shows what happens."""
+    from importlib import import_module
+
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    with console.status("Starting"):
+        from transformers.utils import logging
+
+        write = getattr(import_module(f"minicpmv.deploy.{module}"), function)
+    if not console.is_terminal:
+        logging.disable_progress_bar()
+
+    def note(what: str) -> None:
+        console.print(what, style="dim")
+
+    return write(model, output, kind, samples=samples, is_checked=not no_check, note=note, **settings)
+
+
 def shown_name(model: str) -> str:
     """What a model is called: the name of its folder or file, or its name on the Hub."""
     place = Path(model).expanduser()

@@ -11,17 +11,15 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from minicpmv.checkpoint import load
-from minicpmv.deploy.folder import check_output, staged, write_card, write_record
+from minicpmv.deploy.folder import check_output, staged, write_card
 from minicpmv.deploy.gguf_types import FILE_TYPES, FileType, stored, stored_bytes, type_of
-from minicpmv.deploy.parity import ModelRuntime, ParityError, cases, hold, observe
+from minicpmv.deploy.reference import Reference, open_runtime
 from minicpmv.deploy.source import Checkpoint, ExportError
 from minicpmv.errors import require
 from minicpmv.runtimes import gguf as names
@@ -100,10 +98,9 @@ def export(
     import torch
     from transformers import AutoProcessor
 
-    name, source = checkpoint.folder.name, str(checkpoint.folder)
-    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
-    asked = cases(processor) if is_checked else []
-    reference = observe(partial(_pytorch, source), asked, samples, note=_by("PyTorch", note)) if is_checked else None
+    name = checkpoint.folder.name
+    processor = AutoProcessor.from_pretrained(str(checkpoint.folder), trust_remote_code=True)
+    reference = Reference(checkpoint, samples, note) if is_checked else None
     mmproj = f"{names.MMPROJ}-{name}-{mmproj_kind.upper()}{names.SUFFIX}"
     files = []
     for kind in kinds:
@@ -115,44 +112,20 @@ def export(
             write_mmproj(checkpoint, processor, mmproj_kind, stage / mmproj, name)
             write_language_model(checkpoint, processor, kind, stage / file, name, torch.get_num_threads())
             if reference is not None:
-                found = hold(
-                    reference,
-                    partial(_llamacpp, stage / file),
-                    asked,
-                    name=export_name,
+                reference.check(
+                    stage,
+                    partial(open_runtime, stage / file, "xllamacpp", "gguf"),
+                    export_name,
+                    partial(_write_card, stage, checkpoint, file, mmproj),
+                    "choose a type with more bits",
                     type=kind,
                     size=(stage / file).stat().st_size,
                     margin=FILE_TYPES[kind].margin,
                     feature_margin=FEATURE_MARGINS[mmproj_kind],
-                    samples=samples,
-                    reference_type=str(checkpoint.config.get("torch_dtype", checkpoint.config.get("dtype"))),
-                    note=_by(export_name, note),
                 )
-                write_record(stage, found)
-                if found.faults:
-                    _write_card(stage, checkpoint, file, mmproj)
-                    raise ParityError(
-                        f"{export_name} does not answer as PyTorch does: {'; '.join(found.faults)}. It stays in {stage}, to "
-                        "be looked at; choose a type with more bits"
-                    )
         files.append(output / file)
         _write_card(output, checkpoint, file, mmproj)
     return files
-
-
-def _by(who: str, note: Callable[[str], None]) -> Callable[[str], None]:
-    return lambda what: note(f"{who}: {what}")
-
-
-def _pytorch(source: str) -> ModelRuntime:
-    model, processor = load(source)
-    return ModelRuntime(model, processor, {name: version(name) for name in ("torch", "transformers")})
-
-
-def _llamacpp(file: Path) -> ModelRuntime:
-    model, processor = load(file)
-    versions = {name: version(name) for name in ("xllamacpp", "gguf")}
-    return ModelRuntime(model, processor, versions, tokenize=model.llm.tokenize)
 
 
 def _write_card(folder: Path, checkpoint: Checkpoint, file: str, mmproj: str) -> None:

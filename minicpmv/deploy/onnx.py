@@ -8,15 +8,13 @@ What is special:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from minicpmv.checkpoint import load
-from minicpmv.deploy.folder import check_new, whole_folder, write_card, write_record
-from minicpmv.deploy.parity import ModelRuntime, ParityError, cases, hold, observe
+from minicpmv.deploy.folder import check_new, whole_folder, write_card
+from minicpmv.deploy.reference import Reference, open_runtime
 from minicpmv.deploy.source import Checkpoint, ExportError
 from minicpmv.errors import require
 from minicpmv.runtimes.graph_engines import ONNX_RUNTIME, Engine
@@ -50,11 +48,6 @@ class Target:
     hub_name: str  # as the Hub calls it
     types: dict[str, GraphType]
     convert: Callable[[Path, str], None]  # (folder with ONNX graphs, type): makes of them what the software reads
-
-    @property
-    def packages(self) -> dict[str, str]:
-        """Versions of what made and runs the graphs."""
-        return {name: version(name) for name in ("onnx", self.engine.package)}
 
 
 TYPES = {
@@ -180,16 +173,6 @@ def write(checkpoint: Checkpoint, graphs: dict[str, "ir.Model"], kind: GraphType
 # ---- what is left beside it ----
 
 
-def _pytorch(source: str) -> ModelRuntime:
-    model, processor = load(source)
-    return ModelRuntime(model, processor, {name: version(name) for name in ("torch", "transformers")})
-
-
-def _exported(folder: Path, target: Target) -> ModelRuntime:
-    model, processor = load(folder)
-    return ModelRuntime(model, processor, target.packages)
-
-
 def _compare(
     checkpoint: Checkpoint,
     stage: Path,
@@ -204,31 +187,17 @@ def _compare(
     Raises:
         ParityError: the answers differ too much.
     """
-    from transformers import AutoProcessor
-
-    source = str(checkpoint.folder)
-    asked = cases(AutoProcessor.from_pretrained(source, trust_remote_code=True))
-    reference = observe(partial(_pytorch, source), asked, samples, note=lambda what: note(f"PyTorch: {what}"))
-    found = hold(
-        reference,
-        partial(_exported, stage, target),
-        asked,
-        name=name,
+    Reference(checkpoint, samples, note).check(
+        stage,
+        partial(open_runtime, stage, "onnx", target.engine.package),
+        name,
+        partial(_write_card, stage, checkpoint, name, stage, target),
+        "choose a type with more bits",
         type=kind,
         size=sum(file.stat().st_size for graph in NAMES for file in stage.glob(f"{graph}.*")),
         margin=target.types[kind].margin,
         feature_margin=target.types[kind].feature_margin,
-        samples=samples,
-        reference_type=str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")),
-        note=lambda what: note(f"{name}: {what}"),
     )
-    write_record(stage, found)
-    if found.faults:
-        _write_card(stage, checkpoint, name, stage, target)
-        raise ParityError(
-            f"{name} does not answer as PyTorch does: {'; '.join(found.faults)}. It stays in {stage}, to be looked at; "
-            "choose a type with more bits"
-        )
 
 
 def _write_card(folder: Path, checkpoint: Checkpoint, name: str, output: Path, target: Target) -> None:

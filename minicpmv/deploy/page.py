@@ -26,12 +26,12 @@ from minicpmv.deploy.source import ExportError
 from minicpmv.errors import MiniCPMVError, one_line
 from minicpmv.files import read_json
 from minicpmv.runtimes.graph_engines import ONNX_RUNTIME
-from minicpmv.runtimes.graphs import engine_of
+from minicpmv.runtimes.graphs import NAMES, engine_of
 
 
 SOURCE = Path(__file__).parent / "browser"
 OWN = ("index.html", "page.css", "icon.svg", "sw.js", "src")
-GRAPHS = ("vision_encoder.onnx", "embed_tokens.onnx", "decoder_model.onnx")
+GRAPHS = tuple(f"{name}{ONNX_RUNTIME.suffix}" for name in NAMES)
 MODEL_FILES = (*GRAPHS, "tokenizer.json", "tokenizer_config.json")
 MOST_BYTES = 2**31  # of all graphs: a browser gives WebAssembly 4 GB, and weights are there twice while they load
 EXAMPLES = ("shapes.jpg", "number.jpg", "receipt.jpg")  # with the first of their questions
@@ -57,8 +57,6 @@ IMAGE_SETTINGS = (
 )
 # Private-use characters, which no template holds.
 QUESTION, ANSWER = "\ue000", "\ue001"
-
-
 LIBRARY_BYTES = 20_000_000  # of what is not the model
 
 USE = """\

@@ -12,13 +12,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from minicpmv.checkpoint import load
-from minicpmv.deploy.folder import check_new, whole_folder, write_card, write_record
-from minicpmv.deploy.parity import ModelRuntime, ParityError, cases, hold, observe
+from minicpmv.deploy.folder import check_new, whole_folder, write_card
+from minicpmv.deploy.reference import Reference, open_runtime
 from minicpmv.deploy.source import Checkpoint
 from minicpmv.errors import MiniCPMVError, require
 from minicpmv.files import write_whole
@@ -104,10 +103,6 @@ def quantize(
         CheckpointError, ExportError, QuantizeError, OutputError, MissingPackageError: before anything is written.
         ParityError: the answers differ beyond what the method allows; the files stay in a folder whose name says so.
     """
-
-    def tell(who: str) -> Callable[[str], None]:
-        return lambda what: note(f"{who}: {what}")
-
     kind, output = METHODS[method], Path(output).expanduser()
     group_size = check(method, group_size, algorithm, also)
     checkpoint = Checkpoint(model)
@@ -132,7 +127,7 @@ def quantize(
             settings = write_with_transformers(checkpoint, stage, method, whole(also))
         finish(checkpoint, stage, settings)
         if is_checked:
-            _compare(checkpoint, stage, name, method, also, samples, tell)
+            _compare(checkpoint, stage, name, method, also, samples, note)
         _write_card(stage, checkpoint, name, output, kind)
     return output
 
@@ -251,45 +246,32 @@ def finish(checkpoint: Checkpoint, folder: Path, settings: dict[str, Any]) -> No
 # ---- what is left beside it ----
 
 
-def _runtime(source: str, package: str | None = None) -> ModelRuntime:
-    model, processor = load(source)
-    names = ["torch", "transformers", *([package] if package else [])]
-    return ModelRuntime(model, processor, {name: version(name) for name in names})
-
-
 def _compare(
-    checkpoint: Checkpoint, stage: Path, name: str, method: str, also: Sequence[str], samples: int, tell: Any
+    checkpoint: Checkpoint,
+    stage: Path,
+    name: str,
+    method: str,
+    also: Sequence[str],
+    samples: int,
+    note: Callable[[str], None],
 ) -> None:
     """Hold what was written against PyTorch, and write down what was found.
 
     Raises:
         ParityError: the answers differ too much.
     """
-    from transformers import AutoProcessor
-
-    kind, source = METHODS[method], str(checkpoint.folder)
-    asked = cases(AutoProcessor.from_pretrained(source, trust_remote_code=True))
-    reference = observe(partial(_runtime, source), asked, samples, note=tell("PyTorch"))
-    found = hold(
-        reference,
-        partial(_runtime, str(stage), kind.package),
-        asked,
-        name=name,
+    kind = METHODS[method]
+    Reference(checkpoint, samples, note).check(
+        stage,
+        partial(open_runtime, stage, "torch", "transformers", kind.package),
+        name,
+        partial(_write_card, stage, checkpoint, name, stage, kind),
+        "choose a method with more bits",
         type=method,
         size=weights_bytes(stage),
         margin=kind.margin,
         feature_margin=kind.feature_margin if {"vpm", "resampler"} & {*also} else WHOLE_FEATURE_MARGIN,
-        samples=samples,
-        reference_type=str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")),
-        note=tell(name),
     )
-    write_record(stage, found)
-    if found.faults:
-        _write_card(stage, checkpoint, name, stage, kind)
-        raise ParityError(
-            f"{name} does not answer as PyTorch does: {'; '.join(found.faults)}. It stays in {stage}, to be looked at; "
-            "choose a method with more bits"
-        )
 
 
 def weights_bytes(folder: Path) -> int:

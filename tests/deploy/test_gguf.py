@@ -27,6 +27,7 @@ gguf = pytest.importorskip("gguf")
 xllamacpp = pytest.importorskip("xllamacpp")
 
 from minicpmv.deploy import gguf as export_gguf  # noqa: E402
+from minicpmv.deploy import reference  # noqa: E402
 from minicpmv.deploy.gguf import export, llama_template  # noqa: E402
 from minicpmv.deploy.gguf_types import FILE_TYPES, QuantizationError, gets_more_bits, stored, type_of  # noqa: E402
 from minicpmv.deploy.source import Checkpoint, ExportError  # noqa: E402
@@ -62,8 +63,8 @@ def test_the_command_writes_a_file_that_ask_answers_from(tmp_path):
 
 
 def test_an_export_that_answers_otherwise_is_not_done(nano_processor, tmp_path, monkeypatch):
-    few = export_gguf.cases(nano_processor)[:2]
-    monkeypatch.setattr(export_gguf, "cases", lambda processor: few)
+    few = reference.cases(nano_processor)[:2]
+    monkeypatch.setattr(reference, "cases", lambda processor: few)
     spoiled = np.random.default_rng(0)
     monkeypatch.setattr(
         export_gguf,

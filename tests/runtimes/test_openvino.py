@@ -9,7 +9,7 @@ from minicpmv import checkpoint
 from minicpmv.chat.runner import Runner
 from minicpmv.commands.export import OpenVINOType
 from minicpmv.commands.main import app
-from minicpmv.deploy import onnx, openvino
+from minicpmv.deploy import onnx, openvino, reference
 from minicpmv.deploy.parity import cases
 from minicpmv.runtimes.graph_engines import GraphError
 from minicpmv.runtimes.graphs import Graphs, Unit
@@ -59,7 +59,7 @@ def test_images_slices_and_packed_videos_are_answered_as_in_pytorch(nano, openvi
 
 def test_the_command_leaves_files_of_openvino_and_their_figures(traced_nano, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx, "trace", lambda checkpoint, name: traced_nano[name].clone())
-    monkeypatch.setattr(onnx, "cases", lambda processor: cases(processor)[:1])
+    monkeypatch.setattr(reference, "cases", lambda processor: cases(processor)[:1])
     options = ["--type", "int8", "--samples", "0", "--output", str(tmp_path / "out")]
     result = CliRunner().invoke(app, ["export", "openvino", "--model", str(NANO), *options])
     assert result.exit_code == 0, result.output
