@@ -245,9 +245,10 @@ class Conversation:
         for start in range(0, len(ids), CHUNK):
             past, some = len(self._keys), keys[start : start + CHUNK]
             rows = graphs.embed(np.array([ids[start : start + CHUNK]]))
-            taken = sum(key < 0 for key in self._keys)
-            for place, feature in zip(np.flatnonzero(np.array(some) < 0), slots[taken:], strict=False):
-                rows[0, place] = feature
+            places = np.flatnonzero(np.array(some) < 0)
+            if len(places):  # none in an answer
+                taken = sum(key < 0 for key in self._keys)
+                rows[0, places] = slots[taken : taken + len(places)]
             logits, self._states = graphs.decode(
                 rows,
                 np.ones((1, past + len(some)), np.int64),

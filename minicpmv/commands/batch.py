@@ -11,13 +11,6 @@ from minicpmv.commands.evaluate_options import json_object
 from minicpmv.errors import one_line_errors
 
 
-class Engine(str, Enum):
-    auto = "auto"
-    transformers = "transformers"
-    llamacpp = "llama.cpp"
-    vllm = "vllm"
-
-
 class Task(str, Enum):
     caption = "caption"
     read = "read"
@@ -34,8 +27,9 @@ def batch(
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A .jsonl or .parquet file.")],
     model: options.Model = ".",
     engine: Annotated[
-        Engine, typer.Option(help="auto: llama.cpp for a GGUF file, vllm where it and a GPU are, else transformers.")
-    ] = Engine.auto,
+        options.Engine,
+        typer.Option(help="auto: llama.cpp for a GGUF file, vllm where it and a GPU are, else transformers."),
+    ] = options.Engine.AUTO,
     task: Annotated[
         Task | None, typer.Option(help="Caption images, read documents as Markdown, or describe videos.")
     ] = None,
@@ -124,8 +118,6 @@ def batch(
         ready: Any = task and task.value
         asked = Asked(ready, prompt, seconds, fields, max_megabytes)
         of_ray = Workers(workers, ray_address) if workers or ray_address else None
-        if endpoint is None and of_ray is None:
-            attend_without_plans()
         bar = Progress(
             BarColumn(),
             MofNCompleteColumn(),
@@ -143,6 +135,8 @@ def batch(
         ):
             if opened.done:
                 terminal.note(f"{opened.done} of {opened.total} rows were answered before")
+            if opened.done < opened.total and endpoint is None and of_ray is None:
+                attend_without_plans()
             shown = bar.add_task("", total=opened.total, completed=opened.done, rate="")
             for row in opened.rows:
                 answered += 1

@@ -1,6 +1,7 @@
 """The options that several commands share, declared once."""
 
 import math
+from enum import Enum
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,12 @@ def finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value
+
+
+class Engine(str, Enum):
+    """What runs the model."""
+
+    AUTO, TRANSFORMERS, LLAMA_CPP, VLLM = "auto", "transformers", "llama.cpp", "vllm"
 
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="Model folder or Hub repository.")]

@@ -1,6 +1,5 @@
 """`minicpmv serve`: a server that OpenAI's clients can talk to."""
 
-from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,12 +23,6 @@ class ServerError(MiniCPMVError):
     """The server cannot be started: the message says why and what to do."""
 
 
-class Engine(str, Enum):
-    """What runs the model."""
-
-    AUTO, TRANSFORMERS, LLAMA_CPP, VLLM = "auto", "transformers", "llama.cpp", "vllm"
-
-
 def serve(
     vllm_options: Annotated[
         list[str] | None,
@@ -37,11 +30,11 @@ def serve(
     ] = None,
     model: options.Model = ".",
     engine: Annotated[
-        Engine,
+        options.Engine,
         typer.Option(
             help="What runs the model; auto: llama.cpp for a GGUF file, vllm where it is installed and there is a GPU."
         ),
-    ] = Engine.AUTO,
+    ] = options.Engine.AUTO,
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
@@ -115,9 +108,9 @@ def serve(
     from rich.console import Console
 
     with one_line_errors():
-        chosen = Engine(choose_engine(engine.value, model))
+        chosen = choose_engine(engine.value, model)
         name = served_name or terminal.shown_name(model)
-        if chosen is Engine.VLLM:
+        if chosen == "vllm":
             for option, given in {"--allowed-host": allowed_host, "--prefix-megabytes": prefix_megabytes}.items():
                 if given is not None:
                     raise ServerError(
@@ -144,7 +137,7 @@ def serve(
             return
         if vllm_options:
             raise ServerError(
-                f"{' '.join(vllm_options)}: these are for vLLM's server, and the engine is {chosen.value}; leave them out"
+                f"{' '.join(vllm_options)}: these are for vLLM's server, and the engine is {chosen}; leave them out"
             )
         require("serve", *PACKAGES)
         listener = open_port(host, port)
@@ -162,7 +155,7 @@ def serve(
         limits = Limits(megabytes=max_megabytes, hosts=hosts, requests=max_requests or REQUESTS)
         host, port = listener.getsockname()[:2]
         names = frozenset(allowed.lower() for allowed in allowed_host or ())
-        rows = max_rows or (LLAMA_CPP_ROWS if chosen is Engine.LLAMA_CPP else ROWS)
+        rows = max_rows or (LLAMA_CPP_ROWS if chosen == "llama.cpp" else ROWS)
         is_open = "*" in names or not (names or ip_address(host).is_loopback)
         with LocalEngine(
             loaded,

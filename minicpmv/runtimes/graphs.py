@@ -108,11 +108,12 @@ class Graphs:
         Raises:
             GraphError: a slice is longer than the graph can read.
         """
+
+        def shape(place: int) -> tuple[tuple[int, int], int]:
+            return units[place].size, len(units[place].strips)
+
         found: dict[int, np.ndarray] = {}
-        order = sorted(range(len(units)), key=lambda place: (units[place].size, len(units[place].strips)))
-        for (size, frames), group in itertools.groupby(
-            order, key=lambda place: (units[place].size, len(units[place].strips))
-        ):
+        for (size, frames), group in itertools.groupby(sorted(range(len(units)), key=shape), key=shape):
             places = list(group)
             step = max(1, most // frames)
             for start in range(0, len(places), step):

@@ -206,7 +206,7 @@ class LlamaCppForCausalLM(nn.Module):
         for rows, places, numbers, wanted in histories:
             # The states that most of it begins with, unless most of them would be lost, since another conversation may go
             # on from them; of equals, those that nobody has asked for the longest.
-            common = {place: _common(self._known[place].numbers, numbers) for place in free}
+            common = {place: common_length(self._known[place].numbers, numbers) for place in free}
             kept = {place: n if 2 * n >= len(self._known[place].numbers) else 0 for place, n in common.items()}
             sequence = max(free, key=lambda place: (kept[place], -self._known[place].used))
             free.remove(sequence)
@@ -238,7 +238,7 @@ class LlamaCppForCausalLM(nn.Module):
             self._known = [Known(np.empty(0, np.int64), 0)] * sequences
 
 
-def _common(ours: np.ndarray, wanted: np.ndarray) -> int:
+def common_length(ours: np.ndarray, wanted: np.ndarray) -> int:
     """How many numbers both begin with."""
     length = min(len(ours), len(wanted))
     differs = np.flatnonzero(ours[:length] != wanted[:length])

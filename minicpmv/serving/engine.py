@@ -93,12 +93,12 @@ class LocalEngine:
         self.context: int = model.config.max_position_embeddings
         self.on_finish: Callable[[Finish], None] = lambda finish: None
         self._prompts = PromptReader(model, processor, think)
-        self._grammars = Grammars(model, processor)
         self._memory, self._post = PrefixMemory(prefix_megabytes), Post()
         _warm_up(model, max_rows)
         self._scheduler = Scheduler(
             model, max_rows, max_tokens or _fitting_tokens(model), self._memory, self._post.deliver
         )
+        self._grammars = Grammars(model, processor, self._scheduler.stop_ids)
         self._requests = Room(self.limits.requests, f"{self.limits.requests} requests at work")
         # Also takes the bodies of requests, as long as the server holds them.
         self.bytes = Room(self.limits.total_megabytes * 1e6, "as many bytes of images and videos as fit")
@@ -228,11 +228,10 @@ class LocalEngine:
 
     async def _prepare(self, request: GenerationRequest, local_files: Path | None) -> Job:
         loop = asyncio.get_running_loop()
-        if isinstance(request, CompletionRequest):
-            check_request(request, self.limits.text_bytes(self.context))
-            return await loop.run_in_executor(self._pools[0], self._prepare_text, request)
-        assert isinstance(request, ChatRequest)
+        assert isinstance(request, (ChatRequest, CompletionRequest))
         check_request(request, self.limits.text_bytes(self.context))
+        if isinstance(request, CompletionRequest):
+            return await loop.run_in_executor(self._pools[0], self._prepare_text, request)
         try:
             messages, fetched = await read_messages(request.messages, self.limits, self.bytes, local_files)
         except MediaError as error:

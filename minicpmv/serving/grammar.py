@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,9 @@ ANY_OBJECT = {"type": "object"}
 class Grammars:
     """Grammars over the vocabulary of a model. Several threads may use it."""
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any, stop_ids: Sequence[int]) -> None:
         self._tokenizer, self._vocab_size = processor.tokenizer, model.config.vocab_size
-        stops = model.generation_config.eos_token_id
-        self._stop_ids = list(stops) if isinstance(stops, (list, tuple)) else [stops]
+        self._stop_ids = list(stop_ids)
         self._vocabulary: Any = None  # in the form of llguidance
         self._lock = threading.Lock()
 

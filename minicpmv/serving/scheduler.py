@@ -117,7 +117,7 @@ class Scheduler:
         self.model, self.max_rows, self.max_tokens, self.memory = model, max_rows, max_tokens, memory
         self._after_round = after_round
         stops = model.generation_config.eos_token_id
-        self.stop_ids = frozenset(stops if isinstance(stops, (list, tuple)) else [stops])
+        self.stop_ids = tuple(stops) if isinstance(stops, (list, tuple)) else (stops,)
         self.slot, self.query_num = model.config.image_token_id, model.config.query_num
         self._waiting: deque[Job] = deque()
         self._readings: deque[Reading] = deque()

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from minicpmv.runtimes.language_model import common_length
+
 
 States = list[tuple[Tensor, Tensor]]  # of each layer: keys and values [rows, heads, tokens, width]
 
@@ -159,10 +161,3 @@ class PrefixMemory:
 
     def _forget(self, name: int) -> None:
         self.bytes -= self._known.pop(name).bytes
-
-
-def common_length(ours: np.ndarray, wanted: np.ndarray) -> int:
-    """How many numbers both begin with."""
-    length = min(len(ours), len(wanted))
-    differs = np.flatnonzero(ours[:length] != wanted[:length])
-    return int(differs[0]) if len(differs) else length
