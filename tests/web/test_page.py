@@ -14,6 +14,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from conftest import GREEDY, REPOSITORY
 from PIL import Image
 from playwright.sync_api import Error, expect, sync_playwright
@@ -89,11 +90,18 @@ def open_tab(app, browser):
         context.close()
 
 
+def slowly(ids, scores):
+    """A stopping criterion that stops nothing: a busy browser must not come too late for an answer of 2,048 tokens."""
+    time.sleep(0.05)
+    return torch.zeros(len(ids), dtype=torch.bool)
+
+
 @pytest.fixture
 def endless(monkeypatch):
     """Answers that do not end by themselves before their limit."""
     of_answer = Settings.of_answer.fget
-    long = property(lambda self: {**of_answer(self), "min_new_tokens": self.max_new_tokens})
+    own = {"stopping_criteria": [slowly]}
+    long = property(lambda self: {**of_answer(self), "min_new_tokens": self.max_new_tokens, **own})
     monkeypatch.setattr(Settings, "of_answer", long)
 
 

@@ -10,8 +10,8 @@ What is special:
   much faster than threads, which wait for each other in every operation. On a GPU one process trains, all batches of a
   step at once (`packed`), and all other cores draw;
 - the gradients of a step are summed in the order of its batches, whoever made them: on a CPU the weights are, bit for bit,
-  the same from any number of processes. A run that was killed and goes on from `DIR/state.pt` gives the same bits on the
-  same kind of device; on another kind it goes on too;
+  the same from any number of processes, and from a run that was killed and goes on from `DIR/state.pt`. On a GPU it goes on
+  too, but attention with a mask has no backward pass there that gives the same bits twice;
 - a stage may begin with more layers than the one before (`growth`).
 
 What it leaves in DIR: the trained model in `model/`, the log and its curves.
@@ -539,7 +539,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the cores are taken
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)  # so that a run that goes on gives the same bits
+        torch.use_deterministic_algorithms(True, warn_only=True)  # all but attention: two runs stay close
         torch.utils.deterministic.fill_uninitialized_memory = False
         attend_without_plans()  # plans were five sixths of the time
         train(0, recipe, args.output, None, args.minutes, args.finish)
