@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModel
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GRID, SLICES = (32, 32), 4
+PRODUCT_ROWS = 2048
 Clock = Callable[[], float]
 
 
@@ -58,7 +59,7 @@ def compare(dtype: torch.dtype, layers: int, repeats: int, clock: Clock) -> Meas
     tower = build_tower(dtype, layers)
     rows, columns = GRID
     pixels = [torch.randn(3, 14, 14 * rows * columns, dtype=dtype) for _ in range(SLICES)]
-    left, right = torch.randn(2048, 1152, dtype=dtype), torch.randn(1152, 4304, dtype=dtype)
+    left, right = torch.randn(PRODUCT_ROWS, 1152, dtype=dtype), torch.randn(1152, 4304, dtype=dtype)
     flops = tower_flops(tower.config, rows * columns, SLICES)
     rates, limits = [], []
     tower(pixels, [GRID] * SLICES), product_rate(left, right, clock)

@@ -284,13 +284,32 @@ def copied(ggufs, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def traced_nano():
-    """Nano's graphs without weights, by name; copy them before they are filled."""
+def traced_nano(made_once):
+    """Nano's graphs without weights, by name; copy them before they are filled. Tracing takes a minute, so workers share it."""
     pytest.importorskip("onnxscript")
+    import onnx_ir as ir
+
     from minicpmv.deploy import onnx
     from minicpmv.deploy.source import Checkpoint
 
-    return {name: onnx.trace(Checkpoint(NANO), name) for name in onnx.NAMES}
+    def make(folder):  # a file holds no weight without values, but inputs, whose names have no dots
+        folder.mkdir()
+        for name in onnx.NAMES:
+            model = onnx.trace(Checkpoint(NANO), name)
+            for weight in [value for value in model.graph.initializers.values() if value.const_value is None]:
+                del model.graph.initializers[weight.name]
+                model.graph.inputs.append(weight)
+            ir.save(model, folder / f"{name}.onnx")
+
+    def load(file):
+        model = ir.load(file)
+        for weight in [value for value in model.graph.inputs if "." in value.name]:
+            model.graph.inputs.remove(weight)
+            model.graph.initializers[weight.name] = weight
+        return model
+
+    folder = made_once("onnx/traced", make)
+    return {name: load(folder / f"{name}.onnx") for name in onnx.NAMES}
 
 
 @pytest.fixture(scope="session")

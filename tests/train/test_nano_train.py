@@ -19,10 +19,9 @@ from minicpmv.drawn.wording import ENGLISH
 from minicpmv.train import dpo, sft
 from minicpmv.train.common.errors import ArgumentsError, TrainingError
 from minicpmv.train.feedback import run as feedback
-from minicpmv.train.nano import card, pretrain
+from minicpmv.train.nano import card, muon, pretrain
 from minicpmv.train.nano.batches import LAYOUTS, SampleEncoder, single_turns, training_batch, training_examples
 from minicpmv.train.nano.growth import deepened, layer_counts
-from minicpmv.train.nano.muon import BatchedMuon
 from minicpmv.train.nano.packed import Tables, bundled, cheapest_groups, packed_losses, packed_step, unbundled
 from minicpmv.train.nano.pretrain import Recipe, Stage, is_trained, main, optimizers_of, train
 from minicpmv.train.nano.tokenizer import build, train_merges
@@ -340,12 +339,13 @@ def test_every_other_step_may_repeat_one_drawn_before_and_batches_drawn_nowhere_
     assert [replace(stage, again=0).drawn_step(step) for step in range(3)] == [0, 1, 2]
 
 
-def test_muon_for_many_matrices_takes_the_steps_of_pytorchs():
+def test_muon_for_many_matrices_takes_the_steps_of_pytorchs(monkeypatch):
+    monkeypatch.setattr(muon, "fast_type", lambda device: torch.bfloat16)  # that of PyTorch's, on any machine
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(8, 4), (8, 4), (4, 8), (8, 8)]]
     theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
     optimizers = [
-        BatchedMuon(ours, lr=0.1, weight_decay=0.1),
+        muon.BatchedMuon(ours, lr=0.1, weight_decay=0.1),
         torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
     ]
     for _ in range(3):

@@ -7,6 +7,8 @@ from collections import defaultdict
 
 import torch
 
+from minicpmv.train.nano.precision import fast_type
+
 
 class BatchedMuon(torch.optim.Muon):
     """`torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` and Nesterov momentum; its state is that of the original."""
@@ -34,9 +36,9 @@ class BatchedMuon(torch.optim.Muon):
 
 
 def orthogonal(matrices: torch.Tensor, options: dict) -> torch.Tensor:
-    """[N, A, B] -> the nearest (half) orthogonal matrices, about, by Newton-Schulz iterations in bfloat16."""
+    """[N, A, B] -> the nearest (half) orthogonal matrices, about, by Newton-Schulz iterations."""
     a, b, c = options["ns_coefficients"]
-    states = matrices.bfloat16()
+    states = matrices.to(fast_type(matrices.device))
     is_tall = states.shape[1] > states.shape[2]
     states = states.mT if is_tall else states
     states = states / states.norm(dim=(1, 2), keepdim=True).clamp(min=options["eps"])

@@ -50,6 +50,7 @@ from minicpmv.train.nano.batches import DrawnBatches, SampleEncoder, layout_key,
 from minicpmv.train.nano.growth import deepened, layer_counts
 from minicpmv.train.nano.muon import BatchedMuon
 from minicpmv.train.nano.packed import PackedSteps, Tables, packed_losses, unbundled
+from minicpmv.train.nano.precision import fast_products
 from minicpmv.train.nano.trainee import Trainee, spread_queries
 
 
@@ -142,7 +143,7 @@ class Validation:
         for start in range(0, len(self.examples), 64):
             part = self.examples[start : start + 64]
             batch = to_device(self.encoder.batch([example for example, _ in part]), trainee.device)
-            with torch.autocast(trainee.device.type, torch.bfloat16):
+            with fast_products(trainee.device):
                 _, _, kinds, right_rows = trainee(batch, self.answers)
             thing = batch["kind_labels"] > 0
             named += int((kinds.argmax(-1) == batch["kind_labels"])[thing].sum())
@@ -380,7 +381,7 @@ def learned_steps(run: Run, stage: Stage, store: dist.Store | None) -> Iterator[
         packed = PackedSteps(*source, stage.batches, stage.tower_views)
         numbers = [stage.drawn_step(step) for step in range(first_step, stage.steps)]
         for step in packed_ahead(packed, numbers, run.device):
-            with torch.autocast(run.device.type, torch.bfloat16):
+            with fast_products(run.device):
                 dense, answer = packed_losses(trainee, step, tables, stage.answers)
                 stage.loss(dense, answer).backward()
             yield torch.stack([dense.detach(), answer.detach()])
@@ -390,7 +391,7 @@ def learned_steps(run: Run, stage: Stage, store: dist.Store | None) -> Iterator[
     for batches in taken_batches(drawn, stage, first_step, store):
         losses = []
         for place, batch in batches:
-            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            with fast_products(run.device), sdpa_kernel(SDPBackend.MATH):
                 views = sum(len(sizes) for sizes in batch["tgt_sizes"])
                 dense, answer, _, _ = trainee(batch, stage.answers, views <= stage.tower_views)
                 (stage.loss(dense, answer) / stage.batches).backward()
