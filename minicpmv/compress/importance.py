@@ -13,7 +13,6 @@ What is special:
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -23,8 +22,6 @@ from torch import Tensor, nn
 from minicpmv.compress.shapes import CompressionError, Shape, widths
 from minicpmv.compress.surgery import Kept
 from minicpmv.data.collator import IGNORED, ConversationCollator
-from minicpmv.data.load import load_conversations
-from minicpmv.drawn.stream import SyntheticData, synthetic_dataset
 
 
 Batch = dict[str, Any]  # of one conversation, as the collator makes it
@@ -151,26 +148,6 @@ def answer_loss(model: Any, batches: Iterable[Batch]) -> float:
         total += float(model(**send_to_device(batch, model.device)).loss) * answer
         tokens += answer
     return total / tokens
-
-
-def calibration_rows(source: str | None, count: int) -> list[dict[str, Any]]:
-    """The first `count` conversations of a source ([`minicpmv.data.load.load_conversations`]); None: drawn ones.
-
-    Raises:
-        CompressionError: there are fewer.
-        DataError: they cannot be read.
-    """
-    rows = (
-        load_conversations(source)
-        if source
-        else synthetic_dataset(SyntheticData("validation", samples=count, shards=1))
-    )
-    found = list(islice(rows, count))
-    if len(found) < count:
-        raise CompressionError(
-            f"{source} has {len(found)} conversations, and {count} are wanted: give more, or fewer samples"
-        )
-    return found
 
 
 def encode(processor: Any, rows: Iterable[dict[str, Any]], queries: int) -> list[Batch]:

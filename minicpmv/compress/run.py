@@ -20,7 +20,6 @@ from minicpmv.compress import plan, vocabulary
 from minicpmv.compress.importance import (
     Importance,
     answer_loss,
-    calibration_rows,
     encode,
     measure_importance,
     with_queries,
@@ -28,6 +27,7 @@ from minicpmv.compress.importance import (
 from minicpmv.compress.plan import Curves, Target
 from minicpmv.compress.shapes import KINDS, CompressionError, Shape, check, measure, shape_of
 from minicpmv.compress.surgery import Kept, cut, first
+from minicpmv.data.load import some_conversations
 from minicpmv.errors import require
 from minicpmv.files import read_json, write_whole
 
@@ -176,7 +176,7 @@ class Work:
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """Conversations: the first half for importance, the second for the loss."""
-        return calibration_rows(self.settings.data, 2 * self.settings.conversations)
+        return some_conversations(self.settings.data, 2 * self.settings.conversations)
 
     @cached_property
     def importance(self) -> Importance:

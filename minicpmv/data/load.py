@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,6 +89,25 @@ def load_conversations(
     dataset = _load_dataset(source, split, streaming)
     name = source if isinstance(source, str) else dataset.info.dataset_name or "dataset"
     return _convert(dataset, name, image_folder, on_bad_row)
+
+
+def some_conversations(source: str | None, count: int) -> list[dict[str, Any]]:
+    """The first `count` conversations of a source of [`load_conversations`]; None: drawn ones.
+
+    Raises:
+        DataError: there are fewer, or they cannot be read.
+    """
+    rows = (
+        load_conversations(source)
+        if source
+        else synthetic_dataset(SyntheticData("validation", samples=count, shards=1))
+    )
+    found = list(islice(rows, count))
+    if len(found) < count:
+        raise DataError(
+            f"{source} has {len(found)} conversations, and {count} are wanted: give more, or ask for fewer"
+        )
+    return found
 
 
 def read_conversations_file(

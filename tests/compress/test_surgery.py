@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from minicpmv.compress import vocabulary
-from minicpmv.compress.importance import calibration_rows, encode, measure_importance, most_different
+from minicpmv.compress.importance import encode, measure_importance, most_different
 from minicpmv.compress.shapes import CompressionError, measure, shape_of
 from minicpmv.compress.surgery import cut, everything, first
+from minicpmv.data.load import some_conversations
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def batches(nano_processor):
-    return encode(nano_processor, calibration_rows(None, 4), 36)
+    return encode(nano_processor, some_conversations(None, 4), 36)
 
 
 @torch.no_grad()
