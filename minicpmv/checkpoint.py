@@ -3,11 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from minicpmv.errors import MiniCPMVError
+from minicpmv.errors import MiniCPMVError, require
+from minicpmv.files import read_json
 
 
 PUBLISHED = "openbmb/MiniCPM-V-4_5"
 WEIGHTS = ("*.safetensors", "*.bin")
+# What runs the quantized checkpoints that this package writes: method in their configuration -> extra, package.
+QUANTIZED = {
+    "bitsandbytes": ("quantize", "bitsandbytes"),
+    "compressed-tensors": ("quantize", "compressed_tensors"),
+    "torchao": ("torchao", "torchao"),
+}
 
 
 class CheckpointError(MiniCPMVError):
@@ -85,7 +92,7 @@ def load(
     try:
         model = AutoModel.from_pretrained(**source, **settings).eval()
         processor = AutoProcessor.from_pretrained(**source)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # ImportError: of what a quantized one needs
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{name} cannot be loaded: {reason} Give another model, or get the published weights with minicpmv fetch."
@@ -174,3 +181,6 @@ def check_name(name: str | Path, revision: str | None = None, trust_remote_code:
             f"{where} holds no model ({'no weights' if has_config else 'no config.json'}). Name one with -m, such as -m nano "
             f"in a clone of the repository, or get the weights of {PUBLISHED} into the clone with minicpmv fetch."
         )
+    method = (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method")
+    if method in QUANTIZED:
+        require(*QUANTIZED[method])

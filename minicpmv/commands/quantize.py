@@ -22,7 +22,7 @@ class Method(str, Enum):
 
 
 class Algorithm(str, Enum):
-    """How w4a16 chooses its integers."""
+    """How integers are chosen."""
 
     nearest = "nearest"
     gptq = "gptq"
@@ -46,14 +46,16 @@ def quantize(
     ] = None,
     algorithm: Annotated[
         Algorithm,
-        typer.Option(help="w4a16: round to the nearest, or by conversations (needs make quantize-env)."),
+        typer.Option(help="w4a16, w8a8: to the nearest integer, or by conversations (needs make quantize-env)."),
     ] = Algorithm.nearest,
     also: Annotated[
         list[Part] | None, typer.Option(help="Quantize the vision tower, resampler or head too; repeatable.")
     ] = None,
-    conversations: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Drawn conversations that gptq and awq look at.")
-    ] = 48,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="ROWS", help="Conversations that gptq and awq look at; drawn ones by default."),
+    ] = None,
+    conversations: Annotated[int, typer.Option(metavar="N", min=1, help="How many of them.")] = 48,
     samples: Annotated[
         int,
         typer.Option(metavar="N", min=0, help="Questions of each row of NanoBench, before and after; 0 asks none."),
@@ -70,6 +72,7 @@ def quantize(
     \b
       minicpmv quantize --method nf4 --model nano --output nano-nf4
       minicpmv quantize --method w4a16 --group-size 64 -m nano --output nano-w4a16
+      minicpmv quantize --method w4a16 --algorithm gptq --data rows.jsonl -m nano --output nano-gptq
       minicpmv ask cat.jpg "What is this?" -m nano-nf4
     """
     with one_line_errors(OSError):
@@ -84,6 +87,7 @@ def quantize(
             group_size=group_size,
             algorithm=algorithm.value,
             also=[part.value for part in also or []],
+            data=data,
             conversations=conversations,
         )
         terminal.write(str(folder))

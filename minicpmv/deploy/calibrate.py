@@ -1,17 +1,18 @@
-"""4-bit integers chosen so that conversations change least: GPTQ and AWQ of llm-compressor, over drawn images and packed
-videos.
+"""Integers chosen so that conversations change least: GPTQ and AWQ of llm-compressor, over images and packed videos.
 
 What is special:
 - It runs in the environment of `make quantize-env`, since llm-compressor wants other versions of transformers.
 - The library traces a layer at a time. What it cannot trace, the way from pixels to embeddings, it is told to run as it is.
+- It traces once, so every conversation brings the same inputs: one without an image brings empty ones.
 - llm-compressor writes the whole layers by name and forgets those of a class that it does not know; they are written here.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationScheme
 from llmcompressor import oneshot
 from llmcompressor.args import DatasetArguments
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -19,17 +20,17 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from torch import nn
+from transformers import AutoProcessor
 
 from minicpmv.checkpoint import load
-from minicpmv.deploy import rounding
+from minicpmv.data.collator import ConversationCollator
 from minicpmv.deploy.source import Checkpoint
-from minicpmv.drawn.samples import Mixture, make_sample
-from minicpmv.drawn.stream import conversation_row
 from minicpmv.files import read_json
 
 
 LAYER = "Qwen3DecoderLayer"
 STILL_IMAGE = [[[-1]]]
+INPUTS = ("input_ids", "attention_mask", "pixel_values", "tgt_sizes", "temporal_ids")
 # Only in the language model: the tower has layers of the same names, which are not smoothed.
 MAPPINGS = [
     AWQMapping(f"re:llm[.].*{norm}$", [f"re:llm[.].*{layer}_proj$" for layer in layers])
@@ -41,20 +42,26 @@ def calibrate(
     checkpoint: Checkpoint,
     folder: Path,
     algorithm: str,
-    group_size: int,
+    scheme: QuantizationScheme,
     ignore: list[str],
-    count: int,
+    rows: Sequence[dict[str, Any]],
     note: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write the weights of a checkpoint into a folder, with 4-bit integers; returns `quantization_config`.
+    """Write the weights of a checkpoint into a folder, in integers; returns `quantization_config`.
 
     Args:
         algorithm: "gptq" or "awq".
+        scheme: how the integers are stored.
         ignore: patterns of the layers that stay whole.
-        count: conversations.
+        rows: the conversations.
+
+    Raises:
+        DataError: the processor cannot read one; before the model is loaded.
     """
-    model, processor = load(checkpoint.folder)
-    scheme = rounding.scheme_of("w4a16", group_size)
+    note(f"Reading {len(rows)} conversations")
+    processor = AutoProcessor.from_pretrained(str(checkpoint.folder), trust_remote_code=True)
+    batches = list(encode(processor, rows))
+    model, _ = load(checkpoint.folder)
     groups = {"group_0": scheme}
     if algorithm == "gptq":
         recipe: Any = GPTQModifier(config_groups=groups, ignore=ignore)
@@ -66,17 +73,15 @@ def calibrate(
         ]
         if not torch.accelerator.is_available():
             IntermediatesCache.pin_memory = lambda self, *arguments: None  # asks for an accelerator that is not there
-    note(f"Drawing {count} conversations")
-    rows = list(conversations(processor, count))
-    note(f"{algorithm} over {count} conversations, layer by layer")
+    note(f"{algorithm} over {len(rows)} conversations, layer by layer")
     own_class = type(model)
     model.__class__ = type(own_class.__name__, (own_class,), {"forward": forward})
     oneshot(
         model=model,
         processor=processor,
-        dataset=torch.utils.data.DataLoader(rows, batch_size=None),
+        dataset=torch.utils.data.DataLoader(batches, batch_size=None),
         recipe=recipe,
-        num_calibration_samples=count,
+        num_calibration_samples=len(rows),
         sequential_targets=[LAYER],
         tracing_ignore=[*DatasetArguments().tracing_ignore, "_inputs_embeds"],
         trust_remote_code_model=True,
@@ -87,32 +92,18 @@ def calibrate(
     return read_json(folder / "config.json")["quantization_config"] | {"ignore": ignore}
 
 
-def conversations(processor: Any, count: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Drawn conversations about images and packed videos, as inputs of the model, all with the same keys."""
-    found, index = 0, 0
-    while found < count:
-        row = conversation_row(make_sample("train", 0, index, Mixture()))
-        index += 1
-        inputs = processor.apply_chat_template(
-            row.pop("messages"),
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            pad_pixel_values=True,
-            **row,
-        )
-        slices = inputs["tgt_sizes"]
-        if not len(slices) or not isinstance(inputs["pixel_values"], torch.Tensor):
-            continue
-        if inputs.get("temporal_ids") is None:
-            inputs["temporal_ids"] = torch.tensor(STILL_IMAGE).expand(1, slices.shape[-2], 1)
-        names = ("input_ids", "attention_mask", "pixel_values", "tgt_sizes", "temporal_ids")
-        found += 1
-        yield {name: inputs[name] for name in names}
+def encode(processor: Any, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, torch.Tensor]]:
+    """Conversations as inputs of the model, one at a time, all with the same keys."""
+    collator = ConversationCollator(processor)
+    empty = {"pixel_values": torch.empty(1, 0), "tgt_sizes": torch.empty(1, 0, 2, dtype=torch.long)}
+    for row in rows:
+        inputs = empty | collator([row])
+        inputs.setdefault("temporal_ids", torch.tensor(STILL_IMAGE).expand(1, inputs["tgt_sizes"].shape[1], 1))
+        yield {name: inputs[name] for name in INPUTS}
 
 
 def _inputs_embeds(model: nn.Module, input_ids: Any, visual: dict[str, Any]) -> torch.Tensor:
-    return model._embed(input_ids, None, model._take_features(visual))
+    return model._embed(input_ids, None, model._take_features(visual) if visual["pixel_values"].numel() else None)
 
 
 def forward(self, input_ids, attention_mask, pixel_values, tgt_sizes, temporal_ids) -> Any:  # type: ignore[no-untyped-def]

@@ -28,7 +28,9 @@ PARTS = ("vpm", "resampler", "lm_head")  # that stay whole unless asked for
 NEVER = "resampler.attn.out_proj"
 GROUP_SIZES = (32, 64, 128, 256)  # of 4-bit integers that share a scale
 DEFAULT_GROUP = 128
-ALGORITHMS = ("nearest", "gptq", "awq")  # how w4a16 chooses its integers
+SMALL = 64  # width of a layer that shows whether a method runs here
+# How integers are chosen, and for which methods.
+ALGORITHMS = {"nearest": None, "gptq": ("w8a8", "w4a16"), "awq": ("w4a16",)}
 
 
 class QuantizeError(MiniCPMVError):
@@ -77,6 +79,7 @@ def quantize(
     group_size: int | None = None,
     algorithm: str = "nearest",
     also: Sequence[str] = (),
+    data: str | None = None,
     conversations: int = 48,
     samples: int = 10,
     is_checked: bool = True,
@@ -89,9 +92,11 @@ def quantize(
         output: the new folder.
         method: of `METHODS`.
         group_size: weights that share a scale, for w4a16.
-        algorithm: of `ALGORITHMS`, for w4a16: to the nearest integer, or so that conversations change least.
+        algorithm: of `ALGORITHMS`: to the nearest integer, or so that conversations change least.
         also: parts of `PARTS` that are quantized too.
-        conversations: drawn ones, with images and packed videos, that gptq and awq look at.
+        data: conversations for that, as [`minicpmv.data.load.load_conversations`] reads them; None: drawn ones, with images
+            and packed videos.
+        conversations: how many of them.
         samples: questions of each row of NanoBench.
         is_checked: False leaves out the comparison, where there is no memory for the whole checkpoint.
         note: is told what happens.
@@ -100,31 +105,39 @@ def quantize(
         the folder.
 
     Raises:
-        CheckpointError, ExportError, QuantizeError, OutputError, MissingPackageError: before anything is written.
+        CheckpointError, DataError, ExportError, QuantizeError, OutputError, MissingPackageError: before anything is written.
         ParityError: the answers differ beyond what the method allows; the files stay in a folder whose name says so.
     """
     kind, output = METHODS[method], Path(output).expanduser()
-    group_size = check(method, group_size, algorithm, also)
+    group_size = check(method, group_size, algorithm, also, data)
     checkpoint = Checkpoint(model)
+    dtype = computing_type(checkpoint)
+    check_machine(method, dtype)
     layers = linear_layers(checkpoint, also)
     if method == "w4a16":
         check_groups(layers, group_size)
     check_new(output, quantized_bytes(checkpoint, layers, kind.bits))
+    rows = []
+    if algorithm != "nearest":
+        from minicpmv.data.load import some_conversations
+
+        rows = some_conversations(data, conversations)
     name = "-".join([checkpoint.folder.name, method, *([algorithm] if algorithm != "nearest" else [])])
     with whole_folder(output) as stage:
         note(f"Quantizing {len(layers)} layers of {checkpoint.folder.name}")
-        if algorithm != "nearest":
-            from minicpmv.deploy.calibrate import calibrate
-
-            settings = calibrate(checkpoint, stage, algorithm, group_size, patterns(whole(also)), conversations, note)
-        elif kind.package == "compressed_tensors":
+        if kind.package == "compressed_tensors":
             from minicpmv.deploy import rounding
 
-            scheme = rounding.scheme_of(method, group_size)
-            rounding.write(checkpoint, layers, scheme, stage / "model.safetensors")
-            settings = rounding.config_of(scheme, patterns(whole(also)))
+            scheme, ignore = rounding.scheme_of(method, group_size), patterns(whole(also))
+            if rows:
+                from minicpmv.deploy.calibrate import calibrate
+
+                settings = calibrate(checkpoint, stage, algorithm, scheme, ignore, rows, note)
+            else:
+                rounding.write(checkpoint, layers, scheme, stage / "model.safetensors")
+                settings = rounding.config_of(scheme, ignore)
         else:
-            settings = write_with_transformers(checkpoint, stage, method, whole(also))
+            settings = write_with_transformers(checkpoint, stage, method, dtype, whole(also))
         finish(checkpoint, stage, settings)
         if is_checked:
             _compare(checkpoint, stage, name, method, also, samples, note)
@@ -132,14 +145,20 @@ def quantize(
     return output
 
 
-def check(method: str, group_size: int | None, algorithm: str, also: Sequence[str]) -> int:
+def check(method: str, group_size: int | None, algorithm: str, also: Sequence[str], data: str | None = None) -> int:
     """Refuse settings that do not go together, and packages that lack. Returns the group size.
 
     Raises:
         QuantizeError, MissingPackageError: names them.
     """
-    if method != "w4a16" and (group_size is not None or algorithm != "nearest"):
-        raise QuantizeError(f"{method} has no groups and no algorithms: leave them out, or take w4a16")
+    if method != "w4a16" and group_size is not None:
+        raise QuantizeError(f"{method} has no groups: leave --group-size out, or take w4a16")
+    if (methods := ALGORITHMS[algorithm]) and method not in methods:
+        raise QuantizeError(f"{algorithm} does not know {method}: leave it out, or take {' or '.join(methods)}")
+    if data is not None and methods is None:
+        raise QuantizeError(
+            f"{data} was given, but {algorithm} looks at no conversations: leave it out, or take gptq or awq"
+        )
     if method.startswith("torchao") and "lm_head" in also:
         raise QuantizeError("torchao under transformers keeps lm_head whole: leave it out, or take another method")
     if algorithm == "nearest":
@@ -208,13 +227,65 @@ def patterns(names: Sequence[str]) -> list[str]:
     return [f"re:.*{name.replace('.', '[.]')}.*" for name in names]
 
 
-def write_with_transformers(checkpoint: Checkpoint, folder: Path, method: str, names: list[str]) -> dict[str, Any]:
-    """Load a checkpoint quantized, which goes tensor by tensor, and save it. Returns `quantization_config`."""
+def computing_type(checkpoint: Checkpoint) -> Any:
+    """The `torch.dtype` in which the model computes, and not that of the stored weights: bitsandbytes does not turn one
+    into the other."""
     import torch
+
+    return getattr(torch, checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16")
+
+
+def check_machine(method: str, dtype: Any) -> None:
+    """Run a small layer as the whole model will: some kernels want a GPU, or a processor that this machine lacks.
+
+    Raises:
+        QuantizeError: with what the package says.
+    """
+    if (package := METHODS[method].package) == "compressed_tensors":
+        return  # whole weights are what runs
+    import torch
+    from torch import nn
+
+    layer: nn.Module = nn.Linear(SMALL, SMALL, dtype=dtype)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        if package == "torchao":
+            from torchao.quantization import quantize_
+
+            quantize_(layer.to(device), torchao_config(method))
+        else:
+            from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+            weights = layer.state_dict()
+            if method == "nf4":
+                layer = Linear4bit(SMALL, SMALL, compute_dtype=dtype, quant_type="nf4")
+            else:
+                layer = Linear8bitLt(SMALL, SMALL, has_fp16_weights=False)
+            layer.load_state_dict(weights)
+            layer.to(device)
+        with torch.inference_mode():
+            layer(torch.ones(1, SMALL, dtype=dtype, device=device))
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise QuantizeError(
+            f"{method} does not run on this machine ({device}): {package} says: {reason}. Take w8a8 or w4a16, which run anywhere"
+        ) from error
+
+
+def torchao_config(method: str) -> Any:
+    """What torchao does in a method."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+
+    kinds = {"torchao-int8": Int8WeightOnlyConfig, "torchao-8da8w": Int8DynamicActivationInt8WeightConfig}
+    return kinds[method](version=2)
+
+
+def write_with_transformers(
+    checkpoint: Checkpoint, folder: Path, method: str, dtype: Any, names: list[str]
+) -> dict[str, Any]:
+    """Load a checkpoint quantized, which goes tensor by tensor, and save it. Returns `quantization_config`."""
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
-    # The type in which the model computes, and not that of the stored weights: bitsandbytes does not turn one into the other.
-    dtype = getattr(torch, checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16")
     config: Any
     if method == "nf4":
         config = BitsAndBytesConfig(
@@ -227,10 +298,7 @@ def write_with_transformers(checkpoint: Checkpoint, folder: Path, method: str, n
     elif method == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=names)
     else:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
-
-        kinds = {"torchao-int8": Int8WeightOnlyConfig, "torchao-8da8w": Int8DynamicActivationInt8WeightConfig}
-        config = TorchAoConfig(kinds[method](version=2), modules_to_not_convert=names)
+        config = TorchAoConfig(torchao_config(method), modules_to_not_convert=names)
     model, _ = load(checkpoint.folder, dtype=dtype, quantization_config=config)
     model.save_pretrained(folder)
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]

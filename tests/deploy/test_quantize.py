@@ -8,8 +8,9 @@ import torch
 from conftest import GREEDY, NANO, REPOSITORY, ground_floor
 from typer.testing import CliRunner
 
-from minicpmv.checkpoint import load
+from minicpmv.checkpoint import CheckpointError, load
 from minicpmv.commands.main import app
+from minicpmv.data.formats import DataError
 from minicpmv.deploy import quantize as engine
 from minicpmv.deploy.folder import OutputError
 from minicpmv.deploy.quantize import QuantizeError, check, check_groups, linear_layers, quantize
@@ -135,13 +136,15 @@ def test_the_tower_is_quantized_where_it_is_asked_for(tmp_path):
     assert len(answers(model, processor)) == 3
 
 
-def test_the_published_4_bit_recipe_reloads_with_equal_answers(tmp_path):
+def test_the_published_4_bit_recipe_reloads_with_equal_answers(tmp_path, nano_model):
     from transformers import BitsAndBytesConfig
 
     recipe = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="float16",
+        bnb_4bit_quant_storage="uint8",
         llm_int8_skip_modules=["out_proj", "kv_proj", "lm_head"],
     )
     model, processor = load(NANO, quantization_config=recipe)
@@ -149,7 +152,7 @@ def test_the_published_4_bit_recipe_reloads_with_equal_answers(tmp_path):
     processor.save_pretrained(tmp_path)
     again, processor = load(tmp_path)
     assert converted(again) == converted(model) == {"llm": LAYERS, "vpm": 30}
-    assert answers(again, processor) == answers(model, processor)
+    assert answers(again, processor) == answers(model, processor) == answers(nano_model, processor)
 
 
 def test_awq_and_gptq_checkpoints_without_a_list_keep_tower_resampler_and_head_whole():
@@ -178,6 +181,10 @@ def test_group_sizes_that_do_not_divide_name_the_layer_and_those_that_do():
 def test_settings_that_do_not_go_together_are_refused():
     with pytest.raises(QuantizeError, match="nf4 has no groups"):
         check("nf4", 64, "nearest", [])
+    with pytest.raises(QuantizeError, match="awq does not know w8a8.*take w4a16"):
+        check("w8a8", None, "awq", [])
+    with pytest.raises(QuantizeError, match="rows.jsonl was given.*take gptq or awq"):
+        check("w4a16", None, "nearest", [], "rows.jsonl")
     with pytest.raises(QuantizeError, match="torchao under transformers keeps lm_head whole"):
         check("torchao-int8", None, "nearest", ["lm_head"])
     with pytest.raises(QuantizeError, match="shares its weights with the embeddings"):
@@ -192,6 +199,47 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
         check("torchao-int8", None, "nearest", [])
     with pytest.raises(MissingPackageError, match=r"llmcompressor is not installed.*\[calibrate\]"):
         check("w4a16", None, "gptq", [])
+
+
+def test_a_method_that_does_not_run_here_is_refused_before_the_checkpoint_is_read(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise NotImplementedError("the kernel needs CUDA\nand so on")
+
+    monkeypatch.setattr("bitsandbytes.nn.Linear4bit.forward", refuse)
+    with pytest.raises(
+        QuantizeError, match=r"nf4 does not run.*\(cpu\): bitsandbytes says: the kernel needs CUDA\. Take w8"
+    ):
+        quantize(NANO, tmp_path / "small", "nf4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_conversations_are_refused_before_anything_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "require", lambda *packages: None)
+    row = {"messages": [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "a star"}]}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row | {"images": name}) for name in (str(ASSETS / "shapes.jpg"), "lost.jpg")))
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 1: there is no image.*lost\.jpg"):
+        quantize(NANO, tmp_path / "small", "w4a16", algorithm="gptq", data=str(rows), conversations=1)
+    rows.write_text(rows.read_text().splitlines()[0])
+    with pytest.raises(DataError, match=r"rows\.jsonl has 1 conversations, and 48 are wanted"):
+        quantize(NANO, tmp_path / "small", "w8a8", algorithm="gptq", data=str(rows))
+    assert list(tmp_path.iterdir()) == [rows]
+
+
+@pytest.mark.parametrize("method, package", [("torchao", "torchao is not installed"), ("awq", "requires gptqmodel")])
+def test_a_checkpoint_whose_package_is_missing_says_which(method, package, tmp_path, monkeypatch):
+    find_spec = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torchao" else find_spec(name))
+    for file in NANO.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).symlink_to(file.resolve())
+    (tmp_path / "config.json").unlink()
+    config = json.loads((NANO / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": method, "bits": 4}
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises((CheckpointError, MissingPackageError), match=package):
+        load(tmp_path)
 
 
 def test_a_folder_that_is_there_or_quantized_already_is_refused(quantized, tmp_path):
