@@ -31,17 +31,19 @@ demo: $(VENV)/demo.stamp tokenizer.json ## nano answers questions about a pictur
 
 # Each stage is skipped when its result is there and goes on from its last checkpoint when it was stopped, by a kill or after
 # MINUTES: so a machine that is lent for ten minutes can do a part. Without a GPU it takes a night or two on two cores.
+# With WEIGHTS=nano pre-training is left out: the version that is here is taught further.
 NANO := runs/nano
 NICE := nice -n 19
 NANO_RUN := $(NICE) $(PY) -m minicpmv.train.nano
+NANO_LOGS := $(if $(WEIGHTS),,$(NANO)/pretraining) $(NANO)/third
 
-nano: $(NANO)/README.md ## train nano from nothing, in stages that go on where they stopped; MINUTES=10 stops after so many
+nano: $(NANO)/release/README.md ## train nano from nothing, in stages that go on where they stopped; MINUTES=10 stops after so many, WEIGHTS=nano goes on from these
 
 $(NANO)/pretraining/model/config.json: | $(VENV)/dev.stamp
 	$(NANO_RUN) --config recipes/nano/pretraining.yaml --output $(NANO)/pretraining $(if $(MINUTES),--minutes $(MINUTES))
 
-$(NANO)/third/model/config.json: $(NANO)/pretraining/model/config.json
-	$(NANO_RUN) --config recipes/nano/third.yaml --output $(NANO)/third $(if $(MINUTES),--minutes $(MINUTES))
+$(NANO)/third/model/config.json: $(if $(WEIGHTS),,$(NANO)/pretraining/model/config.json)
+	$(NANO_RUN) --config recipes/nano/third.yaml --output $(NANO)/third $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(MINUTES),--minutes $(MINUTES))
 
 $(NANO)/feedback/stamp: $(NANO)/third/model/config.json
 	$(NICE) $(PY) -m minicpmv align feedback --config recipes/nano/feedback.yaml
@@ -51,11 +53,15 @@ $(NANO)/dpo/stamp: $(NANO)/feedback/stamp
 	$(NICE) $(PY) -m minicpmv train dpo --config recipes/nano/dpo.yaml
 	@touch $@
 
-$(NANO)/figures.json: $(NANO)/dpo/stamp
-	$(NICE) $(PY) -m minicpmv evaluate nanobench --model $(NANO)/dpo --samples 1000 --output $(NANO)/nanobench --json $@
+$(NANO)/release/config.json: $(NANO)/dpo/stamp
+	$(PY) -m minicpmv.train.nano.release --weights $(NANO)/dpo --logs $(NANO_LOGS) --output $(@D)
+	$(NICE) $(PY) -m minicpmv evaluate calibrate --model $(@D) --samples 60 --keep 0.99 --output $(NANO)/calibration --save
 
-$(NANO)/README.md: $(NANO)/figures.json
-	$(PY) -m minicpmv.train.nano.card --card nano/README.md --figures $< --logs $(NANO)/pretraining $(NANO)/third --output $@
+$(NANO)/figures.json: $(NANO)/release/config.json
+	$(NICE) $(PY) -m minicpmv evaluate nanobench --model $(<D) --samples 1000 --output $(NANO)/nanobench --json $@
+
+$(NANO)/release/README.md: $(NANO)/figures.json
+	$(PY) -m minicpmv.train.nano.card --card nano/README.md --figures $< --logs $(NANO_LOGS) --output $@
 
 # The page's tests mostly wait for the browser. The newest transformers is that of `pytest`.
 test: ## side by side: lint, all tests, those of the web page, those of torchao, and those of the oldest transformers

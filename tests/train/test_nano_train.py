@@ -24,6 +24,7 @@ from minicpmv.train.nano.batches import LAYOUTS, SampleEncoder, single_turns, tr
 from minicpmv.train.nano.growth import deepened, layer_counts
 from minicpmv.train.nano.packed import Tables, bundled, cheapest_groups, packed_losses, packed_step, unbundled
 from minicpmv.train.nano.pretrain import Recipe, Stage, is_trained, main, optimizers_of, train
+from minicpmv.train.nano.release import release
 from minicpmv.train.nano.tokenizer import build, train_merges
 from minicpmv.train.nano.trainee import Trainee, spread_queries
 
@@ -236,6 +237,10 @@ def test_a_run_that_is_stopped_after_every_step_ends_with_the_same_weights_and_a
     sample = bench_sample("colour")
     text = model.chat(sample.images[0], [{"role": "user", "content": sample.turns[0].question}], processor=processor)
     assert isinstance(text, str)
+    release(stopped / "model", [stopped], tmp_path / "release", Path(recipe.model))
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "release" / name).read_bytes() == (stopped / "model" / name).read_bytes()
+    assert {file.name for file in (tmp_path / "release" / "training").iterdir()} == {"stopped.jsonl", "stopped.png"}
     further = Recipe(recipe.stages[1:], model=recipe.model, weights=str(stopped / "model"), validation_samples=2)
     trained = train(0, further, prepared(tmp_path / "further"))
     assert layer_counts(trained.model) == {"llm": 2, "tower": 1}
@@ -268,9 +273,11 @@ def test_a_run_that_is_out_of_time_says_how_it_goes_on(tmp_path):
     settings = tmp_path / "recipe.yaml"
     stage = {"name": "tower", "steps": 2, "batch_size": 1, "learning_rate": 1e-3, "batches": 1, "answers": False}
     recipe = {"model": small_nano(tmp_path / "small"), "processes": 1, "validation_samples": 1, "stages": [stage]}
+    recipe["weights"] = "nowhere"
     settings.write_text(yaml.safe_dump(recipe))
     with pytest.raises(SystemExit, match=r"0 minutes are over; .* the same command goes on"):
-        main(["--config", str(settings), "--output", str(tmp_path / "run"), "--minutes", "0"])
+        options = ["--weights", str(NANO), "--minutes", "0"]
+        main(["--config", str(settings), "--output", str(tmp_path / "run"), *options])
     assert (tmp_path / "run" / "state.pt").is_file() and not (tmp_path / "run" / "model").exists()
 
 

@@ -1,6 +1,6 @@
 """Train nano: a small model of the same architecture, from scratch, on images that the repository draws.
 
-    python -m minicpmv.train.nano --config recipes/nano/pretraining.yaml --output DIR [--minutes N [--finish]]
+    python -m minicpmv.train.nano --config recipes/nano/pretraining.yaml --output DIR [--weights DIR] [--minutes N [--finish]]
 
 What is special:
 - stages: first the tower alone learns what lies under each patch (dense labels cost nothing, since we draw), then
@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 
 from minicpmv.checkpoint import attend_without_plans
 from minicpmv.drawn.samples import Mixture, make_sample
@@ -493,24 +493,24 @@ def train(
         run.progress.update(stage=number + 1, step=0)
         run.save()
     if rank == 0:
-        export(run.trainee, Path(recipe.model), output / "model")
+        export(run.trainee.model, Path(recipe.model), output / "model")
     if store is not None:
         dist.destroy_process_group()
     return run.trainee
 
 
-def export(trainee: Trainee, model_folder: Path, output: Path) -> None:
+def export(model: PreTrainedModel, model_folder: Path, output: Path) -> None:
     """Write model.safetensors (bfloat16) and the settings beside it: a folder for `from_pretrained`, whole or not at all."""
     draft = output.with_name(output.name + ".draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    copy.deepcopy(trainee.model).to("cpu", torch.bfloat16).save_pretrained(draft)
+    copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(draft)
     # The settings are those of the model folder, not a rewritten copy, but for its depth; its code files are taken too.
     for file in sorted(model_folder.iterdir()):
         if file.suffix in (".json", ".jinja", ".py"):
             shutil.copyfile(file, draft / file.name)
     settings = read_json(draft / "config.json")
-    counts = layer_counts(trainee.model)
+    counts = layer_counts(model)
     settings["num_hidden_layers"] = settings["max_window_layers"] = counts["llm"]
     settings["vision_config"]["num_hidden_layers"] = counts["tower"]
     (draft / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -522,6 +522,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m minicpmv.train.nano", description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="Recipe (YAML).")
     parser.add_argument("--output", type=Path, required=True, help="Folder for state, log and the trained model.")
+    parser.add_argument("--weights", help="Folder of the weights to begin with, in place of the recipe's.")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="Stop after so many; the same command then goes on."
     )
@@ -536,6 +537,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--finish needs --minutes: when to end")
     with one_line_errors():
         recipe = Recipe.load(args.config)
+    if args.weights is not None:
+        recipe = replace(recipe, weights=args.weights)
     args.output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the cores are taken
     if torch.cuda.is_available():
