@@ -4,7 +4,7 @@ What is special:
 - Costs of cuts are taken to add up, which they do as long as they are small; the report says what came out.
 - The path takes, step by step, the cut that costs the least loss for what it saves. Without weights nothing can be measured:
   then every kind keeps about the same share.
-- Nothing goes below half unless its size is given: what was not measured is not guessed.
+- Nothing goes below the smallest size that was measured, unless its size is given: what was not measured is not guessed.
 """
 
 import re
@@ -22,8 +22,7 @@ from minicpmv.compress.shapes import KINDS, PARTS, CompressionError, Shape, Size
 
 
 AUTOMATIC = tuple(kind for kind in KINDS if kind != "vocabulary")  # a corpus decides about the vocabulary
-LEAST_SHARE = 0.5
-MEASURED_SHARES = (0.875, 0.75, 0.625, 0.5)
+MEASURED_SHARES = (0.875, 0.75, 0.625, 0.5, 0.25)
 STEP = {"mlp": 16, "tower_mlp": 16, "queries": 2}  # sizes that kernels like; all others go by one
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}
 ANSWER_TOKENS = 32  # of the question whose time counts
@@ -68,16 +67,16 @@ class Target:
         return self.value * self.of(whole) if self.is_share else self.value
 
 
-def sizes_of(kind: str, whole: int, least: float = LEAST_SHARE) -> list[int]:
-    """All sizes that the path may give to a kind, from the whole one down."""
+def sizes_of(kind: str, whole: int, least: float) -> list[int]:
+    """All sizes of at least `least` that the path may give to a kind, from the whole one down."""
     step = STEP.get(kind, 1)
     below = range((whole - 1) // step * step, 0, -step)
-    return [whole, *(size for size in below if size >= least * whole)]
+    return [whole, *(size for size in below if size >= least)]
 
 
 def measured_sizes(kind: str, whole: int) -> list[int]:
     """The sizes below the whole one at which the loss is measured."""
-    sizes = sizes_of(kind, whole)[1:]
+    sizes = sizes_of(kind, whole, MEASURED_SHARES[-1] * whole)[1:]
     return sorted({min(sizes, key=lambda size: abs(size - share * whole)) for share in MEASURED_SHARES if sizes})[::-1]
 
 
@@ -113,7 +112,8 @@ def steps(
         cost: what is to be saved.
         curves: losses of each cut alone; None: every kind keeps about the same share.
     """
-    grids = {kind: sizes_of(kind, dict(whole)[kind], LEAST_SHARE if curves else 0) for kind in kinds}
+    least = {kind: min(size for size, _ in points) for kind, points in (curves or {}).items()}
+    grids = {kind: sizes_of(kind, dict(whole)[kind], least.get(kind, 0)) for kind in kinds}
     rises = {kind: _rise(points) for kind, points in (curves or {}).items()}
     shape = whole
     yield shape
@@ -157,7 +157,7 @@ def choose(
             return shape
     raise CompressionError(
         f"{limit:,.0f} cannot be reached: {', '.join(kinds)} cut as far as it goes leave {cost(shape):,.0f}. Cut more kinds, "
-        "or give sizes below half yourself"
+        "or give smaller sizes yourself"
     )
 
 
