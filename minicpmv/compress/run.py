@@ -1,6 +1,7 @@
 """Checkpoint in, smaller checkpoint out, with a report beside it.
 
 What is special:
+- Sizes are chosen by importance alone; the weights of the chosen one are then fitted to what goes ([`minicpmv.compress.refit`]).
 - The folder appears when everything in it is whole: cut, written, loaded again by `AutoModel`, and measured as it was loaded.
 - A folder with a config.json alone can be cut in a dry run: shapes on the meta device go the same road, and nothing is written.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpmv.checkpoint import CheckpointError, load, source_of
-from minicpmv.compress import plan, vocabulary
+from minicpmv.compress import plan, refit, vocabulary
 from minicpmv.compress.importance import (
     Importance,
     answer_loss,
@@ -134,8 +135,9 @@ def compress(
             plan.draw(curves, work.saved_share, stage / PLOT)
         shape = work.choose(curves)
         kept = work.kept(shape)
+        changed = work.refitted(kept)
         note("writing the smaller model")
-        write(stage, model, processor, kept)
+        write(stage, model, processor, kept, changed)
         smaller, its_processor = load(stage)
         report = work.compare(smaller, its_processor, shape, kept, curves)
         _write_report(stage, output.name, Path(name).resolve().name, report, settings)
@@ -238,6 +240,11 @@ class Work:
         kept = self.importance.choose(self.model.config, shape)
         return self._seconds(cut(self.model, kept), self.processor)
 
+    def refitted(self, kept: Kept) -> dict[str, Any]:
+        """The weights that make up for what goes."""
+        self.note("fitting what stays to what goes")
+        return refit.refitted(self.model, kept, self._batches(self.processor, self.whole.queries, held_out=False))
+
     def compare(self, smaller: Any, processor: Any, shape: Shape, kept: Kept, curves: Curves | None) -> Report:
         """Hold the smaller model, as it was loaded, against the one that it was cut from."""
         self.note("measuring both")
@@ -312,9 +319,9 @@ def corpus_ids(corpus: str, processor: Any) -> list[int]:
     return vocabulary.kept_ids(settings, used)
 
 
-def write(folder: Path, model: Any, processor: Any, kept: Kept) -> None:
+def write(folder: Path, model: Any, processor: Any, kept: Kept, changed: Mapping[str, Any]) -> None:
     """Write the smaller checkpoint: weights, code, processor, tokenizer."""
-    smaller = cut(model, kept)
+    smaller = cut(model, kept, changed)
     smaller.save_pretrained(folder)
     with with_queries(processor, smaller.config.query_num):
         processor.save_pretrained(folder)

@@ -66,11 +66,14 @@ def first(config: Any, shape: Shape) -> Kept:
     return Kept(**found, tower_channels=torch.arange(channels))
 
 
-def cut(model: Any, kept: Kept) -> Any:
+def cut(model: Any, kept: Kept, changed: Mapping[str, Tensor] | None = None) -> Any:
     """A smaller model of what is kept, in evaluation mode, on the same device and in the same types.
 
     With another vocabulary, the ids in its configurations are new ones: its tokenizer has to be cut alike
     ([`minicpmv.compress.vocabulary`]). With fewer queries, the processor's `image_feature_size` has to follow.
+
+    Args:
+        changed: weights of the whole model to be cut in place of its own ([`minicpmv.compress.refit`]).
 
     Raises:
         CompressionError: a size is none that the model can have, or a token that the configuration names would go.
@@ -79,7 +82,7 @@ def cut(model: Any, kept: Kept) -> Any:
     config = resized(model.config, kept.shape(), kept.layers.tolist(), _token_ids(model.config, new_ids))
     generation = copy.deepcopy(model.generation_config)
     generation.update(**_token_ids(generation, new_ids))
-    weights = cut_weights(model.state_dict(), model.config, kept)
+    weights = cut_weights(model.state_dict() | dict(changed or {}), model.config, kept)
     with torch.device("meta"):
         smaller = type(model)(config)
     smaller.load_state_dict(weights, assign=True)
@@ -102,14 +105,14 @@ def cut_weights(weights: Mapping[str, Tensor], config: Any, kept: Kept) -> dict[
             continue
         number = None if layer is None else layer[1]
         for dimension, what in dimensions_of(name).items():
-            chosen = _indices(what, number, config, kept)
+            chosen = indices(what, number, config, kept)
             if len(chosen) < weight.shape[dimension]:
                 weight = weight.index_select(dimension, chosen.to(weight.device))
         output[name if layer is None else renumbered(name, numbers[layer[0]][layer[1]])] = weight.detach()
     return output
 
 
-def _indices(what: str, layer: int | None, config: Any, kept: Kept) -> Tensor:
+def indices(what: str, layer: int | None, config: Any, kept: Kept) -> Tensor:
     """Which indices stay of a dimension of a weight."""
     vision = config.vision_config
     if what == "key_rows":

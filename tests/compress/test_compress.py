@@ -107,13 +107,28 @@ def test_a_target_is_met_by_a_folder_that_loads_by_itself_with_its_report(tmp_pa
     assert report.after["sizes"]["llm_parameters"] <= 0.9 * report.before["sizes"]["llm_parameters"]
     assert report.after["loss"] < report.before["loss"] + 0.5
     assert len(report.sparsity) == 4
-    assert any("1 of 4: mlp" in what for what in heard)  # progress
+    assert any("1 of 5: mlp" in what for what in heard)  # progress
     assert (tmp_path / "smaller" / "sensitivity.png").stat().st_size > 0
     content = [{"type": "image", "image": str(REPOSITORY / "assets" / "shapes.jpg")}, "How many shapes are there?"]
     content[1] = {"type": "text", "text": content[1]}
     answer = model.chat(msgs=[{"role": "user", "content": content}], processor=processor, decoding="greedy")
     assert answer.strip()
     assert not list(tmp_path.glob("unfinished*"))
+
+
+def test_a_target_of_time_is_met_by_the_largest_size_that_the_measured_times_allow(tmp_path, monkeypatch):
+    """The clock is replaced by one that knows the width alone; all else goes the whole way."""
+    monkeypatch.setattr(plan, "seconds_of_question", lambda model, inputs: model.config.intermediate_size / 1000)
+    options = ["--target-latency", "403", "--cut", "mlp", "--conversations", "2", "--samples", "0"]
+    result = CliRunner().invoke(app, ["compress", "-m", str(NANO), "--output", str(tmp_path / "faster"), *options])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "faster" / REPORT).read_text())
+    before, after = report["before"], report["after"]
+    assert (before["milliseconds"], after["milliseconds"]) == (512, 400) and after["shape"]["mlp"] == 400
+    assert {name: size for name, size in before["shape"].items() if name != "mlp"}.items() <= after["shape"].items()
+    assert len(report["curves"]["mlp"]) == 6  # the whole model, and five sizes
+    model = AutoModel.from_pretrained(tmp_path / "faster", trust_remote_code=True)
+    assert model.config.intermediate_size == model.llm.model.layers[0].mlp.up_proj.out_features == 400
 
 
 def test_given_sizes_queries_and_vocabulary_go_through_files_together(tmp_path):

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from minicpmv.compress import vocabulary
 from minicpmv.compress.importance import encode, measure_importance, most_different
+from minicpmv.compress.refit import refitted
 from minicpmv.compress.shapes import CompressionError, measure, shape_of
 from minicpmv.compress.surgery import cut, everything, first
 from minicpmv.data.load import some_conversations
@@ -76,6 +77,38 @@ def test_what_adds_nothing_is_found_and_its_removal_changes_no_logit(model, batc
     assert measure(smaller).parameters < measure(model).parameters
     for batch in batches:
         torch.testing.assert_close(logits(smaller, batch), logits(model, batch), rtol=1e-4, atol=1e-4)
+
+
+def twins(model, kind):
+    """Make every second MLP channel or head a twin of the one before it; returns what stays without the twins."""
+    kept = everything(model.config)
+    of_tower = kind == "tower_mlp"
+    with torch.no_grad():
+        for block in model.vpm.encoder.layers if of_tower else model.llm.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            if kind == "heads":
+                for part in (attention.q_proj, attention.k_proj, attention.v_proj):
+                    part.weight[len(part.weight) // 2 :] = part.weight[: len(part.weight) // 2]
+            else:
+                for part in (mlp.fc1,) if of_tower else (mlp.gate_proj, mlp.up_proj):
+                    for parameter in part.parameters():
+                        parameter[1::2] = parameter[::2]
+    return replace(kept, **{kind: getattr(kept, kind)[:, :1] if kind == "heads" else getattr(kept, kind)[:, ::2]})
+
+
+@pytest.mark.parametrize("kind", ["mlp", "heads", "tower_mlp"])
+def test_what_stays_takes_over_from_its_twins_that_go(model, batches, kind):
+    kept = twins(model, kind)
+    plain, fitted = cut(model, kept), cut(model, kept, refitted(model, kept, batches))
+    whole = logits(model, batches[0])
+    missed, made_up = ((logits(smaller, batches[0]) - whole).norm() for smaller in (plain, fitted))
+    assert made_up < 0.4 * missed
+
+
+def test_one_conversation_alone_changes_nothing_since_no_other_says_whether_it_is_to_be_trusted(model, batches):
+    changed = refitted(model, twins(model, "mlp"), batches[:1])
+    weights = model.state_dict()
+    assert changed and all(torch.equal(weight, weights[name]) for name, weight in changed.items())
 
 
 def test_the_model_with_everything_kept_is_the_same_and_the_one_that_was_cut_stays_as_it_was(model, batches):
