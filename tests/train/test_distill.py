@@ -1,7 +1,11 @@
 """Distillation: a step brings the student nearer, whatever the widths; a cache replaces the teacher; thoughts stay."""
 
+import os
+import subprocess
+
 import pytest
 import torch
+from conftest import REPOSITORY
 from test_sft import NANO, NUMBER, SHAPES, STAR, conversation, flags, load, logged
 
 from minicpmv.compress.run import Settings, compress
@@ -94,6 +98,46 @@ def test_all_cached_tokens_give_the_divergence_of_the_whole_vocabulary(tmp_path,
     run(tmp_path, [SHAPES], student, **options | {"output_dir": tmp_path / "live"})
     cached, live = (logged(tmp_path / name, "loss")[1] for name in ("all", "live"))
     assert cached == pytest.approx(live, rel=1e-2)
+
+
+@pytest.mark.slow
+def test_two_processes_one_without_pictures_take_the_steps_of_one(tmp_path, student, warm_python):
+    rows = [
+        SHAPES,
+        conversation("4", "How much is 2 and 2?"),
+    ]  # the answers have one length: both processes count alike
+    options = {"max_steps": 2}
+    run(tmp_path, rows, student, output_dir=tmp_path / "one", **options)
+    options |= {
+        "teacher": NANO,
+        "learning_rate": 3e-4,
+        "model_name_or_path": student,
+        "per_device_train_batch_size": 1,
+    }
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "recipes/accelerate/ddp.yaml",
+        "--num_processes",
+        "2",
+    ]
+    launch += ["--mixed_precision", "no", "--main_process_port", "0", "-m", "minicpmv.train.distill"]
+    done = subprocess.run(
+        [warm_python, *launch, *flags(tmp_path, rows, output_dir=tmp_path / "two", **options)],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHON_EXEC": warm_python},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for measure in ("loss", "grad_norm"):
+        one, two = (logged(tmp_path / name, measure) for name in ("one", "two"))
+        assert one == pytest.approx(two, rel=1e-3), measure
+    one, two = (load(tmp_path / name)[0] for name in ("one", "two"))
+    for (name, expected), parameter in zip(one.named_parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, atol=1e-3, rtol=0, msg=name)
 
 
 def test_a_thought_is_opened_for_rows_that_think():
