@@ -71,15 +71,16 @@ def _largest(weights: Tensor, count: int) -> Tensor:
 
 def most_different(products: Tensor, count: int) -> Tensor:
     """Sorted indices of rows that explain the others best, from the products of each two (a pivoted Cholesky factor)."""
-    residual = products.clone()
+    left = products.diagonal().clone()  # of each row's square, what the chosen ones do not explain
+    factor = products.new_zeros(count, len(products))
     chosen: list[int] = []
-    for _ in range(count):
-        diagonal = residual.diagonal().clone()
-        diagonal[chosen] = -torch.inf
-        pivot = int(diagonal.argmax())
+    for number in range(count):
+        left[chosen] = -torch.inf
+        pivot = int(left.argmax())
         chosen.append(pivot)
-        column = residual[:, pivot].clone()
-        residual -= torch.outer(column, column) / column[pivot].clamp(min=1e-30)
+        column = products[:, pivot] - factor[:number, pivot] @ factor[:number]
+        factor[number] = column / column[pivot].clamp(min=1e-30).sqrt()
+        left -= factor[number].square()
     return torch.tensor(sorted(chosen))
 
 

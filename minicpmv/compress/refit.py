@@ -4,6 +4,8 @@ What is special:
 - A channel that goes is predicted, by least squares over conversations, from those of its layer that stay, and what it wrote
   is written by their columns (as SparseGPT does for single weights, https://arxiv.org/abs/2301.00774). Where the matrix has
   a bias, that takes over what is constant.
+- Channels of MLPs are chosen for that: each next one is that of which the chosen ones explain least. Importance, which looks at
+  each alone, keeps several that say the same.
 - One half of the conversations is fitted, the other says how far that is to be trusted: a matrix is left alone where few
   conversations tell nothing.
 - The fit needs the products of each two channels of a layer. As many layers as fit `BYTES_AT_ONCE` are measured in one pass
@@ -12,45 +14,59 @@ What is special:
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from minicpmv.compress.importance import most_different
 from minicpmv.compress.shapes import dimensions_of, layer_of
 from minicpmv.compress.surgery import Kept, indices
 
 
 READ = ("mlp", "query_rows", "tower_mlp", "tower_rows")  # inputs of the matrices that are fitted
+CHOSEN = ("mlp", "tower_mlp")  # those that are chosen anew, by all of their products and not one by one
 BYTES_AT_ONCE = 8e9
 RIDGES = (0.001, 0.01, 0.1, 1.0)  # of each channel's own square: what rests on few tokens is trusted less
 
 
 @torch.no_grad()
-def refitted(model: Any, kept: Kept, batches: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """The weights of `model` that are to be cut in place of its own, `{name: weight}`, so that little of what goes is missed.
+def fitted(model: Any, kept: Kept, batches: Sequence[dict[str, Any]]) -> tuple[Kept, dict[str, Tensor]]:
+    """What stays, with the MLPs' channels chosen anew, and the weights of `model` to be cut in place of its own, `{name: weight}`.
 
     Args:
-        batches: conversations to fit on.
+        kept: of the shape that is wanted.
+        batches: conversations to choose by and to fit on.
     """
-    readers: dict[str, Tensor] = {}  # name of the matrix -> which of its inputs stay
+    readers: dict[str, tuple[str, int]] = {}  # matrices some of whose inputs go: name -> what these are, layer
     for name, weight in model.named_parameters():
         what, layer = dimensions_of(name).get(1), layer_of(name)
         if what not in READ or layer is None or layer[1] not in getattr(kept, layer[0]):
             continue
-        chosen = indices(what, layer[1], model.config, kept)
-        if len(chosen) < weight.shape[1]:
-            readers[name.removesuffix(".weight")] = chosen
+        if len(indices(what, layer[1], model.config, kept)) < weight.shape[1]:
+            readers[name.removesuffix(".weight")] = what, layer[1]
+    chosen = {what: getattr(kept, what).clone() for what in CHOSEN}
     found: dict[str, Tensor] = {}
     for names in _groups(model, readers):
         for name, products in _products(model, names, batches).items():
-            module = model.get_submodule(name)
-            weight, bias = _fitted(module, products, readers[name].to(products.device))
+            module, (what, number) = model.get_submodule(name), readers[name]
+            if what in CHOSEN:
+                chosen[what][number] = _channels(module, products, chosen[what].shape[1])
+            stays = chosen[what][number] if what in CHOSEN else indices(what, number, model.config, kept)
+            weight, bias = _fitted(module, products, stays.to(products.device))
             found[f"{name}.weight"] = weight
             if bias is not None:
                 found[f"{name}.bias"] = bias
-    return found
+    return replace(kept, **chosen), found
+
+
+def _channels(module: nn.Linear, products: Tensor, count: int) -> Tensor:
+    """The inputs of a matrix that explain best, together, what all of them write."""
+    norms = module.weight.double().norm(dim=0)
+    inputs = products.sum(0)[: len(norms), : len(norms)].double()
+    return most_different(inputs * norms[:, None] * norms, count)
 
 
 def _groups(model: Any, names: Iterable[str]) -> Iterator[list[str]]:

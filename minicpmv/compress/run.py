@@ -1,7 +1,7 @@
 """Checkpoint in, smaller checkpoint out, with a report beside it.
 
 What is special:
-- Sizes are chosen by importance alone; the weights of the chosen one are then fitted to what goes ([`minicpmv.compress.refit`]).
+- Sizes are chosen by importance alone; what stays of the chosen one is then fitted to what goes ([`minicpmv.compress.refit`]).
 - The folder appears when everything in it is whole: cut, written, loaded again by `AutoModel`, and measured as it was loaded.
 - A folder with a config.json alone can be cut in a dry run: shapes on the meta device go the same road, and nothing is written.
 """
@@ -135,7 +135,7 @@ def compress(
             plan.draw(curves, work.saved_share, stage / PLOT)
         shape = work.choose(curves)
         kept = work.kept(shape)
-        changed = work.refitted(kept)
+        kept, changed = work.fitted(kept)
         note("writing the smaller model")
         write(stage, model, processor, kept, changed)
         smaller, its_processor = load(stage)
@@ -240,10 +240,10 @@ class Work:
         kept = self.importance.choose(self.model.config, shape)
         return self._seconds(cut(self.model, kept), self.processor)
 
-    def refitted(self, kept: Kept) -> dict[str, Any]:
-        """The weights that make up for what goes."""
+    def fitted(self, kept: Kept) -> tuple[Kept, dict[str, Any]]:
+        """What stays, and the weights that make up for what goes."""
         self.note("fitting what stays to what goes")
-        return refit.refitted(self.model, kept, self._batches(self.processor, self.whole.queries, held_out=False))
+        return refit.fitted(self.model, kept, self._batches(self.processor, self.whole.queries, held_out=False))
 
     def compare(self, smaller: Any, processor: Any, shape: Shape, kept: Kept, curves: Curves | None) -> Report:
         """Hold the smaller model, as it was loaded, against the one that it was cut from."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from minicpmv.compress.plan import Target
 from minicpmv.compress.run import REPORT, Settings, compress
 from minicpmv.compress.shapes import CompressionError, Shape
 from minicpmv.compress.sparsity import PATTERNS, zeroed
+from minicpmv.evaluate import harness
 
 
 WHOLE = Shape(layers=8, heads=4, mlp=512, vocabulary=1000, tower_layers=8, tower_heads=4, tower_mlp=512, queries=64)
@@ -117,9 +119,10 @@ def test_a_target_is_met_by_a_folder_that_loads_by_itself_with_its_report(tmp_pa
 
 
 def test_a_target_of_time_is_met_by_the_largest_size_that_the_measured_times_allow(tmp_path, monkeypatch):
-    """The clock is replaced by one that knows the width alone; all else goes the whole way."""
+    """The clock is replaced by one that knows the width alone, and NanoBench has two rows; all else goes the whole way."""
     monkeypatch.setattr(plan, "seconds_of_question", lambda model, inputs: model.config.intermediate_size / 1000)
-    options = ["--target-latency", "403", "--cut", "mlp", "--conversations", "2", "--samples", "0"]
+    monkeypatch.setattr(harness, "measure", partial(harness.measure, rows=["colour", "count"]))
+    options = ["--target-latency", "403", "--cut", "mlp", "--conversations", "2", "--samples", "1"]
     result = CliRunner().invoke(app, ["compress", "-m", str(NANO), "--output", str(tmp_path / "faster"), *options])
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "faster" / REPORT).read_text())
@@ -127,6 +130,12 @@ def test_a_target_of_time_is_met_by_the_largest_size_that_the_measured_times_all
     assert (before["milliseconds"], after["milliseconds"]) == (512, 400) and after["shape"]["mlp"] == 400
     assert {name: size for name, size in before["shape"].items() if name != "mlp"}.items() <= after["shape"].items()
     assert len(report["curves"]["mlp"]) == 6  # the whole model, and five sizes
+    assert [(row, found["metric"], found["n"]) for row, found in report["bench"].items()] == [
+        ("colour", "exact", 1),
+        ("count", "exact", 1),
+    ]
+    assert report["bench"]["colour"]["before"] == 1 and 0 <= report["bench"]["colour"]["after"] <= 1
+    assert "| colour | exact | 1.000 |" in (tmp_path / "faster" / "README.md").read_text()
     model = AutoModel.from_pretrained(tmp_path / "faster", trust_remote_code=True)
     assert model.config.intermediate_size == model.llm.model.layers[0].mlp.up_proj.out_features == 400
 
