@@ -252,13 +252,14 @@ def run(arguments: Sequence[str | Path]) -> str:
     """What a process of this Python prints.
 
     Raises:
-        RuntimeError: it failed; the last line it wrote.
+        RuntimeError: it failed; the last line it wrote that names an error.
     """
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip() or f"ended with {done.returncode}").splitlines()
-        raise RuntimeError(lines[-1][:300])
+        named = [line for line in lines if re.match(r"[\w.]*Error\b", line)]  # torch.compile says more below it
+        raise RuntimeError((named or lines)[-1][:300])
     return done.stdout
 
 
