@@ -198,10 +198,11 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(@D)/bin/python $(PIP_INSTALL) -c $(@D)/constraints.txt -e ".[calibrate]" pytest
 	@touch $@
 
-# What transformers loads AWQ with. Its newest version wants a newer torch than the pinned one.
+# What transformers loads AWQ with. The next version wants a newer torch than the pinned one, and this one an older numpy.
 .venvs/gptqmodel/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python $(PIP_INSTALL) -c constraints.txt -e . gptqmodel==7.2.0 pytest
+	grep -E '^(av|pillow|tokenizers|torch|transformers)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python $(PIP_INSTALL) -c $(@D)/constraints.txt -e . gptqmodel==7.6.0 pytest
 	@touch $@
 
 # vLLM for CPUs is a package by another name, whose version vLLM looks up under its own, and brings torchvision and others that

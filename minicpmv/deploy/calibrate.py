@@ -5,6 +5,7 @@ What is special:
 - The library traces a layer at a time. What it cannot trace, the way from pixels to embeddings, it is told to run as it is.
 - It traces once, so every conversation brings the same inputs: one without an image brings empty ones.
 - llm-compressor writes the whole layers by name and forgets those of a class that it does not know; they are written here.
+- What stays whole is stored in the type that it came in, and not in the one that was computed in.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -88,6 +89,9 @@ def calibrate(
     )
     model.__class__ = own_class
     model.__dict__.pop("forward", None)  # the library leaves its own
+    for name, parameter in model.named_parameters():
+        if name in checkpoint.files:
+            parameter.data = parameter.data.to(checkpoint.dtype(name))
     model.save_pretrained(folder, save_compressed=True)
     return read_json(folder / "config.json")["quantization_config"] | {"ignore": ignore}
 

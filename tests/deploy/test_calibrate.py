@@ -11,7 +11,7 @@ from safetensors import safe_open
 from minicpmv.checkpoint import load
 from minicpmv.data.collator import ConversationCollator
 from minicpmv.data.load import some_conversations
-from minicpmv.deploy.quantize import quantize
+from minicpmv.deploy.quantize import quantize, weights_bytes
 
 
 pytest.importorskip("llmcompressor", reason="make deploy-slow runs it in an environment of its own")
@@ -74,5 +74,6 @@ def test_calibrated_checkpoints_keep_the_same_parts_whole_and_answer(rows, metho
     with safe_open(folder / "model.safetensors", "pt") as file:
         kept = {name for name in file.keys() if name.endswith("_scale")}  # noqa: SIM118
     assert len(kept) == 28 and all(name.startswith("llm.") for name in kept)
+    assert weights_bytes(folder) < weights_bytes(NANO)
     assert answers(folder) == answers(NANO)
     assert f"chosen by {algorithm} over 4 conversations (rows.jsonl)" in (folder / "README.md").read_text()
