@@ -4,15 +4,20 @@ All take the body of a chat completion and give one back, from many threads at o
 """
 
 import ctypes
+import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
 from minicpmv.errors import MiniCPMVError, require
@@ -21,6 +26,7 @@ from minicpmv.serving.choice import Engine, EngineError, choose_engine
 
 PR_SET_PDEATHSIG = 1
 START_SECONDS = 1800  # for vLLM to load and compile a model
+STOP_SECONDS = 60
 
 
 class RefusedError(MiniCPMVError):
@@ -83,11 +89,6 @@ class AnswererOptions:
         if self.endpoint is not None:
             return Remote(self, self.endpoint)
         return OwnServer(self) if choose_engine(self.engine, self.model) == "vllm" else Local(self)
-
-
-def _end_with_parent() -> None:
-    """What a child does first: it gets SIGTERM when its parent dies, killed or not, and so leaves no GPU taken. Linux alone."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Local:
@@ -164,7 +165,10 @@ class Remote:
 
 
 class OwnServer(Remote):
-    """`minicpmv serve --engine vllm`: vLLM's own server with the plugin, in a process that lives as long as this one."""
+    """`minicpmv serve --engine vllm`: vLLM's own server with the plugin, in a process that lives as long as this one.
+
+    It reads files of this machine, so that only who knows its key may ask.
+    """
 
     as_files = True
 
@@ -180,10 +184,11 @@ class OwnServer(Remote):
         words += ["--revision", options.revision] if options.revision else []
         words += ["--trust-remote-code"] if options.trust_remote_code else []
         command = [sys.executable, "-m", "minicpmv", *map(str, words), "--", "--allowed-local-media-path", "/"]
-        self._process = subprocess.Popen(command, stdout=sys.stderr, preexec_fn=_end_with_parent)
+        key = secrets.token_hex(32)
+        self._process = start_child(command, {**os.environ, "MINICPMV_API_KEY": key})
         try:
             self._await(f"http://127.0.0.1:{port}/health")
-            super().__init__(replace(options, model=name), f"http://127.0.0.1:{port}/v1")
+            super().__init__(replace(options, model=name, api_key=key), f"http://127.0.0.1:{port}/v1")
         except BaseException:
             self.close()
             raise
@@ -202,8 +207,36 @@ class OwnServer(Remote):
 
     def close(self) -> None:
         self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
+        with suppress(ProcessLookupError):  # the processes that it started, where they are left, and have their GPUs
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def start_child(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """A process that gets SIGTERM when this one ends, killed or not (Linux alone). What it says goes to stderr.
+
+    Ctrl-C does not reach it, as it has a session of its own: it is for this process to end it.
+    """
+    parent, started, libc = os.getpid(), Future[subprocess.Popen[bytes]](), ctypes.CDLL(None)
+
+    def end_with_parent() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it was killed before that
+            os._exit(1)
+
+    def keep() -> None:
         try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            process = subprocess.Popen(
+                command, env=environment, stdout=sys.stderr, start_new_session=True, preexec_fn=end_with_parent
+            )
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(process)
+        process.wait()
+
+    # The parent whose end counts is a thread: one that waits as long as the child lives.
+    Thread(target=keep, daemon=True).start()
+    return started.result()

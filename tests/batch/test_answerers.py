@@ -1,8 +1,14 @@
 """Each kind of answerer answers the rows of a batch, or says why it cannot."""
 
+import fcntl
 import json
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -109,10 +115,86 @@ def test_an_endpoint_answers_and_where_it_is_gone_the_run_ends(tmp_path, chat_ap
         answer(tmp_path / "in.jsonl", tmp_path / "other.jsonl", gone, Asked())
 
 
-def test_a_server_that_does_not_start_ends_the_run(monkeypatch, tmp_path):
-    program = tmp_path / "python"
-    program.write_text("#!/bin/sh\nexit 3\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(program))
+# ---- a server of its own ----
+
+# In place of vLLM's: answers who has the key, and has a process beside it, which keeps a lock.
+SERVER = """
+import fcntl, http.server, os, sys
+key, lock = os.environ["MINICPMV_API_KEY"], open({lock!r}, "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        knows = self.path == "/health" or self.headers["Authorization"] == "Bearer " + key
+        self.send_response(200 if knows else 401)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(b'{{"object": "list", "data": []}}')
+if os.fork():
+    http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+import time
+time.sleep(120)
+"""
+
+# A run whose server says when it begins, and holds stderr as long as it lives.
+RUN = """
+import os, sys, time
+from minicpmv.batch.answerers import start_child
+start_child(["sh", "-c", "echo begun >&2; exec sleep 120"], os.environ)
+{end}
+"""
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """A function that makes a text the program of `sys.executable`."""
+
+    def write(text):
+        program = tmp_path / "python"
+        program.write_text(text)
+        program.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(program))
+
+    return write
+
+
+def test_a_server_that_does_not_start_ends_the_run(stand_in):
+    stand_in("#!/bin/sh\nexit 3\n")
     with pytest.raises(EngineError, match="exit code 3"):
         AnswererOptions(str(NANO), "vllm").open()
+
+
+def test_a_server_outlives_the_thread_that_began_it_and_ends_with_all_that_it_began(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINICPMV_API_KEY", "of another server")
+    lock = tmp_path / "lock"
+    (tmp_path / "server.py").write_text(SERVER.format(lock=str(lock)))
+    stand_in(f'#!/bin/sh\nexec {sys.executable} -S -E {tmp_path}/server.py "$@"\n')
+    with ThreadPoolExecutor(1) as pool:
+        answerer = pool.submit(AnswererOptions(str(NANO), "vllm", api_key="of an endpoint").open).result()
+    answerer.client.check()
+    with lock.open("w") as file:
+
+        def is_free():
+            with suppress(BlockingIOError):
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
+
+        assert not is_free()
+        answerer.close()
+        deadline = time.monotonic() + 60
+        while not is_free():
+            assert time.monotonic() < deadline, "a process that the server began goes on"
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_server_ends_with_a_run_that_is_killed(number):
+    command = [sys.executable, "-c", RUN.format(end="time.sleep(120)")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr.readline() == "begun\n"
+        run.send_signal(number)
+        run.communicate(timeout=60)  # until nobody holds stderr any more
+
+
+def test_a_server_ends_with_a_run_that_fails():
+    command = [sys.executable, "-c", RUN.format(end="raise KeyError")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1 and "KeyError" in run.stderr
