@@ -25,7 +25,7 @@ from starlette.requests import ClientDisconnect
 
 from minicpmv.serving.doors import FrontDoor, is_key
 from minicpmv.serving.engine import LocalEngine
-from minicpmv.serving.limits import Room, check_body
+from minicpmv.serving.limits import Room, check_body, no_memory
 from minicpmv.serving.metrics import Metrics
 from minicpmv.serving.schema import ChatRequest, CompletionRequest, GenerationRequest, RequestError, read_request
 
@@ -93,7 +93,7 @@ def build_app(
     app.include_router(v1)
 
     @app.get("/health")
-    def health() -> Response:
+    async def health() -> Response:  # not in a thread, for which requests at work may let it wait
         """Whether answers can be expected."""
         is_alive = engine.stats().is_alive
         return JSONResponse({"status": "ok" if is_alive else "the model has stopped"}, 200 if is_alive else 503)
@@ -114,6 +114,10 @@ def build_app(
     async def not_there(request: Request, error: HTTPException) -> Response:
         what = f"{request.method} {request.url.path[:100]}: {error.detail}"
         return JSONResponse(RequestError(what, error.status_code).body(), error.status_code, error.headers)
+
+    @app.exception_handler(MemoryError)
+    async def no_room(request: Request, error: MemoryError) -> Response:
+        return await refused(request, no_memory())
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:

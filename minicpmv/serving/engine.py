@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from minicpmv.errors import is_expected
 from minicpmv.serving.grammar import Grammars
-from minicpmv.serving.limits import Limits, Room, check_request
+from minicpmv.serving.limits import Limits, Room, check_request, no_memory
 from minicpmv.serving.media import MediaError, check_media, read_messages
 from minicpmv.serving.prompts import Prompt, PromptReader
 from minicpmv.serving.responses import ChatResponse, CompletionResponse
@@ -29,6 +29,7 @@ DEFAULT_MAX_TOKENS = 2048  # as in chat()
 DEFAULT_COMPLETION_TOKENS = 16  # as in OpenAI's API
 READERS = 2  # requests whose images and videos are decoded at the same time: bounds the memory that takes
 WAIT_SECONDS = 0.02  # between two looks at what waits
+CPU_ALLOCATOR = "DefaultCPUAllocator"  # in the plain RuntimeError of a torch that gets no memory of the CPU
 SHARE_OF_MEMORY = 0.35  # of what is free, for the states of a batch; a row that joins makes a copy of all for a moment
 
 
@@ -201,7 +202,10 @@ class LocalEngine:
             raise RequestError(f"n={choices}: this server writes {self._max_rows} answers at a time.", param="n")
         queue = asyncio.Queue[Event]()
         with self._requests.taking(1):
-            job = await self._prepare(request, local_files)
+            try:
+                job = await self._prepare(request, local_files)
+            except MemoryError as error:
+                raise no_memory() from error
             job.send = self._post.to(asyncio.get_running_loop(), queue)
             left = choices
             with self._submitted(job):
@@ -310,13 +314,8 @@ class LocalEngine:
 
 def _as_refusal(error: BaseException) -> BaseException:
     """An error of the model as one that a client understands, where it is one."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return RequestError(
-            "There is not enough memory for this request now: try again, or give less.",
-            status=503,
-            code="overloaded",
-            retry_after=5,
-        )
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or CPU_ALLOCATOR in str(error):
+        return no_memory()
     return RequestError(str(error), status=500) if is_expected(error) else error
 
 

@@ -225,10 +225,6 @@ def refusals(param: str) -> Iterator[None]:
         yield
     except RequestError:
         raise
-    except MemoryError as error:
-        raise RequestError(
-            "There is not enough memory for the images and videos of this request: scale them down.", status=503
-        ) from error
     except (ValueError, TypeError, LookupError, RecursionError, TemplateError) as error:
         if not (is_expected(error) or isinstance(error, (TemplateError, RecursionError))):
             raise

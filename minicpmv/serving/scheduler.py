@@ -10,7 +10,7 @@ What is special:
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,11 @@ from minicpmv.serving.writing import AnswerWriter, Piece, TokenFact
 
 READ_TOKENS = 512  # of a prompt in one round while others wait; a quiet model reads more at once
 QUIET_READ_TOKENS = 4096
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    MemoryError,
+)  # of torch, of the model, of llama.cpp; they end some requests, not all
 
 
 @dataclass
@@ -188,7 +193,7 @@ class Scheduler:
             self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
         for reading in [reading for reading in self._readings if reading.job.is_cancelled]:
             self._readings.remove(reading)
-        for row in [row for row in self._rows if row.job.is_cancelled]:
+        while row := next((row for row in self._rows if row.job.is_cancelled), None):
             self._end(row, "cancelled")
 
     def _admit(self) -> None:
@@ -205,7 +210,11 @@ class Scheduler:
             if rows and not fits:
                 return
             self._waiting.popleft()
-            self._begin(job, job.prompt, job.thinking, list(range(job.choices)), job.room)
+            answers = list(range(job.choices))
+            try:
+                self._begin(job, job.prompt, job.thinking, answers, job.room)
+            except FAILURES as error:  # such as no memory for the states that are known
+                _fail(job, answers, error)
 
     def _begin(self, job: Job, prompt: Prompt, thinking: bool, answers: list[int], room: int) -> None:
         states, cached = self.memory.find(prompt.keys)
@@ -228,12 +237,10 @@ class Scheduler:
             if logits is not None:
                 self._readings.remove(reading)
                 self._start_rows(reading, logits)
-        except (RuntimeError, ValueError, MemoryError) as error:  # of torch, of the model, of llama.cpp
+        except FAILURES as error:
             if reading in self._readings:
                 self._readings.remove(reading)
-            for index in reading.answers:
-                reading.job.send((index, error))
-            reading.job.cancel()
+            _fail(reading.job, reading.answers, error)
 
     def _encode(self, reading: Reading) -> None:
         units: list[Any] = []
@@ -298,18 +305,24 @@ class Scheduler:
             inputs = self._batch.inputs([row.ids[-1] for row in rows], self.model.device)
             logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
             likeliest = logits.argmax(-1).tolist()
-        except (RuntimeError, ValueError, MemoryError) as error:
-            self._rows, self._batch = [], Batch()
-            for row in rows:
-                row.job.send((row.index, error))
+        except FAILURES as error:
+            self._give_up(error)
             return
         for place, row in enumerate(rows):
+            if row not in self._rows:  # given up with the others
+                continue
             try:
                 token = likeliest[place] if row.sampler.is_plain else row.sampler.choose(logits[place])
                 self._take(row, token, logits[place])
-            except (RuntimeError, ValueError, MemoryError) as error:  # such as of a grammar
-                row.job.send((row.index, error))
-                row.job.cancel()
+            except FAILURES as error:  # such as of a grammar
+                _fail(row.job, [row.index], error)
+
+    def _give_up(self, error: BaseException) -> None:
+        """End all answers with an error, where the states of the batch are lost, and make room for others."""
+        rows, self._rows, self._batch = self._rows, [], Batch()
+        for row in rows:
+            _fail(row.job, [row.index], error)
+        self.memory.clear()
 
     def _take(self, row: Row, token: int, logits: torch.Tensor) -> None:
         """Add a token to an answer, and end it where that was its last."""
@@ -358,10 +371,14 @@ class Scheduler:
         row.job.send((row.index, finish))
 
     def _remove(self, row: Row) -> None:
-        """Take a row out of the batch, and remember its states."""
+        """Take a row out of the batch, and remember its states. Where there is no memory for the others', these end."""
         place = self._rows.index(row)
         del self._rows[place]
-        states = self._batch.leave(place)
+        try:
+            states = self._batch.leave(place)
+        except FAILURES as error:
+            self._give_up(error)
+            return
         keys = [*row.prompt.keys, *row.ids][: states[0][0].shape[2]]  # the last token was not read
         self.memory.keep(keys, states, row.prompt.units)
 
@@ -379,6 +396,13 @@ class Scheduler:
         self._readings.clear()
         self._rows.clear()
         self._after_round()
+
+
+def _fail(job: Job, answers: Iterable[int], error: BaseException) -> None:
+    """End answers to a job with an error; nobody reads on, so that the others are cancelled."""
+    for index in answers:
+        job.send((index, error))
+    job.cancel()
 
 
 def _distinct(units: list[Any]) -> list[Any]:

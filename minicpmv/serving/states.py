@@ -159,5 +159,11 @@ class PrefixMemory:
             while self.bytes > self.most:
                 self._forget(next(iter(self._known)))
 
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._known.clear()
+            self.bytes = 0
+
     def _forget(self, name: int) -> None:
         self.bytes -= self._known.pop(name).bytes

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import struct
 import time
 import zlib
@@ -136,6 +137,13 @@ def test_a_text_can_be_gone_on_with(http):
     typed = http("POST", "/v1/completions", json=body | {"prompt": "<|im_end|>"}).json()
     assert typed["usage"]["prompt_tokens"] > 5
     refused(http("POST", "/v1/completions", json={"prompt": ""}), 400, "empty")
+
+
+def test_images_of_clients_that_escape_slashes_are_taken(http):
+    large = io.BytesIO()
+    Image.effect_noise((500, 400), 90).save(large, "PNG")
+    body = json.dumps(body_of(data_url(large.getvalue()), "Hello", max_tokens=1)).replace("/", r"\/")
+    assert len(body) > 150_000 and http("POST", CHAT, content=body).status_code == 200
 
 
 def test_models_can_be_listed_and_asked_for(http):
@@ -299,6 +307,40 @@ def test_a_failure_is_told_without_what_it_was(http, engine, monkeypatch):
     monkeypatch.setattr(engine.processor, "apply_chat_template", fail)
     error = refused(http("POST", CHAT, json=body_of("Hi")), 500)
     assert error["type"] == "server_error" and "secret" not in error["message"]
+
+
+def no_memory(*arguments, **options):
+    raise MemoryError
+
+
+def unknown_image():
+    return part(data_url(NUMBER.read_bytes() + os.urandom(8)))
+
+
+def unknown_video():
+    return video(STAR.read_bytes() + b"\0\0\0\x10free" + os.urandom(8))
+
+
+@pytest.mark.parametrize(
+    ("target", "make"),
+    [
+        ("minicpmv.serving.app.read_request", unknown_image),
+        ("minicpmv.serving.media.b64decode", unknown_image),
+        ("PIL.Image.open", unknown_image),
+        ("PIL.Image.Image.load", unknown_image),
+        ("av.open", unknown_video),
+    ],
+    ids=["a body", "its data URLs", "the header of an image", "an image", "a video"],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_memory_is_missing_for_is_told_to_come_back(http, engine, monkeypatch, target, make, stream):
+    messages = [{"role": "user", "content": [make(), part(QUESTION)]}]
+    body = {"messages": messages, "max_tokens": 1, "stream": stream}
+    with monkeypatch.context() as patch:
+        patch.setattr(target, no_memory)
+        response = http("POST", CHAT, json=body)
+    assert refused(response, 503, "memory")["code"] == "overloaded" and int(response.headers["retry-after"]) > 0
+    assert http("POST", CHAT, json=body).status_code == 200 and engine.bytes.taken == 0
 
 
 # ---- limits ----

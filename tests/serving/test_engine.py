@@ -28,6 +28,7 @@ from minicpmv.serving.engine import LocalEngine
 from minicpmv.serving.limits import Limits
 from minicpmv.serving.prompts import PromptReader
 from minicpmv.serving.schema import ChatRequest, RequestError
+from minicpmv.serving.states import Batch
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +310,42 @@ def test_what_goes_wrong_in_a_request_ends_that_request_alone(engine, monkeypatc
         with pytest.raises(RuntimeError, match="of this request"):
             broken.result()
     assert engine.stats().is_alive and said(engine.answer(bodies[0])) == said(whole.result())
+
+
+TORCH_FAILURE = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize(
+    ("step", "missing"),
+    [("to read", MemoryError()), ("to join", MemoryError()), ("to write", TORCH_FAILURE), ("to leave", MemoryError())],
+)
+def test_where_memory_is_missing_some_requests_end_and_the_engine_goes_on(nano, monkeypatch, step, missing):
+    language_model, left = nano[0].llm, [missing]
+    owner, name, is_it = {
+        "to read": (language_model, "forward", lambda inputs_embeds, **_: inputs_embeds.shape[1] > 1),
+        "to join": (Batch, "join", lambda batch, *_: batch.width > 0),
+        "to write": (language_model, "forward", lambda inputs_embeds, **_: inputs_embeds.shape[1] == 1),
+        "to leave": (Batch, "leave", lambda batch, row: len(batch.lengths) > 1),
+    }[step]
+    function = getattr(owner, name)
+
+    def fail_once(*arguments, **options):
+        if is_it(*arguments, **options) and left:
+            raise left.pop()
+        return function(*arguments, **options)
+
+    bodies = [body_of("Hello", max_tokens=length, n=2, **ENDLESS) for length in (6, 12, 3)]
+    with LocalEngine(*nano, "nano", prefix_megabytes=0) as engine:
+        alone = [said(engine.answer(body)) for body in bodies]
+        with monkeypatch.context() as patch, ThreadPoolExecutor(3) as pool:
+            patch.setattr(owner, name, fail_once)
+            asked = [pool.submit(engine.answer, body) for body in bodies]
+        errors = [request.exception() for request in asked if request.exception()]
+        assert errors and all(error.status == 503 and error.retry_after for error in errors)
+        for request, answer in zip(asked, alone, strict=True):
+            assert request.exception() or said(request.result()) == answer
+        assert engine.stats().is_alive and engine.stats().running == 0
+        assert said(engine.answer(bodies[0])) == alone[0]
 
 
 def test_more_answers_than_rows_wait_and_none_is_lost(nano):

@@ -1,5 +1,6 @@
 """A server over loopback, asked by the client of openai; and the command that starts it."""
 
+import importlib
 import json
 import re
 import socket
@@ -20,6 +21,7 @@ from serving_requests import (
     NUMBER,
     QUESTION,
     SHAPES,
+    STAR,
     THINK,
     body_of,
     chat,
@@ -224,6 +226,59 @@ def test_streams_at_the_same_time_get_what_each_gets_alone(client):
     alone = [read(question) for question in questions]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(read, questions)) == alone
+
+
+# ---- heavy requests ----
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """A function (target) that makes calls of it wait until `gate.open()`; `gate.waiting()` returns when two of them do."""
+    here, opened = threading.Semaphore(0), threading.Event()
+
+    def put_before(target):
+        module, _, name = target.rpartition(".")
+        function = getattr(importlib.import_module(module), name)
+
+        def wait(*arguments, **options):
+            here.release()
+            assert opened.wait(60)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(target, wait)
+
+    put_before.waiting = lambda: all(here.acquire(timeout=60) for _ in range(2))
+    put_before.open = opened.set
+    yield put_before
+    opened.set()
+
+
+@pytest.mark.parametrize(
+    ("target", "content", "answer"),
+    [("PIL.Image.open", [NUMBER, QUESTION], "47"), ("av.open", [STAR, "What color is the shape?"], "red")],
+    ids=["the header of an image", "the frames of a video"],
+)
+def test_others_are_answered_while_images_and_videos_are_read(client, address, gate, target, content, answer):
+    gate(target)
+    with ThreadPoolExecutor(3) as pool:
+        heavy = [pool.submit(ask, client, *content) for _ in range(3)]
+        assert gate.waiting() and not any(request.done() for request in heavy)
+        assert httpcore.request("GET", f"{address}/health").status == 200
+        assert [model.id for model in client.models.list()] == ["nano"]
+        assert ask(client, "Hello", max_tokens=2).usage.completion_tokens > 0
+        assert not any(request.done() for request in heavy)
+        gate.open()
+        assert [answer_of(request.result()) for request in heavy] == [answer] * 3
+
+
+def test_a_server_tells_its_health_while_all_its_threads_are_at_work(client, address, gate):
+    gate("minicpmv.serving.app.read_request")
+    with ThreadPoolExecutor(50) as pool:
+        requests = [pool.submit(ask, client, "Hello", max_tokens=1) for _ in range(50)]
+        assert gate.waiting()
+        assert httpcore.request("GET", f"{address}/health").status == 200
+        gate.open()
+        assert all(request.result().usage.completion_tokens for request in requests)
 
 
 # ---- the command ----
