@@ -321,7 +321,7 @@ def address():
     words += ["--enforce-eager", "--dtype", "float32", "--limit-mm-per-prompt", '{"image": 8, "video": 2}']
     environment = os.environ | {"MINICPMV_API_KEY": "secret"}
     with subprocess.Popen([sys.executable, "-m", "minicpmv", *words], cwd=REPOSITORY, env=environment) as server:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while True:
             try:
                 httpx.get(f"http://127.0.0.1:{port}/health")
