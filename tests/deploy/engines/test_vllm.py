@@ -321,16 +321,18 @@ def address():
     words += ["--enforce-eager", "--dtype", "float32", "--limit-mm-per-prompt", '{"image": 8, "video": 2}']
     environment = os.environ | {"MINICPMV_API_KEY": "secret"}
     with subprocess.Popen([sys.executable, "-m", "minicpmv", *words], cwd=REPOSITORY, env=environment) as server:
-        deadline = time.monotonic() + 900
-        while True:
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/health")
-                break
-            except httpx.ConnectError:
-                assert server.poll() is None and time.monotonic() < deadline
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-        server.terminate()
+        try:
+            deadline = time.monotonic() + 900
+            while True:
+                try:
+                    httpx.get(f"http://127.0.0.1:{port}/health")
+                    break
+                except httpx.ConnectError:
+                    assert server.poll() is None and time.monotonic() < deadline
+                    time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.terminate()
 
 
 @pytest.fixture(scope="module")
