@@ -292,7 +292,7 @@ def traced_nano(made_once):
     from minicpmv.deploy import onnx
     from minicpmv.deploy.source import Checkpoint
 
-    def make(folder):  # a file holds no weight without values, but inputs, whose names have no dots
+    def make(folder):  # a file holds no weight without values, but inputs
         folder.mkdir()
         for name in onnx.NAMES:
             model = onnx.trace(Checkpoint(NANO), name)
@@ -303,7 +303,7 @@ def traced_nano(made_once):
 
     def load(file):
         model = ir.load(file)
-        for weight in [value for value in model.graph.inputs if "." in value.name]:
+        for weight in [value for value in model.graph.inputs if value.name.startswith(("llm.", "vpm.", "resampler."))]:
             model.graph.inputs.remove(weight)
             model.graph.initializers[weight.name] = weight
         return model

@@ -106,9 +106,14 @@ def fill(
     for node in list(graph):
         if node.op_type in ("Transpose", "Split") and (weight := weights.get(node.inputs[0])) is not None:
             weights |= zip(node.outputs, _made_of(weight, node), strict=True)
+    moving = set(graph.inputs)
+    for node in graph:
+        if not moving.isdisjoint(node.inputs):
+            moving.update(node.outputs)
     for node in list(graph):
         if node.op_type == "MatMul" and (matrix := weights.get(node.inputs[1])) is not None:
-            if (bits := bits_of(matrix.name)) is not None:
+            # The resampler's queries are always the same. OpenVINO computes their product while it loads, with whole weights only.
+            if (bits := bits_of(matrix.name)) is not None and node.inputs[0] in moving:
                 _quantize(node, matrix, bits)
         elif node.op_type == "Gather" and table_type == "float16" and node.inputs[0] in weights:
             _halve(node, weights[node.inputs[0]])

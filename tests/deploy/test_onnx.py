@@ -149,6 +149,17 @@ def test_4_bits_are_for_the_layers_of_the_language_model_alone(onnx_nano, nano_m
     ) == {8}
 
 
+def test_what_follows_from_weights_alone_is_not_quantized(onnx_nano):
+    """OpenVINO computes it while it loads, and knows whole weights only there."""
+    graph = onnx.load(onnx_nano("int8") / "vision_encoder.onnx").graph
+    moving = {value.name for value in graph.input}
+    for node in graph.node:
+        if not moving.isdisjoint(node.input):
+            moving.update(node.output)
+    quantized = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert quantized and all(node.input[0] in moving for node in quantized)
+
+
 def test_large_weights_stand_in_a_file_of_their_own(onnx_nano, traced_nano, tmp_path, monkeypatch):
     monkeypatch.setattr("minicpmv.deploy.onnx_weights.LARGEST_FILE", 2_000_000)
     graphs = {name: graph.clone() for name, graph in traced_nano.items()}
