@@ -65,8 +65,8 @@ def load(
     """`(model, processor)` of a model folder, an export or a Hub repository, ready to answer.
 
     Args:
-        name: a folder; a GGUF file, whose language model then runs in llama.cpp; a folder of graphs, which run in ONNX
-            Runtime or OpenVINO; or the name of a Hub repository, whose code needs `trust_remote_code`.
+        name: a folder; a GGUF file, whose language model then runs in llama.cpp; the folder of an export, which runs in ONNX
+            Runtime, OpenVINO or MLX; or the name of a Hub repository, whose code needs `trust_remote_code`.
         revision: commit, tag or branch of a Hub repository.
         dtype: `torch.dtype` or its name; "auto" is the checkpoint's.
         device_map: as in transformers; "auto" is the accelerator if there is one, else the CPU.
@@ -116,14 +116,14 @@ def attend_without_plans() -> None:
 
 def exported(name: str | Path) -> Path | None:
     """What a name means that other software than PyTorch runs: a GGUF file, which is the name itself or the only language
-    model in a folder without other weights; or a folder of graphs; else None.
+    model in a folder without other weights; or the folder of another export; else None.
 
     Raises:
         CheckpointError: the name is that of a GGUF file which is not there.
         GGUFError: it is the file of a tower, or the folder holds several language models.
     """
     from minicpmv.runtimes.gguf import SUFFIX, find_language_model
-    from minicpmv.runtimes.graphs import NAMES, engine_of
+    from minicpmv.runtimes.load import EXPORTED_WEIGHTS, is_export
 
     place = Path(name).expanduser()
     if place.suffix == SUFFIX and not place.exists():
@@ -131,9 +131,9 @@ def exported(name: str | Path) -> Path | None:
     if place.is_file():
         return find_language_model(place) if place.suffix == SUFFIX else None
     weights = (file.stem for pattern in WEIGHTS for file in place.glob(pattern))
-    if not place.is_dir() or any(name not in NAMES for name in weights):  # OpenVINO calls those of graphs *.bin
+    if not place.is_dir() or any(name not in EXPORTED_WEIGHTS for name in weights):
         return None
-    return place if engine_of(place) else find_language_model(place)
+    return place if is_export(place) else find_language_model(place)
 
 
 def gguf_file(name: str | Path) -> Path | None:
@@ -162,7 +162,7 @@ def check_name(name: str | Path, revision: str | None = None, trust_remote_code:
 
     Raises:
         CheckpointError: as `source_of`; or the folder holds no config.json or no weights.
-        GGUFError, GraphError: an export lacks a file that belongs to it.
+        GGUFError, GraphError, MLXError: an export lacks a file that belongs to it.
         MissingPackageError: the software that runs it is not installed.
     """
     if (place := exported(name)) is not None:

@@ -51,6 +51,14 @@ class OpenVINOType(str, Enum):
     int4 = "int4"
 
 
+class MLXType(str, Enum):
+    """How the matrices of a model for MLX are stored."""
+
+    bf16 = "bf16"
+    eight = "8bit"
+    four = "4bit"
+
+
 Checkpoint = Annotated[str, typer.Option("--model", "-m", metavar="FOLDER", help="Folder of the checkpoint.")]
 Output = Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files and their card.")]
 Samples = Annotated[
@@ -100,7 +108,7 @@ def gguf(
         terminal.write(f"figures: {output / 'README.md'}")
 
 
-NewFolder = Annotated[Path, typer.Option(metavar="DIR", help="New folder for the graphs and their card.")]
+NewFolder = Annotated[Path, typer.Option(metavar="DIR", help="New folder for the files and their card.")]
 
 
 @export_app.command()
@@ -119,7 +127,7 @@ def onnx(
       minicpmv export onnx --model nano --output nano-onnx --type int8
       minicpmv ask cat.jpg "What is this?" -m nano-onnx
     """
-    _export_graphs("onnx", model, output, type.value, samples, no_check)
+    _export_folder("onnx", model, output, type.value, samples, no_check)
 
 
 @export_app.command()
@@ -140,13 +148,34 @@ def openvino(
       minicpmv export openvino --model nano --output nano-openvino --type f16
       minicpmv ask cat.jpg "What is this?" -m nano-openvino
     """
-    _export_graphs("openvino", model, output, type.value, samples, no_check)
+    _export_folder("openvino", model, output, type.value, samples, no_check)
 
 
-def _export_graphs(module: str, model: str, output: Path, kind: str, samples: int, no_check: bool) -> None:
-    """Export graphs, and say where their figures are."""
+@export_app.command()
+def mlx(
+    model: Checkpoint,
+    output: NewFolder,
+    type: Annotated[MLXType, typer.Option(case_sensitive=False, help="Type of the matrices.")] = MLXType.four,
+    samples: Samples = 5,
+    no_check: NoCheck = False,
+) -> None:
+    """Write a model for MLX, which runs it on Macs: minicpmv ask, chat and evaluate run it there.
+
+    Examples:
+
+    \b
+      minicpmv export mlx --model nano --output nano-mlx --type 4bit
+      minicpmv ask cat.jpg "What is this?" -m nano-mlx
+    """
+    _export_folder("mlx", model, output, type.value, samples, no_check)
+
+
+def _export_folder(
+    module: str, model: str, output: Path, kind: str, samples: int, no_check: bool, **settings: Any
+) -> None:
+    """Export a folder, and say where its figures are."""
     with one_line_errors(OSError):
-        folder = terminal.write_model(module, "export", model, output, kind, samples, no_check)
+        folder = terminal.write_model(module, "export", model, output, kind, samples, no_check, **settings)
         terminal.write(str(folder))
         terminal.write(f"figures: {folder / 'README.md'}")
 

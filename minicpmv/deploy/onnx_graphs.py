@@ -7,8 +7,6 @@ What is special:
 - The language model's graph tells the places whose logits are wanted, and so reads a long prompt without a table of all.
 """
 
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,12 +15,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache
 
+from minicpmv.deploy.position_table import buckets_of
 from minicpmv.runtimes.graphs import longest_side
-
-
-def _own_function(module: nn.Module, name: str) -> Callable[..., Any]:
-    """A function of the file that a module's class comes from: the model's own code is no package to import."""
-    return getattr(sys.modules[type(module).__module__], name)
 
 
 class Graph(nn.Module):
@@ -48,12 +42,10 @@ class VisionGraph(Graph):
         self.vpm, self.resampler = model.vpm, model.resampler
         config = model.config
         self.patch, self.heads = config.patch_size, model.resampler.attn.num_heads
-        side = self.table_side = config.vision_config.image_size // config.patch_size
-        buckets_of, longest = _own_function(model.vpm, "position_buckets"), longest_side(config)
-        buckets = np.zeros((longest + 1, longest), np.uint8)
-        for count in range(1, longest + 1):
-            buckets[count, :count] = buckets_of(count, side)
-        self.register_buffer("buckets", torch.from_numpy(buckets), persistent=False)
+        self.table_side = config.vision_config.image_size // config.patch_size
+        self.register_buffer(
+            "buckets", torch.from_numpy(buckets_of(model.vpm, longest_side(config))), persistent=False
+        )
         for name, dim in (("axis", model.resampler.embed_dim // 2), ("time", model.resampler.embed_dim)):
             frequencies = (10000.0 ** -(np.arange(dim // 2) / (dim / 2))).astype(np.float32)
             self.register_buffer(f"{name}_frequencies", torch.from_numpy(frequencies), persistent=False)

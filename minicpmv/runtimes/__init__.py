@@ -1,1 +1,1 @@
-"""What runs a model, or a part of it, in place of PyTorch: llama.cpp under GGUF files, ONNX Runtime and OpenVINO under graphs."""
+"""What runs a model, or a part of it, in place of PyTorch: llama.cpp under GGUF files, ONNX Runtime and OpenVINO under graphs, MLX."""

@@ -1,18 +1,17 @@
-"""A language model in llama.cpp, as a module of PyTorch: it stands where the model's own `llm` stands.
+"""A language model in other software that keeps its states itself, as a module of PyTorch: it stands where the model's own
+`llm` stands.
 
 So everything above it stays as it is: prompts, packed videos, slices, sampling, thoughts, streams, sessions.
 
 What is special:
-- What has been read is kept in the caller's own cache, as embeddings; llama.cpp's states are a memory beside it, which is
+- What has been read is kept in the caller's own cache, as embeddings; the software's states are a memory beside it, which is
   used as far as it begins alike, and made anew where it does not. So a cache may be cropped, forked, reordered or
-  forgotten by those who know nothing of llama.cpp.
-- Embeddings of tokens are read from the file, a row at a time: the table takes no memory.
+  forgotten by those who know nothing of the software.
 """
 
 import threading
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,27 +19,43 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from minicpmv.runtimes.gguf_file import GGUFError, GGUFFile, StoredTensor
-from minicpmv.runtimes.llamacpp import PACKAGES, LlamaCpp, LlamaCppError, Part
+from minicpmv.errors import MiniCPMVError
 
 
 CELLS = 256  # room for tokens comes in multiples
-MOST_SEQUENCES = 256  # of llama.cpp
 CACHE_NAMES = ("past_key_values", "cache")  # before and since transformers 5.24
 CACHE_FIELD = next(name for name in reversed(CACHE_NAMES) if name in CausalLMOutputWithPast.__dataclass_fields__)
 
 
-class FileEmbedding(nn.Module):
-    """The embeddings of tokens, from their table in a file."""
+class Part(NamedTuple):
+    """What is to be read behind the states of one sequence."""
 
-    def __init__(self, table: StoredTensor):
-        super().__init__()
-        self._table = table  # [V, D], on the disk
+    sequence: int
+    start: int  # its first position; states from there on are forgotten
+    rows: np.ndarray  # float32 [n, D]
+    wanted: np.ndarray  # bool [n]: whose logits
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids [...] -> float32 [..., D]."""
-        distinct, places = torch.unique(ids.cpu(), return_inverse=True)
-        return torch.from_numpy(self._table.rows(distinct.numpy()))[places].to(ids.device)
+
+class Reader(Protocol):
+    """Software with the states of several sequences."""
+
+    name: str  # of what it reads
+    software: str
+    most_sequences: int
+    most_cells: int  # tokens of a sequence, for which it can have room
+    room_remedy: str  # what to do where that is too little
+    sequences: int  # that there is room for
+    cells: int  # tokens in each
+
+    @property
+    def error(self) -> type[MiniCPMVError]:
+        """The software's own."""
+
+    def reserve(self, sequences: int, cells: int) -> None:
+        """Make room anew; all states are forgotten."""
+
+    def read(self, parts: Sequence[Part]) -> list[np.ndarray]:
+        """Read the parts; returns the logits [wanted, V] of each."""
 
 
 class Known(NamedTuple):
@@ -59,34 +74,20 @@ class History(NamedTuple):
     wanted: np.ndarray  # bool [n]: whose logits
 
 
-class LlamaCppForCausalLM(nn.Module):
-    """The language model of a GGUF file; called as `Qwen3ForCausalLM` is, it returns logits and the cache.
+class RememberingForCausalLM(nn.Module):
+    """A language model; called as `Qwen3ForCausalLM` is, it returns logits and the cache.
 
     Args:
-        file: the language model.
+        reader: what computes.
+        embed_tokens: ids [...] -> float32 [..., D].
         config: that of the whole model.
-        threads: those of the CPU; as many as torch takes for None.
-
-    Raises:
-        GGUFError: the file is damaged, or that of another model.
-        LlamaCppError: llama.cpp cannot load it.
+        versions: of the software, by name.
     """
 
-    def __init__(self, file: Path, config: Any, threads: int | None = None):
+    def __init__(self, reader: Reader, embed_tokens: nn.Module, config: Any, versions: dict[str, str]):
         super().__init__()
-        self.file, self.config = file, config
-        self.versions = {name: version(name) for name in PACKAGES}
-        self._tensors = GGUFFile(file).tensors
-        if (table := self._tensors.get("token_embd.weight")) is None:
-            raise GGUFError(f"{file} has no token_embd.weight: it is no language model")
-        self._model = LlamaCpp(file, threads or torch.get_num_threads())
-        found, wanted = (self._model.vocab_size, self._model.hidden_size), (config.vocab_size, config.hidden_size)
-        if found != wanted:
-            raise GGUFError(
-                f"{file} has {found[0]} tokens of width {found[1]}, but the config.json beside it says {wanted[0]} and "
-                f"{wanted[1]}: put it beside the files of its own checkpoint"
-            )
-        self.embed_tokens = FileEmbedding(table)
+        self.config, self.embed_tokens, self.versions = config, embed_tokens, versions
+        self._reader = reader
         # Odd numbers by which a row becomes one: rows that differ in a bit differ in it, but for a chance of 2 ** -64.
         odd = np.random.default_rng(0).integers(-(2**62), 2**62, config.hidden_size) * 2 + 1
         self._odd = torch.from_numpy(odd)
@@ -102,30 +103,6 @@ class LlamaCppForCausalLM(nn.Module):
 
     def get_decoder(self) -> nn.Module:
         raise self._refusal("the hidden states")
-
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text by llama.cpp's own tokenizer, control tokens among them."""
-        return self._model.tokenize(text)
-
-    def save_states(self, ids: list[int], inputs_embeds: Tensor, file: Path) -> None:
-        """Read a prompt and write its states into a file, which a llama-server of the same llama.cpp restores.
-
-        Args:
-            ids: the tokens of the prompt [L].
-            inputs_embeds: what stands in their places [1, L, D], image features among them.
-        """
-        rows = inputs_embeds.detach().float().cpu()
-        places = torch.arange(rows.shape[1])
-        history = History(rows[0], places, self._numbers(rows)[0].numpy(), (places == len(places) - 1).numpy())
-        with self._lock:
-            self._read([history])
-            sequence = max(range(len(self._known)), key=lambda place: self._known[place].used)
-            self._model.save(sequence, ids, file)
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        # The file's own bytes, which tell one model from another.
-        for name, tensor in self._tensors.items():
-            destination[f"{prefix}{name}"] = torch.from_numpy(tensor.data)
 
     def forward(
         self,
@@ -146,7 +123,7 @@ class LlamaCppForCausalLM(nn.Module):
         `position_ids` are not read: positions count the tokens that `attention_mask` [B, cached + L] leaves.
 
         Raises:
-            LlamaCppError: what llama.cpp cannot give is asked for, or it fails.
+            MiniCPMVError: what the software cannot give is asked for, or it fails; of the software's own type.
         """
         asked = {"a loss": labels is not None, "attentions": output_attentions, "hidden states": output_hidden_states}
         for what, is_asked in asked.items():
@@ -166,8 +143,8 @@ class LlamaCppForCausalLM(nn.Module):
         is_real = torch.ones(rows.shape[:2], dtype=torch.bool)
         if attention_mask is not None:
             if attention_mask.dim() != 2 or attention_mask.shape[1] < rows.shape[1]:
-                raise LlamaCppError(
-                    f"llama.cpp takes a mask of {tuple(rows.shape[:2])}, not {tuple(attention_mask.shape)}"
+                raise self._reader.error(
+                    f"{self._reader.software} takes a mask of {tuple(rows.shape[:2])}, not {tuple(attention_mask.shape)}"
                 )
             is_real = attention_mask[:, : rows.shape[1]].bool().cpu()
         kept = torch.arange(rows.shape[1] - new, rows.shape[1])
@@ -187,10 +164,10 @@ class LlamaCppForCausalLM(nn.Module):
             logits = logits[:, torch.searchsorted(wanted.nonzero()[:, 0], kept)]
         return CausalLMOutputWithPast(logits=logits.to(inputs_embeds.device), **{CACHE_FIELD: cache})
 
-    def _refusal(self, what: str) -> LlamaCppError:
-        return LlamaCppError(
-            f"{self.file.name} runs in llama.cpp, which gives logits alone, from states of its own: for {what} load the "
-            "checkpoint itself"
+    def _refusal(self, what: str) -> MiniCPMVError:
+        return self._reader.error(
+            f"{self._reader.name} runs in {self._reader.software}, which gives logits alone, from states of its own: for {what} "
+            "load the checkpoint itself"
         )
 
     def _numbers(self, rows: Tensor) -> Tensor:
@@ -216,25 +193,26 @@ class LlamaCppForCausalLM(nn.Module):
         # Whatever fails on the way, states that are half made count for nothing.
         for part in parts:
             self._known[part.sequence] = Known(np.empty(0, np.int64), self._calls)
-        logits = self._model.read(parts)
+        logits = self._reader.read(parts)
         for part, history in zip(parts, histories, strict=True):
             self._known[part.sequence] = Known(history.numbers, self._calls)
         return logits
 
     def _make_room(self, sequences: int, tokens: int) -> None:
-        limit = self.config.max_position_embeddings
-        if tokens > limit or sequences > MOST_SEQUENCES:
-            raise LlamaCppError(
-                f"{sequences} conversations of {tokens} tokens are asked for; there is room for {MOST_SEQUENCES} of {limit}"
+        reader = self._reader
+        limit = min(self.config.max_position_embeddings, reader.most_cells)
+        if tokens > limit or sequences > reader.most_sequences:
+            raise reader.error(
+                f"{sequences} conversations of {tokens} tokens are asked for; there is room for {reader.most_sequences} of "
+                f"{limit}: {reader.room_remedy}"
             )
-        model = self._model
-        if sequences > model.sequences or tokens > model.cells:
-            cells = max(model.cells, -(-(tokens + CELLS) // CELLS) * CELLS)
-            if model.cells and tokens > model.cells:
-                cells = max(cells, 2 * model.cells)  # rather seldom, since all is read again then
-            sequences = max(sequences, model.sequences)
+        if sequences > reader.sequences or tokens > reader.cells:
+            cells = max(reader.cells, -(-(tokens + CELLS) // CELLS) * CELLS)
+            if reader.cells and tokens > reader.cells:
+                cells = max(cells, 2 * reader.cells)  # rather seldom, since all is read again then
+            sequences = max(sequences, reader.sequences)
             self._known = []
-            model.reserve(sequences, min(cells, -(-limit // CELLS) * CELLS))
+            reader.reserve(sequences, min(cells, -(-limit // CELLS) * CELLS))
             self._known = [Known(np.empty(0, np.int64), 0)] * sequences
 
 

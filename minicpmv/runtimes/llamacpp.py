@@ -8,18 +8,22 @@ What is special:
 
 import ctypes
 import importlib.util
+import sys
 import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from minicpmv.errors import MiniCPMVError, require
 
+
+if TYPE_CHECKING:
+    from minicpmv.runtimes.language_model import Part
 
 EXTRA = "gguf"
 PACKAGES = ("gguf", "xllamacpp")
@@ -209,15 +213,6 @@ def check_layout(found: dict[str, Any]) -> None:
             )
 
 
-class Part(NamedTuple):
-    """What is to be read behind the states of one sequence."""
-
-    sequence: int
-    start: int  # its first position; states from there on are forgotten
-    rows: np.ndarray  # float32 [n, D]
-    wanted: np.ndarray  # bool [n]: whose logits
-
-
 class LlamaCpp:
     """A language model with the states of several sequences.
 
@@ -228,8 +223,12 @@ class LlamaCpp:
         LlamaCppError: the file cannot be loaded.
     """
 
+    software, error = "llama.cpp", LlamaCppError
+    most_sequences, most_cells = 256, sys.maxsize
+    room_remedy = "ask about less at once, or in smaller batches"
+
     def __init__(self, file: Path, threads: int):
-        self.lib, self.threads = library(), threads
+        self.name, self.lib, self.threads = file.name, library(), threads
         self.sequences = self.cells = 0
         _last_error.clear()
         self._model = self.lib.llama_model_load_from_file(str(file).encode(), self.lib.llama_model_default_params())
@@ -266,7 +265,7 @@ class LlamaCpp:
         # Before the model, whose finalizer was made earlier: they run in reverse order when Python ends.
         self._free_context = weakref.finalize(self, self.lib.llama_free, context)
 
-    def read(self, parts: Sequence[Part]) -> list[np.ndarray]:
+    def read(self, parts: "Sequence[Part]") -> list[np.ndarray]:
         """Read the parts; returns the logits [wanted, V] of each.
 
         Raises:

@@ -1,48 +1,67 @@
 """A model that runs elsewhere, as one of PyTorch: a GGUF file with the tower from the file beside it, in PyTorch, and
-llama.cpp behind it; or a folder of graphs, in ONNX Runtime or OpenVINO."""
+llama.cpp behind it; or a folder of graphs, in ONNX Runtime or OpenVINO, or of MLX's weights, in MLX."""
 
 from pathlib import Path
 from typing import Any
 
 from minicpmv.errors import require
-from minicpmv.runtimes import graphs
+from minicpmv.runtimes import graphs, mlx
 from minicpmv.runtimes.gguf import find_mmproj, tower_tensors
 from minicpmv.runtimes.gguf_file import GGUFError
 from minicpmv.runtimes.graph_engines import GraphError
 from minicpmv.runtimes.llamacpp import EXTRA, PACKAGES
 
 
+PART_MODULES = (mlx,)  # of folders whose parts stand where the model's own parts stand
+# Stems of files of exports that are called as those of checkpoints are: OpenVINO's *.bin, MLX's *.safetensors.
+EXPORTED_WEIGHTS = (*graphs.NAMES, Path(mlx.FILE).stem)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds what other software runs, besides GGUF files."""
+    return graphs.engine_of(folder) is not None or _parts_of(folder) is not None
+
+
 def check(place: Path) -> None:
     """Refuse what cannot be loaded before anything heavy is imported.
 
     Args:
-        place: a GGUF file, or a folder of graphs.
+        place: a GGUF file, or the folder of an export.
 
     Raises:
         MissingPackageError: the software is not installed.
-        GGUFError, GraphError: a file lacks that belongs to it.
+        GGUFError, GraphError, MLXError: a file lacks that belongs to it.
     """
-    if place.is_dir():
-        graphs.check(place)
-    else:
+    if not place.is_dir():
         _check_gguf(place)
+    elif module := _parts_of(place):
+        module.check(place)
+    else:
+        graphs.check(place)
 
 
 def load(place: Path, dtype: Any = "auto", device: Any = None) -> tuple[Any, Any]:
     """`(model, processor)`, as of any other checkpoint: the model's own class, with parts that run elsewhere.
 
     Args:
-        place: a GGUF file, or a folder of graphs.
-        dtype, device: of what runs in PyTorch; "auto" is float32 on a CPU, else bfloat16. Graphs run on the CPU.
+        place: a GGUF file, or the folder of an export.
+        dtype, device: of what runs in PyTorch; "auto" is float32 on a CPU, else bfloat16. Nothing of a folder does.
 
     Raises:
-        GGUFError, LlamaCppError, GraphError: a file is damaged, missing, or that of another model.
+        GGUFError, LlamaCppError, GraphError, MLXError: a file is damaged, missing, or that of another model.
     """
     if not place.is_dir():
         return _load_gguf(place, dtype, device)
+    module = _parts_of(place)
     if str(dtype).removeprefix("torch.") not in ("auto", "float32"):
-        raise GraphError(f"{place} computes in float32: leave out dtype={dtype}, or load the checkpoint")
-    return _load_graphs(place)
+        error = module.ERROR if module else GraphError
+        raise error(f"{place} computes in float32: leave out dtype={dtype}, or load the checkpoint")
+    return _load_parts(place, module) if module else _load_graphs(place)
+
+
+def _parts_of(folder: Path) -> Any:
+    """The module that runs the parts in a folder; None where it holds graphs, or no export."""
+    return next((module for module in PART_MODULES if (folder / module.FILE).is_file()), None)
 
 
 def _check_gguf(file: Path) -> None:
@@ -54,6 +73,23 @@ def _check_gguf(file: Path) -> None:
                 f"beside {file} there is no {name}: put it into a folder with the small files of its checkpoint, as "
                 "minicpmv export gguf does"
             )
+
+
+def _load_parts(folder: Path, module: Any) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoConfig, AutoProcessor
+
+    from minicpmv.runtimes.part_modules import PartForCausalLM, PartResampler, PartTower
+
+    check(folder)
+    source = str(folder.resolve())
+    config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+    parts, reader = module.open_parts(folder, config)
+    with torch.device("meta"):
+        model = _shell(folder, None, config)
+    model.llm = PartForCausalLM(parts, reader, config)
+    model.vpm, model.resampler = PartTower(parts), PartResampler(parts)
+    return model.eval(), AutoProcessor.from_pretrained(source, trust_remote_code=True)
 
 
 def _load_graphs(folder: Path) -> tuple[Any, Any]:
@@ -93,7 +129,7 @@ def _load_gguf(file: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
     import torch
     from transformers import AutoConfig, AutoProcessor
 
-    from minicpmv.runtimes.language_model import LlamaCppForCausalLM
+    from minicpmv.runtimes.llamacpp_model import LlamaCppForCausalLM
 
     check(file)
     folder = str(file.parent.resolve())
