@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -167,7 +168,7 @@ def test_a_server_outlives_the_thread_that_began_it_and_ends_with_all_that_it_be
     monkeypatch.setenv("MINICPMV_API_KEY", "of another server")
     lock = tmp_path / "lock"
     (tmp_path / "server.py").write_text(SERVER.format(lock=str(lock)))
-    stand_in(f'#!/bin/sh\nexec {sys.executable} -S -E {tmp_path}/server.py "$@"\n')
+    stand_in(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-S", "-E", str(tmp_path / "server.py")])} "$@"\n')
     with ThreadPoolExecutor(1) as pool:
         answerer = pool.submit(AnswererOptions(str(NANO), "vllm", api_key="of an endpoint").open).result()
     answerer.client.check()

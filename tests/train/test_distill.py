@@ -16,6 +16,7 @@ from minicpmv.train.common.errors import ArgumentsError, TrainingError
 
 THINKING = conversation("<think>\nTwo more than two.\n</think>\n\n4", "How much is 2 and 2?")
 CLIP = STAR | {"max_num_packing": 6, "force_packing": 3}
+LEARNING_RATE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def student(tmp_path_factory):
 
 
 def run(tmp_path, rows, model, **options):
-    options = {"teacher": NANO, "max_steps": 4, "learning_rate": 3e-4, "model_name_or_path": model} | options
+    options = {"teacher": NANO, "max_steps": 4, "learning_rate": LEARNING_RATE, "model_name_or_path": model} | options
     options.setdefault("per_device_train_batch_size", len(rows))
     return distill.train(*arguments.parse(distill.GROUPS, flags(tmp_path, rows, **options)))
 
@@ -110,7 +111,7 @@ def test_two_processes_one_without_pictures_take_the_steps_of_one(tmp_path, stud
     run(tmp_path, rows, student, output_dir=tmp_path / "one", **options)
     options |= {
         "teacher": NANO,
-        "learning_rate": 3e-4,
+        "learning_rate": LEARNING_RATE,
         "model_name_or_path": student,
         "per_device_train_batch_size": 1,
     }

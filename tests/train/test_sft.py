@@ -654,6 +654,24 @@ def test_a_file_and_flags_say_the_same_and_a_flag_wins(tmp_path):
     assert config.use_rslora and set(config.target_modules) == {"q_proj", "v_proj"}
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about CPUs")
+@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
+def test_a_cpu_trains_in_the_type_that_it_is_fast_in_unless_told_otherwise(tmp_path, monkeypatch, fast):
+    monkeypatch.setattr(arguments, "fast_type", lambda device: fast)
+    command = [
+        "--model_name_or_path",
+        str(NANO),
+        "--dataset_name",
+        str(ASSETS / "conversations.jsonl"),
+        "--output_dir",
+        str(tmp_path),
+    ]
+    *_, training = arguments.parse(sft.GROUPS, command)
+    assert training.bf16 == (fast is torch.bfloat16)
+    *_, training = arguments.parse(sft.GROUPS, [*command, "--bf16=true"])
+    assert training.bf16
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -24,6 +24,7 @@ from transformers import HfArgumentParser
 
 from minicpmv.train.common.errors import ArgumentsError
 from minicpmv.train.common.names import MODEL_FLAGS, check_data_name, check_model_name, did_you_mean
+from minicpmv.train.common.precision import fast_type
 
 
 # The linear layers of the language model: engines serve adapters on these only. (`all-linear` would take the tower too.)
@@ -264,6 +265,8 @@ def parse(
     parser.add_argument("--config", metavar="FILE", help="YAML file with options under the names of the flags.")
     if "use_cpu" in {action.dest for action in parser._actions} and not torch.accelerator.is_available():
         parser.set_defaults(use_cpu=True)  # else the default of bf16 would be refused
+        if fast_type(torch.device("cpu")) is torch.float32:
+            parser.set_defaults(bf16=False)
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     before.add_argument("--config")
     config, flags = before.parse_known_args(argv)

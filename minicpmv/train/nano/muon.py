@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import torch
 
-from minicpmv.train.nano.precision import fast_type
+from minicpmv.train.common.precision import fast_type
 
 
 class BatchedMuon(torch.optim.Muon):

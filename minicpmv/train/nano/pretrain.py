@@ -46,11 +46,11 @@ from minicpmv.errors import one_line_errors
 from minicpmv.files import read_json, read_json_lines, write_whole
 from minicpmv.train.common.curves import draw
 from minicpmv.train.common.errors import ArgumentsError, TrainingError
+from minicpmv.train.common.precision import fast_products
 from minicpmv.train.nano.batches import DrawnBatches, SampleEncoder, layout_key, single_turns
 from minicpmv.train.nano.growth import deepened, layer_counts
 from minicpmv.train.nano.muon import BatchedMuon
 from minicpmv.train.nano.packed import PackedSteps, Tables, packed_losses, unbundled
-from minicpmv.train.nano.precision import fast_products
 from minicpmv.train.nano.trainee import Trainee, spread_queries
 
 

@@ -1,4 +1,4 @@
-"""Which type matrix products take while nano learns."""
+"""Which type matrix products take in training."""
 
 import torch
 
