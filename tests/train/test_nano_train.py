@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -325,19 +326,30 @@ def test_groups_hold_every_sequence_once_and_cost_no_more_than_one_group_or_one_
     assert cost(groups) <= min(cost([range(len(lengths))]), cost([[index] for index in range(len(lengths))]))
 
 
-def test_a_run_with_packed_steps_goes_on_with_the_same_bits_from_the_state_of_one_without(tmp_path, monkeypatch):
-    recipe = two_stages(tmp_path / "small")
+def packed_run_that_goes_on(folder):
+    """Whether a run that packs its steps ends with the same bits, stopped after each step or not."""
+    torch.set_num_threads(1)
+    recipe = two_stages(folder / "small")
     recipe.stages[1].steps, recipe.stages[1].again = 4, 1
-    start = prepared(tmp_path / "start")
+    start = prepared(folder / "start")
     while torch.load(start / "state.pt")["progress"]["stage"] < 1 if (start / "state.pt").exists() else True:
         train(0, recipe, start, minutes=0)
-    monkeypatch.setattr(pretrain, "packs_steps", lambda device: True)
-    whole = shutil.copytree(start, tmp_path / "whole")
+    pretrain.packs_steps = lambda device: True
+    whole = shutil.copytree(start, folder / "whole")
     train(0, recipe, whole)
     while train(0, recipe, start, minutes=0) is None:
         pass
     one, other = weights_of(whole), weights_of(start)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_with_packed_steps_goes_on_with_the_same_bits_from_the_state_of_one_without(tmp_path, warm_python):
+    # In a process of its own: in one that has run other engines before, it ended without a word.
+    tests = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    code = f"import sys; sys.path[:0] = {tests!r}; from test_nano_train import *; "
+    code += f"assert packed_run_that_goes_on(Path({str(tmp_path)!r}))"
+    done = subprocess.run([warm_python, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_every_other_step_may_repeat_one_drawn_before_and_batches_drawn_nowhere_else_come_first():
