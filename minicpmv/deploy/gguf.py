@@ -167,8 +167,7 @@ def check(checkpoint: Checkpoint, kind: str) -> None:
         )
     if side > names.TABLE_SIDE:
         raise ExportError(f"the tower's position table has {side} rows a side; llama.cpp has {names.TABLE_SIDE}")
-    if config.get("rope_scaling"):
-        raise ExportError(f"rope_scaling ({config['rope_scaling']}) is not written: export the checkpoint without it")
+    checkpoint.check_rope()
     language_types(checkpoint, FILE_TYPES[kind])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from minicpmv.deploy.folder import check_new, whole_folder, write_card
 from minicpmv.deploy.reference import Reference, open_runtime
-from minicpmv.deploy.source import Checkpoint, ExportError
+from minicpmv.deploy.source import Checkpoint
 from minicpmv.errors import require
 from minicpmv.runtimes.mlx import EXTRA, FILE, PACKAGE
 
@@ -85,9 +85,7 @@ def export(
     """
     require(EXTRA, PACKAGE)
     checkpoint, output = Checkpoint(model), Path(output).expanduser()
-    if checkpoint.config.get("rope_scaling"):
-        found = checkpoint.config["rope_scaling"]
-        raise ExportError(f"rope_scaling ({found}) is not written: export the checkpoint without it")
+    checkpoint.check_rope()
     sizes = sum(int(np.prod(checkpoint.shape(name))) for name in checkpoint.files)
     check_new(output, sizes * ((TYPES[kind].layers or 15) + 1) // 8)
     name = f"{checkpoint.folder.name}-{kind}"

@@ -15,7 +15,7 @@ import numpy as np
 
 from minicpmv.deploy.folder import check_new, whole_folder, write_card
 from minicpmv.deploy.reference import Reference, open_runtime
-from minicpmv.deploy.source import Checkpoint, ExportError
+from minicpmv.deploy.source import Checkpoint
 from minicpmv.errors import require
 from minicpmv.runtimes.graph_engines import ONNX_RUNTIME, Engine
 from minicpmv.runtimes.graphs import DECODER, EMBEDDING, NAMES, VISION
@@ -99,9 +99,7 @@ def export(
     """
     require(target.engine.extra, *PACKAGES, target.engine.package)
     checkpoint, output = Checkpoint(model), Path(output).expanduser()
-    if checkpoint.config.get("rope_scaling"):
-        found = checkpoint.config["rope_scaling"]
-        raise ExportError(f"rope_scaling ({found}) is not written: export the checkpoint without it")
+    checkpoint.check_rope()
     check_new(output, graph_bytes(checkpoint, target.types[kind]))
     name = f"{checkpoint.folder.name}-{kind}"
     with whole_folder(output) as stage:

@@ -52,6 +52,15 @@ class Checkpoint:
             )
         self.is_tied = bool(self.config.get("tie_word_embeddings"))
 
+    def check_rope(self) -> None:
+        """Refuse positions that are scaled, which no export writes.
+
+        Raises:
+            ExportError: they are.
+        """
+        if found := self.config.get("rope_scaling"):
+            raise ExportError(f"rope_scaling ({found}) is not written: export the checkpoint without it")
+
     def _open(self, name: str) -> Any:
         if name not in self.files:
             raise ExportError(f"{self.folder} has no weight {name}: it is not a whole MiniCPM-V 4.5")
