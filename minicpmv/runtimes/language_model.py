@@ -42,8 +42,6 @@ class Reader(Protocol):
     name: str  # of what it reads
     software: str
     most_sequences: int
-    most_cells: int  # tokens of a sequence, for which it can have room
-    room_remedy: str  # what to do where that is too little
     sequences: int  # that there is room for
     cells: int  # tokens in each
 
@@ -200,11 +198,11 @@ class RememberingForCausalLM(nn.Module):
 
     def _make_room(self, sequences: int, tokens: int) -> None:
         reader = self._reader
-        limit = min(self.config.max_position_embeddings, reader.most_cells)
+        limit = self.config.max_position_embeddings
         if tokens > limit or sequences > reader.most_sequences:
             raise reader.error(
                 f"{sequences} conversations of {tokens} tokens are asked for; there is room for {reader.most_sequences} of "
-                f"{limit}: {reader.room_remedy}"
+                f"{limit}: ask about less at once, or in smaller batches"
             )
         if sequences > reader.sequences or tokens > reader.cells:
             cells = max(reader.cells, -(-(tokens + CELLS) // CELLS) * CELLS)

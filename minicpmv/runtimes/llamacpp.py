@@ -8,7 +8,6 @@ What is special:
 
 import ctypes
 import importlib.util
-import sys
 import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_size_t, c_uint32, c_void_p
@@ -224,8 +223,7 @@ class LlamaCpp:
     """
 
     software, error = "llama.cpp", LlamaCppError
-    most_sequences, most_cells = 256, sys.maxsize
-    room_remedy = "ask about less at once, or in smaller batches"
+    most_sequences = 256
 
     def __init__(self, file: Path, threads: int):
         self.name, self.lib, self.threads = file.name, library(), threads

@@ -12,14 +12,13 @@ from minicpmv.runtimes.graph_engines import GraphError
 from minicpmv.runtimes.llamacpp import EXTRA, PACKAGES
 
 
-PART_MODULES = (mlx,)  # of folders whose parts stand where the model's own parts stand
 # Stems of files of exports that are called as those of checkpoints are: OpenVINO's *.bin, MLX's *.safetensors.
 EXPORTED_WEIGHTS = (*graphs.NAMES, Path(mlx.FILE).stem)
 
 
 def is_export(folder: Path) -> bool:
     """Whether a folder holds what other software runs, besides GGUF files."""
-    return graphs.engine_of(folder) is not None or _parts_of(folder) is not None
+    return graphs.engine_of(folder) is not None or _is_mlx(folder)
 
 
 def check(place: Path) -> None:
@@ -34,8 +33,8 @@ def check(place: Path) -> None:
     """
     if not place.is_dir():
         _check_gguf(place)
-    elif module := _parts_of(place):
-        module.check(place)
+    elif _is_mlx(place):
+        mlx.check(place)
     else:
         graphs.check(place)
 
@@ -52,16 +51,14 @@ def load(place: Path, dtype: Any = "auto", device: Any = None) -> tuple[Any, Any
     """
     if not place.is_dir():
         return _load_gguf(place, dtype, device)
-    module = _parts_of(place)
     if str(dtype).removeprefix("torch.") not in ("auto", "float32"):
-        error = module.ERROR if module else GraphError
+        error = mlx.MLXError if _is_mlx(place) else GraphError
         raise error(f"{place} computes in float32: leave out dtype={dtype}, or load the checkpoint")
-    return _load_parts(place, module) if module else _load_graphs(place)
+    return _load_folder(place)
 
 
-def _parts_of(folder: Path) -> Any:
-    """The module that runs the parts in a folder; None where it holds graphs, or no export."""
-    return next((module for module in PART_MODULES if (folder / module.FILE).is_file()), None)
+def _is_mlx(folder: Path) -> bool:
+    return (folder / mlx.FILE).is_file()
 
 
 def _check_gguf(file: Path) -> None:
@@ -75,37 +72,36 @@ def _check_gguf(file: Path) -> None:
             )
 
 
-def _load_parts(folder: Path, module: Any) -> tuple[Any, Any]:
+def _load_folder(folder: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoConfig, AutoProcessor
 
-    from minicpmv.runtimes.part_modules import PartForCausalLM, PartResampler, PartTower
-
-    check(folder)
     source = str(folder.resolve())
     config = AutoConfig.from_pretrained(source, trust_remote_code=True)
-    parts, reader = module.open_parts(folder, config)
+    llm, vpm, resampler = (_mlx_parts if _is_mlx(folder) else _graph_parts)(folder, config)
     with torch.device("meta"):
-        model = _shell(folder, None, config)
-    model.llm = PartForCausalLM(parts, reader, config)
-    model.vpm, model.resampler = PartTower(parts), PartResampler(parts)
+        model = _shell(folder, llm, config)
+    model.vpm, model.resampler = vpm, resampler
     return model.eval(), AutoProcessor.from_pretrained(source, trust_remote_code=True)
 
 
-def _load_graphs(folder: Path) -> tuple[Any, Any]:
+def _mlx_parts(folder: Path, config: Any) -> tuple[Any, Any, Any]:
+    """Language model, tower and resampler."""
+    from minicpmv.runtimes.part_modules import PartForCausalLM, PartResampler, PartTower
+
+    mlx.check(folder)
+    parts, reader = mlx.open_parts(folder, config)
+    return PartForCausalLM(parts, reader, config), PartTower(parts), PartResampler(parts)
+
+
+def _graph_parts(folder: Path, config: Any) -> tuple[Any, Any, Any]:
+    """Language model, tower and resampler."""
     import torch
-    from transformers import AutoConfig, AutoProcessor
 
     from minicpmv.runtimes.graph_model import GraphForCausalLM, GraphResampler, GraphTower
 
-    source = str(folder.resolve())
     parts = graphs.Graphs(folder, torch.get_num_threads())
-    config = AutoConfig.from_pretrained(source, trust_remote_code=True)
-    language_model = GraphForCausalLM(parts, config)
-    with torch.device("meta"):
-        model = _shell(folder, language_model, config)
-    model.vpm, model.resampler = GraphTower(), GraphResampler(parts)
-    return model.eval(), AutoProcessor.from_pretrained(source, trust_remote_code=True)
+    return GraphForCausalLM(parts, config), GraphTower(), GraphResampler(parts)
 
 
 def _shell(folder: Path, language_model: Any, config: Any) -> Any:

@@ -1,6 +1,5 @@
 """A model in MLX, the library for Macs: slices, units, tokens and rows of embeddings in, features and logits out."""
 
-import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +21,6 @@ SMALL_FILES = ("config.json", "preprocessor_config.json", "tokenizer.json")
 
 class MLXError(MiniCPMVError):
     """A model cannot be used: the message says why and what to do."""
-
-
-ERROR = MLXError
 
 
 def check(folder: Path) -> None:
@@ -112,8 +108,7 @@ class MLXReader:
     """The language model, with the states of several conversations."""
 
     software, error = "MLX", MLXError
-    most_sequences, most_cells = 256, sys.maxsize
-    room_remedy = "ask about less at once, or in smaller batches"
+    most_sequences = 256
 
     def __init__(self, file: Path, model: Any):
         self.name, self._model = file.name, model
