@@ -24,11 +24,8 @@ from minicpmv.serving.writing import AnswerWriter, Piece, TokenFact
 
 READ_TOKENS = 512  # of a prompt in one round while others wait; a quiet model reads more at once
 QUIET_READ_TOKENS = 4096
-FAILURES = (
-    RuntimeError,
-    ValueError,
-    MemoryError,
-)  # of torch, of the model, of llama.cpp; they end some requests, not all
+# Of torch, of the model, of llama.cpp; they end some requests, not all.
+FAILURES = (RuntimeError, ValueError, MemoryError)
 
 
 @dataclass
