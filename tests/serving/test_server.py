@@ -180,7 +180,7 @@ def test_a_file_larger_than_the_limit_is_not_fetched_to_its_end(client):
 
 def assert_free(engine):
     """Nothing is written. The 4000 tokens that were asked for take nano longer than the limit here."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 12
     while engine.stats().running or engine.stats().waiting:
         assert time.monotonic() < deadline, "the server works on for a client that has gone"
         time.sleep(0.01)
@@ -302,7 +302,7 @@ def test_a_server_that_was_started_answers_and_its_log_cannot_be_forged(tmp_path
         assert evil.status == 403
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=60)
     lines = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")]
     assert [json.loads(line)["status"] for line in lines if '"request"' in line] == [200, 400, 403]
     assert "forged" not in "".join(json.loads(line)["message"] for line in lines)
