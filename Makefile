@@ -104,9 +104,10 @@ deploy-check: .venvs/deploy/stamp ## the files in deploy/ under the tools that k
 web-screenshots: $(WEB)/stamp build/page/index.html ## take the screenshots of the web pages in docs/ anew
 	$(WEB)/bin/python tests/web/make_screenshots.py
 
-deploy-slow: $(VENV)/dev.stamp .venvs/quantize/stamp .venvs/gptqmodel/stamp .venvs/mlx/stamp tokenizer.json ## what of deployment takes environments of its own: calibrated 4 and 8 bits, AWQ, MLX
+deploy-slow: $(VENV)/dev.stamp .venvs/quantize/stamp .venvs/gptqmodel/stamp .venvs/executorch/stamp .venvs/mlx/stamp tokenizer.json ## what of deployment takes environments of its own: calibrated 4 and 8 bits, AWQ, ExecuTorch, MLX
 	OMP_NUM_THREADS=1 .venvs/quantize/bin/python -m pytest tests/deploy/test_calibrate.py $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 .venvs/gptqmodel/bin/python -m pytest tests/deploy/test_awq.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=.venvs/executorch:$$PYTHONPATH $(PY) -m pytest tests/runtimes/test_executorch.py $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 PYTHONPATH=.venvs/mlx:$$PYTHONPATH $(PY) -m pytest tests/runtimes/test_mlx.py $(PYTEST_ARGS)
 
 quantize-env: .venvs/quantize/stamp ## llm-compressor for minicpmv quantize --algorithm gptq or awq, in .venvs/quantize
@@ -204,6 +205,11 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(PYTHON) -m venv $(@D)
 	grep -E '^(av|pillow|tokenizers|torch|transformers)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python $(PIP_INSTALL) -c $(@D)/constraints.txt -e . gptqmodel==7.6.0 pytest
+	@touch $@
+
+# Of what ExecuTorch wants, the two last packages are those that exporting and running import and nothing else brings.
+.venvs/executorch/stamp: constraints.txt | $(VENV)/dev.stamp
+	$(PY) $(PIP_INSTALL) --no-deps --upgrade --target $(@D) $$(grep -E '^(executorch|torchao|ruamel.yaml|tabulate)==' constraints.txt)
 	@touch $@
 
 .venvs/mlx/stamp: constraints.txt | $(VENV)/dev.stamp

@@ -66,7 +66,7 @@ def load(
 
     Args:
         name: a folder; a GGUF file, whose language model then runs in llama.cpp; the folder of an export, which runs in ONNX
-            Runtime, OpenVINO or MLX; or the name of a Hub repository, whose code needs `trust_remote_code`.
+            Runtime, OpenVINO, ExecuTorch or MLX; or the name of a Hub repository, whose code needs `trust_remote_code`.
         revision: commit, tag or branch of a Hub repository.
         dtype: `torch.dtype` or its name; "auto" is the checkpoint's.
         device_map: as in transformers; "auto" is the accelerator if there is one, else the CPU.
@@ -162,7 +162,7 @@ def check_name(name: str | Path, revision: str | None = None, trust_remote_code:
 
     Raises:
         CheckpointError: as `source_of`; or the folder holds no config.json or no weights.
-        GGUFError, GraphError, MLXError: an export lacks a file that belongs to it.
+        GGUFError, GraphError, ExecuTorchError, MLXError: an export lacks a file that belongs to it.
         MissingPackageError: the software that runs it is not installed.
     """
     if (place := exported(name)) is not None:

@@ -51,6 +51,13 @@ class OpenVINOType(str, Enum):
     int4 = "int4"
 
 
+class ProgramType(str, Enum):
+    """How the matrices of a program for ExecuTorch are stored."""
+
+    fp32 = "fp32"
+    small = "8da4w"
+
+
 class MLXType(str, Enum):
     """How the matrices of a model for MLX are stored."""
 
@@ -149,6 +156,28 @@ def openvino(
       minicpmv ask cat.jpg "What is this?" -m nano-openvino
     """
     _export_folder("openvino", model, output, type.value, samples, no_check)
+
+
+@export_app.command()
+def executorch(
+    model: Checkpoint,
+    output: NewFolder,
+    type: Annotated[ProgramType, typer.Option(case_sensitive=False, help="Type of the matrices.")] = ProgramType.small,
+    tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of prompt and answer that the program has room for.")
+    ] = 2048,
+    samples: Samples = 5,
+    no_check: NoCheck = False,
+) -> None:
+    """Write a model as a program for ExecuTorch, which runs it on phones; minicpmv ask, chat and evaluate run it here.
+
+    Examples:
+
+    \b
+      minicpmv export executorch --model nano --output nano-executorch --type 8da4w
+      minicpmv ask cat.jpg "What is this?" -m nano-executorch
+    """
+    _export_folder("executorch", model, output, type.value, samples, no_check, tokens=tokens)
 
 
 @export_app.command()

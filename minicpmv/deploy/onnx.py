@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from minicpmv.deploy.folder import check_new, whole_folder, write_card
+from minicpmv.deploy.quiet import quiet
 from minicpmv.deploy.reference import Reference, open_runtime
 from minicpmv.deploy.source import Checkpoint
 from minicpmv.errors import require
@@ -137,7 +138,6 @@ def trace(checkpoint: Checkpoint, name: str) -> "ir.Model":
     from transformers import AutoConfig, AutoModel
 
     from minicpmv.deploy.onnx_graphs import DecoderGraph, EmbeddingGraph, VisionGraph
-    from minicpmv.deploy.onnx_weights import quiet
     from minicpmv.deploy.onnx_weights import trace as traced
 
     config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=True)
@@ -160,7 +160,7 @@ def write(checkpoint: Checkpoint, graphs: dict[str, "ir.Model"], kind: GraphType
         return kind.layers if name.startswith(LAYERS) else kind.others
 
     checkpoint.copy_small_files(folder)
-    with onnx_weights.quiet():
+    with quiet():
         for name, graph in graphs.items():
             # GPUs in browsers may not know float16, so positions stay float32; embeddings are looked up beside them.
             table = kind.table if name == EMBEDDING else "float32"

@@ -6,11 +6,8 @@ What is special:
 - Matrices are quantized by ONNX Runtime's own code, each as it is written.
 """
 
-import logging
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -38,21 +35,6 @@ class Weight:
     name: str  # in the checkpoint
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]  # float32
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep exporters from telling what they skip, and ONNX Runtime's quantizer from setting up the log of all others."""
-    root, handler = logging.getLogger(), logging.NullHandler()
-    root.addHandler(handler)
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        root.removeHandler(handler)
 
 
 def trace(module: Any) -> ir.Model:

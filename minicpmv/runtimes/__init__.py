@@ -1,1 +1,2 @@
-"""What runs a model, or a part of it, in place of PyTorch: llama.cpp under GGUF files, ONNX Runtime and OpenVINO under graphs, MLX."""
+"""What runs a model, or a part of it, in place of PyTorch: llama.cpp under GGUF files, ONNX Runtime and OpenVINO under graphs, ExecuTorch
+and MLX."""

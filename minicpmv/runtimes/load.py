@@ -1,11 +1,11 @@
 """A model that runs elsewhere, as one of PyTorch: a GGUF file with the tower from the file beside it, in PyTorch, and
-llama.cpp behind it; or a folder of graphs, in ONNX Runtime or OpenVINO, or of MLX's weights, in MLX."""
+llama.cpp behind it; or a folder of graphs, in ONNX Runtime or OpenVINO, or of other exports, in ExecuTorch or MLX."""
 
 from pathlib import Path
 from typing import Any
 
 from minicpmv.errors import require
-from minicpmv.runtimes import graphs, mlx
+from minicpmv.runtimes import executorch, graphs, mlx
 from minicpmv.runtimes.gguf import find_mmproj, tower_tensors
 from minicpmv.runtimes.gguf_file import GGUFError
 from minicpmv.runtimes.graph_engines import GraphError
@@ -18,7 +18,7 @@ EXPORTED_WEIGHTS = (*graphs.NAMES, Path(mlx.FILE).stem)
 
 def is_export(folder: Path) -> bool:
     """Whether a folder holds what other software runs, besides GGUF files."""
-    return graphs.engine_of(folder) is not None or _is_mlx(folder)
+    return graphs.engine_of(folder) is not None or _parts_module(folder) is not None
 
 
 def check(place: Path) -> None:
@@ -29,12 +29,12 @@ def check(place: Path) -> None:
 
     Raises:
         MissingPackageError: the software is not installed.
-        GGUFError, GraphError, MLXError: a file lacks that belongs to it.
+        GGUFError, GraphError, ExecuTorchError, MLXError: a file lacks that belongs to it.
     """
     if not place.is_dir():
         _check_gguf(place)
-    elif _is_mlx(place):
-        mlx.check(place)
+    elif module := _parts_module(place):
+        module.check(place)
     else:
         graphs.check(place)
 
@@ -47,18 +47,20 @@ def load(place: Path, dtype: Any = "auto", device: Any = None) -> tuple[Any, Any
         dtype, device: of what runs in PyTorch; "auto" is float32 on a CPU, else bfloat16. Nothing of a folder does.
 
     Raises:
-        GGUFError, LlamaCppError, GraphError, MLXError: a file is damaged, missing, or that of another model.
+        GGUFError, LlamaCppError, GraphError, ExecuTorchError, MLXError: a file is damaged, missing, or that of another model.
     """
     if not place.is_dir():
         return _load_gguf(place, dtype, device)
     if str(dtype).removeprefix("torch.") not in ("auto", "float32"):
-        error = mlx.MLXError if _is_mlx(place) else GraphError
+        module = _parts_module(place)
+        error = module.ERROR if module else GraphError
         raise error(f"{place} computes in float32: leave out dtype={dtype}, or load the checkpoint")
     return _load_folder(place)
 
 
-def _is_mlx(folder: Path) -> bool:
-    return (folder / mlx.FILE).is_file()
+def _parts_module(folder: Path) -> Any:
+    """The module that runs the parts in a folder; None where it holds graphs, or no export."""
+    return next((module for module in (executorch, mlx) if (folder / module.FILE).is_file()), None)
 
 
 def _check_gguf(file: Path) -> None:
@@ -78,19 +80,20 @@ def _load_folder(folder: Path) -> tuple[Any, Any]:
 
     source = str(folder.resolve())
     config = AutoConfig.from_pretrained(source, trust_remote_code=True)
-    llm, vpm, resampler = (_mlx_parts if _is_mlx(folder) else _graph_parts)(folder, config)
+    module = _parts_module(folder)
+    llm, vpm, resampler = _module_parts(module, folder, config) if module else _graph_parts(folder, config)
     with torch.device("meta"):
         model = _shell(folder, llm, config)
     model.vpm, model.resampler = vpm, resampler
     return model.eval(), AutoProcessor.from_pretrained(source, trust_remote_code=True)
 
 
-def _mlx_parts(folder: Path, config: Any) -> tuple[Any, Any, Any]:
+def _module_parts(module: Any, folder: Path, config: Any) -> tuple[Any, Any, Any]:
     """Language model, tower and resampler."""
     from minicpmv.runtimes.part_modules import PartForCausalLM, PartResampler, PartTower
 
-    mlx.check(folder)
-    parts, reader = mlx.open_parts(folder, config)
+    module.check(folder)
+    parts, reader = module.open_parts(folder, config)
     return PartForCausalLM(parts, reader, config), PartTower(parts), PartResampler(parts)
 
 

@@ -23,6 +23,9 @@ class MLXError(MiniCPMVError):
     """A model cannot be used: the message says why and what to do."""
 
 
+ERROR = MLXError
+
+
 def check(folder: Path) -> None:
     """Refuse a folder that cannot be loaded before anything heavy is imported.
 
