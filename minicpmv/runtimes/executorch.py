@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minicpmv.errors import MiniCPMVError, require
+from minicpmv.errors import MiniCPMVError
 from minicpmv.files import read_json
 
 
@@ -33,21 +33,6 @@ class ExecuTorchError(MiniCPMVError):
 
 
 ERROR = ExecuTorchError
-
-
-def check(folder: Path) -> None:
-    """Refuse a folder that cannot be loaded before anything heavy is imported.
-
-    Raises:
-        MissingPackageError: the software is not installed.
-        ExecuTorchError: a file is not there.
-    """
-    require(EXTRA, PACKAGE)
-    for name in SMALL_FILES:
-        if not (folder / name).is_file():
-            raise ExecuTorchError(
-                f"{folder} has no {name}: export the checkpoint again, with minicpmv export executorch"
-            )
 
 
 def open_parts(folder: Path, config: Any) -> "tuple[ExecuTorchParts, ExecuTorchReader]":

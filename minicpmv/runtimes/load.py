@@ -34,7 +34,7 @@ def check(place: Path) -> None:
     if not place.is_dir():
         _check_gguf(place)
     elif module := _parts_module(place):
-        module.check(place)
+        _check_parts(module, place)
     else:
         graphs.check(place)
 
@@ -61,6 +61,16 @@ def load(place: Path, dtype: Any = "auto", device: Any = None) -> tuple[Any, Any
 def _parts_module(folder: Path) -> Any:
     """The module that runs the parts in a folder; None where it holds graphs, or no export."""
     return next((module for module in (executorch, mlx) if (folder / module.FILE).is_file()), None)
+
+
+def _check_parts(module: Any, folder: Path) -> None:
+    """Before anything heavy is imported."""
+    require(module.EXTRA, module.PACKAGE)
+    for name in module.SMALL_FILES:
+        if not (folder / name).is_file():
+            raise module.ERROR(
+                f"{folder} has no {name}: export the checkpoint again, with minicpmv export {module.EXTRA}"
+            )
 
 
 def _check_gguf(file: Path) -> None:
@@ -92,7 +102,7 @@ def _module_parts(module: Any, folder: Path, config: Any) -> tuple[Any, Any, Any
     """Language model, tower and resampler."""
     from minicpmv.runtimes.part_modules import PartForCausalLM, PartResampler, PartTower
 
-    module.check(folder)
+    _check_parts(module, folder)
     parts, reader = module.open_parts(folder, config)
     return PartForCausalLM(parts, reader, config), PartTower(parts), PartResampler(parts)
 

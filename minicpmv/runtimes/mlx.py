@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minicpmv.errors import MiniCPMVError, require
+from minicpmv.errors import MiniCPMVError
 
 
 if TYPE_CHECKING:
@@ -24,19 +24,6 @@ class MLXError(MiniCPMVError):
 
 
 ERROR = MLXError
-
-
-def check(folder: Path) -> None:
-    """Refuse a folder that cannot be loaded before anything heavy is imported.
-
-    Raises:
-        MissingPackageError: the software is not installed.
-        MLXError: a file is not there.
-    """
-    require(EXTRA, PACKAGE)
-    for name in SMALL_FILES:
-        if not (folder / name).is_file():
-            raise MLXError(f"{folder} has no {name}: export the checkpoint again, with minicpmv export mlx")
 
 
 def open_parts(folder: Path, config: Any) -> "tuple[MLXParts, MLXReader]":
