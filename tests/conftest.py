@@ -29,6 +29,23 @@ REPOSITORY = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
 NANO = REPOSITORY / "nano"
 GREEDY = {"decoding": "greedy"}
+PACKED = {"fps": 3, "max_num_packing": 6, "force_packing": 6}
+# (messages, options): an image, one in slices, a packed video.
+SIGHTS = [
+    ([{"role": "user", "content": [REPOSITORY / "assets" / name, question]}], options)
+    for name, question, options in (
+        ("number.jpg", "What does it say?", {}),
+        ("receipt.jpg", "What is the TOTAL?", {"max_slice_nums": 4}),
+        ("star.mp4", "Which way does the shape move?", PACKED),
+    )
+]
+
+
+def answers_to_sights(model, processor):
+    """What a model, in whatever software, answers about `SIGHTS`."""
+    return [
+        model.chat(msgs=asked, processor=processor, max_new_tokens=24, **GREEDY | options) for asked, options in SIGHTS
+    ]
 
 
 def ground_floor(name):

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import GREEDY, REPOSITORY
+from conftest import GREEDY, PACKED, REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,7 +26,6 @@ from minicpmv.runtimes.graph_engines import GraphError
 pytest.importorskip("onnxruntime")
 
 ASSETS = REPOSITORY / "assets"
-PACKED = {"fps": 3, "max_num_packing": 6, "force_packing": 6}
 
 
 @pytest.fixture(scope="module")

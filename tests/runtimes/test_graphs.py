@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import GREEDY, NANO, REPOSITORY
+from conftest import GREEDY, NANO, REPOSITORY, SIGHTS
 
 from minicpmv import checkpoint
 from minicpmv.chat import ChatSession
@@ -19,7 +19,6 @@ from minicpmv.runtimes.graphs import Graphs, Unit
 pytest.importorskip("onnxruntime")
 
 ASSETS = REPOSITORY / "assets"
-PACKED = {"fps": 3, "max_num_packing": 6, "force_packing": 6}
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +96,7 @@ def test_logits_are_those_of_the_model_behind_what_was_read_before(nano_model, g
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_images_slices_and_packed_videos_are_answered_as_in_pytorch(nano, loaded, kind):
-    for name, question, options in (
-        ("number.jpg", "What does it say?", {}),
-        ("receipt.jpg", "What is the TOTAL?", {"max_slice_nums": 4}),
-        ("star.mp4", "Which way does the shape move?", PACKED),
-    ):
-        asked = [{"role": "user", "content": [ASSETS / name, question]}]
+    for asked, options in SIGHTS:
         answers = [
             model.chat(msgs=asked, processor=processor, return_dict=True, max_new_tokens=24, **GREEDY | options)
             for model, processor in (nano, loaded(kind))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import GREEDY, NANO, REPOSITORY
+from conftest import NANO, SIGHTS, answers_to_sights
 from typer.testing import CliRunner
 
 from minicpmv import checkpoint
@@ -16,9 +16,6 @@ from minicpmv.runtimes.graphs import Graphs, Unit
 
 
 pytest.importorskip("openvino")
-
-ASSETS = REPOSITORY / "assets"
-PACKED = {"fps": 3, "max_num_packing": 6, "force_packing": 6}
 
 
 def test_both_run_the_same_graphs(onnx_nano, openvino_nano):
@@ -44,17 +41,9 @@ def test_both_run_the_same_graphs(onnx_nano, openvino_nano):
 def test_images_slices_and_packed_videos_are_answered_as_in_pytorch(nano, openvino_nano):
     loaded = checkpoint.load(openvino_nano)
     runner = Runner(openvino_nano, 1)
-    for name, question, options in (
-        ("number.jpg", "What does it say?", {}),
-        ("receipt.jpg", "What is the TOTAL?", {"max_slice_nums": 4}),
-        ("star.mp4", "Which way does the shape move?", PACKED),
-    ):
-        asked = [{"role": "user", "content": [ASSETS / name, question]}]
-        ours, theirs = (
-            model.chat(msgs=asked, processor=processor, max_new_tokens=24, **GREEDY | options)
-            for model, processor in (nano, loaded)
-        )
-        assert ours == theirs == runner.chat(asked, max_new_tokens=24, **options).text
+    expected = answers_to_sights(*nano)
+    assert answers_to_sights(*loaded) == expected
+    assert [runner.chat(asked, max_new_tokens=24, **options).text for asked, options in SIGHTS] == expected
 
 
 def test_the_command_leaves_files_of_openvino_and_their_figures(traced_nano, tmp_path, monkeypatch):

@@ -105,8 +105,8 @@ def test_all_cached_tokens_give_the_divergence_of_the_whole_vocabulary(tmp_path,
 def test_two_processes_one_without_pictures_take_the_steps_of_one(tmp_path, student, warm_python):
     # The answers have one length: both processes count alike.
     rows = [SHAPES, conversation("4", "How much is 2 and 2?")]
-    options = {"teacher": NANO, "learning_rate": LEARNING_RATE, "model_name_or_path": student, "max_steps": 2}
     run(tmp_path, rows, student, output_dir=tmp_path / "one", max_steps=2)
+    options = {"teacher": NANO, "learning_rate": LEARNING_RATE, "model_name_or_path": student, "max_steps": 2}
     options["per_device_train_batch_size"] = 1
     launch = [
         "-m",

@@ -134,6 +134,7 @@ def ask(tab, question, *files):
     expect(users(tab).nth(turns)).to_be_visible()  # one more than before: the question may be an old one
     expect(tab.locator("#chat .user-row [data-testid=user]").filter(has_text=question).last).to_be_visible()
     expect(tab.locator("#view .spent")).to_be_visible()
+    assert users(tab).count() > turns
 
 
 def idle(tab):
