@@ -281,7 +281,7 @@ class LlamaCpp:
             for start in range(0, len(rows), BATCH)
         ]
         counts = np.cumsum([int(part.wanted.sum()) for part in parts])[:-1]
-        return np.split(np.concatenate(logits), counts)
+        return np.split(np.concatenate(logits) if len(logits) > 1 else logits[0], counts)
 
     def _decode(self, rows: np.ndarray, wanted: np.ndarray, positions: np.ndarray, owners: np.ndarray) -> np.ndarray:
         count = len(rows)
