@@ -37,10 +37,9 @@ from .decoding_minicpmv import (
     SeededChoice,
     ThoughtBudget,
     Watch,
-    least_certainty,
     need_to_think,
 )
-from .messages_minicpmv import THINK_END, read_part
+from .messages_minicpmv import THINK_END
 
 
 # What each way to decode means; None falls back to the library's own default.
@@ -411,18 +410,10 @@ class Turn:
         output = self._generate(prompt, [], arguments)
         self.watch.timings.pop("first_token", None)  # nobody has seen it yet
         draft = output.sequences[0, prompt.input_ids.shape[1] :].tolist()
-        need = self.need(least_certainty(output.logits))
+        need = need_to_think(output.logits)
         thinking = need >= self.model.thinking_threshold
         goes_on = not thinking and settings.beams == 1
         return thinking, draft if goes_on else [], need, 0 if goes_on else len(draft)
-
-    def need(self, certainty: float) -> float:
-        """The need to think ([`need_to_think`]) about the question, with the certainty of a draft of the answer."""
-        content = [turn for turn in self._conversations[0] if turn["role"] == "user"][-1].get("content") or ""
-        parts = [read_part(part) for part in (content if isinstance(content, (list, tuple)) else [content])]
-        texts = [value for kind, value in parts if kind == "text"]
-        tokens = self.processor.tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
-        return need_to_think(certainty, len(tokens), len(parts) - len(texts))
 
     def _arguments(self, prompt: Prompt, thinking: bool, features: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `generate` besides the ids."""

@@ -4,11 +4,10 @@ What is special:
 - An error in the writing thread reaches the reader of a stream; closing or dropping the stream stops the model.
 - A seed belongs to one call: other threads and the global random state neither see nor disturb it.
 - A budget closes the thought, not the answer.
-- "auto" looks before it thinks. The model begins to answer fast; where one of its first tokens was a guess, or the
-  question is long, the draft is thrown away and it thinks. Else the draft is the beginning of the answer.
+- "auto" looks before it thinks. The model begins to answer fast; where one of its first tokens was a guess, the draft is
+  thrown away and it thinks. Else the draft is the beginning of the answer.
 """
 
-import math
 import random
 import sys
 import threading
@@ -27,27 +26,19 @@ from .messages_minicpmv import THINK_END, THINK_START
 OPENING = f"{THINK_START}\n"  # as the template opens a thought
 CLOSING = f"\n{THINK_END}\n\n"  # and closes it
 DRAFT_TOKENS = 8  # tokens of the fast answer that "auto" looks at
-COMPLEXITY_SHARE = 0.2  # of the need to think; the rest is uncertainty
 DEFAULT_THRESHOLD = 0.5  # not calibrated: what pays differs between checkpoints and uses
 
 
 # ---- when to think ----
 
 
-def need_to_think(certainty: float, question_tokens: int, images: int) -> float:
-    """Need from 0 to 1: four parts uncertainty, one part complexity.
+def need_to_think(logits: Iterable[torch.Tensor]) -> float:
+    """Need from 0 to 1: what the likeliest token of a draft lacked to certainty where it lacked most, since an answer is as
+    certain as its weakest token. `logits`: one tensor [1, V] a step.
 
-    `certainty` is the lowest of the probabilities that the model gave the likeliest token at each place of its draft: an
-    answer is as certain as its weakest token. An image or a video counts as 32 tokens of the question. 480 are a
-    complexity of 1, 96 a half, 32 a quarter: their logarithm counts.
+    Nothing else counts: with the length of the question beside it, fewer answers were right at equal tokens.
     """
-    complexity = min(1.0, math.log2(1 + (question_tokens + 32 * images) / 32) / 4)
-    return (1 - COMPLEXITY_SHARE) * (1 - certainty) + COMPLEXITY_SHARE * complexity
-
-
-def least_certainty(logits: Iterable[torch.Tensor]) -> float:
-    """The lowest of the greatest probabilities over the steps of a draft; `logits`: one tensor [1, V] a step."""
-    return torch.cat(list(logits)).float().softmax(-1).amax(-1).min().item()
+    return 1 - torch.cat(list(logits)).float().softmax(-1).amax(-1).min().item()
 
 
 # ---- which token comes next ----

@@ -105,7 +105,8 @@ def prompt(place: int, tokens: int) -> torch.Tensor:
 def generating(model: Any, weights: int, options: argparse.Namespace, **more: Any) -> dict[str, float]:
     """Times of `generate`, the first call left out."""
     new, firsts, rates = options.new_tokens, [], []
-    model.generation_config.eos_token_id = None  # all new tokens are written, with no processor that costs time at each
+    # All new tokens are written so, without a processor that takes time at each of them.
+    model.generation_config.eos_token_id = None
     for place in range(1 + options.repeats):
         if "past_key_values" in more:
             more["past_key_values"].reset()

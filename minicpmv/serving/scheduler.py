@@ -350,7 +350,7 @@ class Scheduler:
         """Whether a draft shows that thinking is needed; then it is thrown away, and the deep prompt is read instead."""
         job, deep = row.job, row.job.deep
         assert deep is not None and row.certainties is not None
-        if row.prompt.turn.need(min(row.certainties)) < self.model.thinking_threshold:
+        if 1 - min(row.certainties) < self.model.thinking_threshold:
             return False
         self._remove(row)
         self._begin(job, deep, True, [row.index], row.room)

@@ -185,13 +185,10 @@ def test_a_short_certain_answer_costs_nothing_more_than_fast(ask, model):
     assert len(steps) == output.generated_tokens and output.need < 0.3
 
 
-def test_the_need_grows_with_doubt_and_with_the_question():
-    need = thinking.need_to_think
-    assert need(1.0, 0, 0) == 0 and need(0.0, 10**6, 0) == 1
-    assert need(0.5, 20, 1) > need(0.9, 20, 1)
-    assert need(0.9, 200, 1) > need(0.9, 20, 1) and need(0.9, 20, 4) > need(0.9, 20, 1)
+def test_the_need_is_the_doubt_about_the_weakest_token():
     logits = [torch.log(torch.tensor([[0.9, 0.1]])), torch.log(torch.tensor([[0.4, 0.6]]))]
-    assert thinking.least_certainty(logits) == pytest.approx(0.6)
+    assert thinking.need_to_think(logits) == pytest.approx(0.4)
+    assert thinking.need_to_think(logits[:1]) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan"), "high", None, True])
