@@ -35,7 +35,6 @@ class Prompt:
     ids: list[int]
     keys: list[int]  # ids of tokens, but in a slot of an image a number that is its own
     units: list[Any]  # the visual units, in the order of their slots; they hold slices and features
-    turn: Any = None  # of the model; tells the need to think
 
     @property
     def bytes(self) -> int:
@@ -157,9 +156,8 @@ class PromptReader:
             )
             settings.template["tools"] = [tool.model_dump(exclude_none=True) for tool in request.usable_tools] or None
             memory = self.model.prompt_memory(self._store.reader(options))
-            turn = self.model.chat_turn(self.model, self.processor, [messages], settings, memory)
-        written = turn.prompt
-        return Prompt(written.input_ids[0].tolist(), written.keys, written.units, turn)
+            written = self.model.chat_turn(self.model, self.processor, [messages], settings, memory).prompt
+        return Prompt(written.input_ids[0].tolist(), written.keys, written.units)
 
     def write_plain(self, text: str) -> Prompt:
         """The prompt of a text to go on with; control tokens in it stay text.
