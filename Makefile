@@ -55,7 +55,7 @@ $(NANO)/dpo/stamp: $(NANO)/feedback/stamp
 
 $(NANO)/release/config.json: $(NANO)/dpo/stamp
 	$(PY) -m minicpmv.train.nano.release --weights $(NANO)/dpo --logs $(NANO_LOGS) --output $(@D)
-	$(NICE) $(PY) -m minicpmv evaluate calibrate --model $(@D) --samples 60 --keep 0.99 --output $(NANO)/calibration --save
+	$(NICE) $(PY) -m minicpmv evaluate calibrate --model $(@D) --samples 60 --keep 0.995 --output $(NANO)/calibration --save
 
 $(NANO)/figures.json: $(NANO)/release/config.json
 	$(NICE) $(PY) -m minicpmv evaluate nanobench --model $(<D) --samples 1000 --output $(NANO)/nanobench --json $@
