@@ -10,7 +10,7 @@ from minicpmv.runtimes.language_model import GrowingLayer
 
 
 KINDS = st.sampled_from(["add", "add", "add", "fork", "crop", "reorder"])
-STEPS = st.lists(st.tuples(st.integers(0, 1), KINDS, st.integers(1, 40)), min_size=10, max_size=30)
+STEPS = st.lists(st.tuples(st.integers(0, 1), KINDS, st.integers(1, 120)), min_size=10, max_size=30)
 
 
 @given(STEPS)
