@@ -1,6 +1,5 @@
 """Reinforcement learning: modes, rollouts with pictures and clips, log-probabilities, rewards, and that it learns."""
 
-import copy
 import csv
 import json
 import math
@@ -10,7 +9,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, name_seeded_model, tiny_config
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
@@ -268,13 +267,12 @@ def test_vllm_rollouts_are_refused_before_anything_starts(processor, tmp_path):
 # --- Rewards ---
 
 
-def test_rewards_judge_the_whole_text_though_the_full_tokenizer_parses_thoughts_out(
-    repository, golden_model, tmp_path
-):
+def test_rewards_judge_the_whole_text_though_the_full_tokenizer_parses_thoughts_out(repository, tmp_path):
     processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True)
+    narrow = tiny_config(hidden_size=128, num_hidden_layers=1, tie_word_embeddings=True)  # most of it is vocabulary
     assert processor.tokenizer.response_template  # TRL would hand over thought and answer apart
     texts = ["<box>1 2 3 4</box>", "red!", "see\n</think>\n\nred", "see"]
-    model = scripted(copy.deepcopy(golden_model), processor, [f"{text}<|im_end|>" for text in texts])
+    model = scripted(name_seeded_model(narrow), processor, [f"{text}<|im_end|>" for text in texts])
     rows = [{"prompt": ask(text=answer), "answer": answer} for answer in ("<box>1 2 3 4</box>", "red")]
     settings = IN_ORDER | {"per_device_train_batch_size": 4, "log_completions": True}
     seen = Recorder()
