@@ -494,13 +494,13 @@ def test_what_the_model_writes_cannot_steer_the_terminal(nano, monkeypatch, caps
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
-def test_a_conversation_in_a_terminal(answer, tmp_path):
+def test_a_conversation_in_a_terminal(answer, tmp_path, warm_python):
     import pexpect
 
     settings = {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "XDG_CONFIG_HOME": str(tmp_path / "config")}
     arguments = ["-m", "minicpmv", "chat", NUMBER, "-m", str(NANO), "--thinking-budget", "8", *SHORT]
     child = pexpect.spawn(
-        sys.executable,
+        warm_python,
         arguments,
         env=os.environ | settings,
         cwd=str(REPOSITORY),
