@@ -258,6 +258,21 @@ def small_model():
     return model
 
 
+@pytest.fixture(scope="module")
+def drawn_data(made_once):
+    """A user's cache in which the drawn stand-ins for public data sets lie, for all workers of a run."""
+    from minicpmv.evaluate.fixtures import fixture_folder
+
+    def fill(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(folder))
+            fixture_folder()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(made_once("cache", fill)))
+        yield
+
+
 # ---- nano as GGUF ----
 
 GGUF_TYPES = ("f32", "f16", "q8_0", "q4_k_m")

@@ -22,7 +22,7 @@ from minicpmv.evaluate.suites import load_benchmark
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("drawn_data", "one_thread")
 
 
 def test_every_question_is_asked_once_in_either_mode_and_controls_are_left_out():

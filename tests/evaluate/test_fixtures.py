@@ -13,11 +13,7 @@ from minicpmv.evaluate.suite import check_videos
 from minicpmv.evaluate.suites import load_suite
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("drawn_data")
 
 
 @pytest.mark.parametrize("id", DATA_SETS)

@@ -15,6 +15,9 @@ from minicpmv.evaluate.judging import JudgeError, JudgeModel
 from minicpmv.files import DamagedFileError
 
 
+pytestmark = pytest.mark.usefixtures("drawn_data")
+
+
 def undecided(entry):
     return bool(entry["scores"].get("undecided"))
 

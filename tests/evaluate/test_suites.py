@@ -33,14 +33,7 @@ CHOOSE_STEP_BY_STEP = (
     'the correct answer in the format of "Answer: selected option\n\n'
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("drawn_data", "one_thread")
 
 
 def rows_of(name, **setting):
@@ -285,7 +278,7 @@ FEW = ("--fixtures", "--samples", "3", "--max-new-tokens", "2")
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
+def published(drawn_data, tmp_path_factory):
     """The dry run of everything, as a user types it, with a few questions of each."""
     folder = tmp_path_factory.mktemp("published")
     command = ["published", "-m", str(NANO), *FEW, "--output", str(folder)]
