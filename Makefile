@@ -19,6 +19,9 @@ PIP_INSTALL := -m pip install --disable-pip-version-check
 BROWSER := minicpmv/deploy/browser
 LIBRARIES := $(BROWSER)/node_modules/stamp
 
+# Where Python is told to keep no bytecode, each of the many processes of the tests compiles what it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo nano test pytest batch engines deploy-check page page-libraries web web-screenshots torchao deploy-slow quantize-env matrix newest conformance lint format docs bench clean
