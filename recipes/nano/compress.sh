@@ -1,7 +1,7 @@
 #!/bin/sh
 # nano with 10, 25 and 40 % fewer parameters of language model and tower: cut, measured, distilled, measured, side by side.
 # sh recipes/nano/compress.sh            what is there already is not made again
-# STEPS=0 sh recipes/nano/compress.sh    cuts alone, without distillation, which a CPU needs a night for
+# STEPS=0 sh recipes/nano/compress.sh    cuts alone, without distillation, which takes a core half an hour for each
 # SHARES="75" STEPS=20 SAMPLES=5 CONVERSATIONS=4 sh recipes/nano/compress.sh     a small trial
 set -eu
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -13,9 +13,9 @@ for share in ${SHARES:-90 75 60}; do
         --conversations "${CONVERSATIONS:-64}" --data recipes/nano/sft_data.yaml \
         --target-parameters "llm=$share%" --target-parameters "tower=$share%"
     measure "$OUT/$share" "$OUT/$share-nanobench"
-    if [ "${STEPS:-5000}" -gt 0 ]; then
+    if [ "${STEPS:-240}" -gt 0 ]; then
         $PYTHON -m minicpmv train distill --config recipes/nano/distill.yaml --model_name_or_path "$OUT/$share" \
-            --output_dir "$OUT/$share-distilled" --max_steps "${STEPS:-5000}"
+            --output_dir "$OUT/$share-distilled" --max_steps "${STEPS:-240}"
         measure "$OUT/$share-distilled" "$OUT/$share-distilled-nanobench"
     fi
 done
