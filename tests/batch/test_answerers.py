@@ -137,9 +137,11 @@ time.sleep(120)
 """
 
 # A run whose server says when it begins, and holds stderr as long as it lives.
+# Where a shell started the tests in the background, they ignore Ctrl-C, and so would what they start.
 RUN = """
-import os, sys, time
+import os, signal, sys, time
 from minicpmv.batch.answerers import start_child
+signal.signal(signal.SIGINT, signal.default_int_handler)
 start_child(["sh", "-c", "echo begun >&2; exec sleep 120"], os.environ)
 {end}
 """

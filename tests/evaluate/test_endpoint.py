@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -63,7 +63,8 @@ class Server:
                 finally:
                     with server.lock:
                         server.in_flight -= 1
-                self.send(status, content)
+                with suppress(ConnectionError):  # who asked was stopped: nobody's error
+                    self.send(status, content)
 
             def send(self, status, content):
                 data = content if isinstance(content, bytes) else json.dumps(content).encode()
