@@ -182,7 +182,8 @@ class RememberingForCausalLM(nn.Module):
             if cache.get_seq_length() == 0:
                 cache.layers[:] = [GrowingLayer()]
             # The layer's keys are the numbers of the rows, and its values are the rows: [B, 1, cached + L, ...].
-            keys, values = cache.update(numbers[:, None, :, None], rows[:, None], 0)
+            with self._lock:  # conversations that forked share memory, and may go on in several threads
+                keys, values = cache.update(numbers[:, None, :, None], rows[:, None], 0)
             numbers, rows = keys[:, 0, :, 0], values[:, 0]
         is_real = torch.ones(rows.shape[:2], dtype=torch.bool)
         if attention_mask is not None:
