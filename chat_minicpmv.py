@@ -589,6 +589,7 @@ class ChatMixin:
     # ---- what sessions, training and serving are built on ----
 
     read_conversations, read_units = staticmethod(read_conversations), staticmethod(read_units)
+    need_to_think = staticmethod(need_to_think)
     chat_settings, chat_turn, thought_budget = ChatSettings, Turn, ThoughtBudget  # the first two take the model first
     answer_stream, prompt_memory, seeded_choice = AnswerStream, PromptMemory, SeededChoice
 

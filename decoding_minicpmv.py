@@ -34,7 +34,7 @@ DEFAULT_THRESHOLD = 0.5  # not calibrated: what pays differs between checkpoints
 
 def need_to_think(logits: Iterable[torch.Tensor]) -> float:
     """Need from 0 to 1: what the likeliest token of a draft lacked to certainty where it lacked most, since an answer is as
-    certain as its weakest token. `logits`: one tensor [1, V] a step.
+    certain as its weakest token. `logits`: one tensor [1, V], or [V], a step.
 
     Nothing else counts: with the length of the question beside it, fewer answers were right at equal tokens.
     """

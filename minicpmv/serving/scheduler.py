@@ -98,7 +98,7 @@ class Row:
     sampler: Sampler
     writer: AnswerWriter
     ids: list[int] = field(default_factory=list)
-    certainties: list[float] | None = None  # of the tokens of a draft; None: it is no draft
+    needs: list[float] | None = None  # to think, of each token of a draft; None: it is no draft
     held: list[Piece] = field(default_factory=list)  # of a draft
     first: float = 0.0  # seconds
 
@@ -285,7 +285,7 @@ class Scheduler:
                 reading.cached,
                 job.make_sampler(index, prompt, reading.thinking),
                 job.make_writer(reading.thinking),
-                certainties=[] if job.deep is not None and not reading.thinking else None,
+                needs=[] if job.deep is not None and not reading.thinking else None,
             )
             token = row.sampler.choose(logits) if not row.sampler.is_plain else int(logits.argmax())
             row.first = time.perf_counter() - job.submitted
@@ -332,14 +332,14 @@ class Scheduler:
             fact = None if told is None else TokenFact(token, *log_probabilities(logits, token, told))
             pieces = row.writer.take(token, fact)
         is_over = is_stop or row.writer.is_stopped or len(row.ids) >= row.room
-        if row.certainties is not None:
-            row.certainties.append(logits.float().softmax(-1).max().item())
+        if row.needs is not None:
+            row.needs.append(self.model.need_to_think([logits]))
             row.held += pieces
-            if not (is_over or len(row.certainties) >= self.model.draft_tokens):
+            if not (is_over or len(row.needs) >= self.model.draft_tokens):
                 return
             if self._must_think(row):
                 return
-            pieces, row.certainties, row.held = row.held, None, []
+            pieces, row.needs, row.held = row.held, None, []
         for piece in pieces:
             row.job.send((row.index, piece))
         if is_over:
@@ -349,8 +349,8 @@ class Scheduler:
     def _must_think(self, row: Row) -> bool:
         """Whether a draft shows that thinking is needed; then it is thrown away, and the deep prompt is read instead."""
         job, deep = row.job, row.job.deep
-        assert deep is not None and row.certainties is not None
-        if 1 - min(row.certainties) < self.model.thinking_threshold:
+        assert deep is not None and row.needs is not None
+        if max(row.needs) < self.model.thinking_threshold:
             return False
         self._remove(row)
         self._begin(job, deep, True, [row.index], row.room)
