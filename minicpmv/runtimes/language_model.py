@@ -107,8 +107,12 @@ class GrowingLayer(DynamicLayer):
     def _grown(self, name: str, held: Tensor, new: Tensor) -> Tensor:
         length, total = held.shape[-2], held.shape[-2] + new.shape[-2]
         room = self._rooms.get(name)
-        is_ours = room is not None and held.data_ptr() == room.buffer.data_ptr() and room.written == length
-        if room is None or not is_ours or total > room.buffer.shape[-2]:
+        if (
+            room is None
+            or room.buffer.data_ptr() != held.data_ptr()
+            or room.written != length
+            or room.buffer.shape[-2] < total
+        ):
             room = Room(new.new_empty(*new.shape[:-2], total + max(CELLS, total // 4), new.shape[-1]), length)
             room.buffer[..., :length, :] = held
             self._rooms = {**self._rooms, name: room}  # copies of this layer keep theirs

@@ -13,9 +13,9 @@ for share in ${SHARES:-90 75 60}; do
         --conversations "${CONVERSATIONS:-64}" --data recipes/nano/sft_data.yaml \
         --target-parameters "llm=$share%" --target-parameters "tower=$share%"
     measure "$OUT/$share" "$OUT/$share-nanobench"
-    if [ "${STEPS:-240}" -gt 0 ]; then
+    if [ "${STEPS:-1}" -gt 0 ]; then
         $PYTHON -m minicpmv train distill --config recipes/nano/distill.yaml --model_name_or_path "$OUT/$share" \
-            --output_dir "$OUT/$share-distilled" --max_steps "${STEPS:-240}"
+            --output_dir "$OUT/$share-distilled" ${STEPS:+--max_steps "$STEPS"}
         measure "$OUT/$share-distilled" "$OUT/$share-distilled-nanobench"
     fi
 done
