@@ -106,7 +106,7 @@ class Graphs:
             most: slices that go through the tower at a time.
 
         Raises:
-            GraphError: a slice is longer than the graph can read.
+            GraphError: a slice is longer than the graph can read, or the software gives features of fewer units.
         """
 
         def shape(place: int) -> tuple[tuple[int, int], int]:
@@ -121,6 +121,13 @@ class Graphs:
                 pictures = np.stack([np.stack([_picture(strip, size) for strip in unit.strips]) for unit in some])
                 times = np.array([list(unit.temporal_ids) for unit in some], dtype=np.int64)
                 (features,) = self._call(VISION, {"pixel_values": pictures, "temporal_ids": times})
+                if len(features) != len(some):  # seen of OpenVINO's int8 where ONEDNN_MAX_CPU_ISA holds it back
+                    software = " ".join(next(iter(self.versions.items())))
+                    raise GraphError(
+                        f"{self._files[VISION]} gave features of {len(features)} images for {len(some)}: {software} computes "
+                        "this type wrongly on this CPU; take another version of it or another type, and unset variables such "
+                        "as ONEDNN_MAX_CPU_ISA"
+                    )
                 found |= dict(zip(places[start : start + step], features, strict=True))
         return np.stack([found[place] for place in range(len(units))])
 

@@ -73,6 +73,24 @@ def test_a_slice_longer_than_any_image_makes_is_an_error_with_its_shape(graphs):
         graphs.encode(units_of([(1, 300, [-1])]))
 
 
+def test_features_of_fewer_units_than_were_given_are_an_error_that_names_the_software(onnx_nano, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    for file in onnx_nano("fp32").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (vision := tmp_path / "vision_encoder.onnx").unlink()
+    none = onnx.numpy_helper.from_array(np.zeros((0, 36, 256), np.float32))
+    inputs = [("pixel_values", onnx.TensorProto.FLOAT, 5), ("temporal_ids", onnx.TensorProto.INT64, 2)]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Constant", [], ["features"], value=none)],
+        "broken",
+        [onnx.helper.make_tensor_value_info(name, kind, [None] * sides) for name, kind, sides in inputs],
+        [onnx.helper.make_tensor_value_info("features", onnx.TensorProto.FLOAT, [0, 36, 256])],
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), vision)
+    with pytest.raises(GraphError, match=r"vision_encoder\.onnx gave features of 0 images for 1: onnxruntime \d"):
+        Graphs(tmp_path, 1).encode(units_of([(8, 8, [-1])]))
+
+
 @pytest.mark.parametrize("batch, length, past", [(1, 1, 0), (1, 6, 0), (1, 1, 7), (2, 3, 5)])
 def test_logits_are_those_of_the_model_behind_what_was_read_before(nano_model, graphs, batch, length, past):
     ids = torch.randint(0, 800, (batch, past + length), generator=torch.Generator().manual_seed(batch + past))
