@@ -195,7 +195,8 @@ class Conversation:
                 yield piece
             if len(ids) < len(prompt.ids) + most:
                 logits = self._compute([token], [token], prompt.slots)
-        thought, answer = runner.processor.split_thought(text)
+        # Marks of a thought that was not asked for are text, as in `chat()` of a model.
+        thought, answer = runner.processor.split_thought(text) if thinks else (None, text)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         self._media.keep_only(prompt.units)
         count = len(ids) - len(prompt.ids) + (finish == "stop")
