@@ -104,7 +104,10 @@ def test_the_command_offers_every_type():
 
 def test_files_hold_no_paths_of_the_machine_that_wrote_them(onnx_nano):
     for name in NAMES:
-        data = (onnx_nano("int8") / f"{name}.onnx").read_bytes()
+        graph = onnx.load(onnx_nano("int8") / f"{name}.onnx")
+        for weights in graph.graph.initializer:  # which may hold any bytes
+            weights.ClearField("raw_data")
+        data = graph.SerializeToString()
         for trace in (b"site-packages", str(REPOSITORY).encode(), b"modeling_", b".py", b"stack_trace"):
             assert trace not in data, (name, trace)
 
