@@ -34,21 +34,24 @@ demo: $(VENV)/demo.stamp tokenizer.json ## nano answers questions about a pictur
 
 # Each stage is skipped when its result is there and goes on from its last checkpoint when it was stopped, by a kill or after
 # MINUTES: so a machine that is lent for ten minutes can do a part. Without a GPU it takes a night or two on two cores.
-# With WEIGHTS=nano pre-training is left out: the version that is here is taught further.
+# With WEIGHTS=nano what made the version that is here is left out: it is taught further.
 NANO := runs/nano
 NICE := nice -n 19
 NANO_RUN := $(NICE) $(PY) -m minicpmv.train.nano
-NANO_LOGS := $(if $(WEIGHTS),,$(NANO)/pretraining) $(NANO)/third
+NANO_LOGS := $(if $(WEIGHTS),,$(NANO)/pretraining $(NANO)/third) $(NANO)/fourth
 
 nano: $(NANO)/release/README.md ## train nano from nothing, in stages that go on where they stopped; MINUTES=10 stops after so many, WEIGHTS=nano goes on from these
 
 $(NANO)/pretraining/model/config.json: | $(VENV)/dev.stamp
 	$(NANO_RUN) --config recipes/nano/pretraining.yaml --output $(NANO)/pretraining $(if $(MINUTES),--minutes $(MINUTES))
 
-$(NANO)/third/model/config.json: $(if $(WEIGHTS),,$(NANO)/pretraining/model/config.json)
-	$(NANO_RUN) --config recipes/nano/third.yaml --output $(NANO)/third $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(MINUTES),--minutes $(MINUTES))
+$(NANO)/third/model/config.json: $(NANO)/pretraining/model/config.json
+	$(NANO_RUN) --config recipes/nano/third.yaml --output $(NANO)/third $(if $(MINUTES),--minutes $(MINUTES))
 
-$(NANO)/feedback/stamp: $(NANO)/third/model/config.json
+$(NANO)/fourth/model/config.json: $(if $(WEIGHTS),,$(NANO)/third/model/config.json)
+	$(NANO_RUN) --config recipes/nano/fourth.yaml --output $(NANO)/fourth $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(MINUTES),--minutes $(MINUTES))
+
+$(NANO)/feedback/stamp: $(NANO)/fourth/model/config.json
 	$(NICE) $(PY) -m minicpmv align feedback --config recipes/nano/feedback.yaml
 	@touch $@
 

@@ -13,6 +13,9 @@ IMAGES = {
     "number.jpg": ("What does it say?",),
     "receipt.jpg": ("What is the DATE?", "What is the TOTAL?"),
 }
+PAIR = ("number.jpg", "shapes.jpg")
+PAIR_QUESTIONS = ("What does the first picture say?", "What color is the square in the second picture?")
+PAGE = "receipt.jpg"
 SUM = ("sum.jpg", "What is the result?")
 CLIP = "star.mp4"
 CLIP_QUESTIONS = ("Which way does the shape move?", "What color is the shape?")

@@ -58,11 +58,22 @@ def show(console: Any, model: Any, processor: Any, assets: Path) -> None:
             console,
             model,
             processor,
-            {"type": "image", "image": str(assets / name)},
+            [image_part(assets / name)],
             questions,
             lambda tokens, slices: f"an overview and {slices} slices, {tokens} visual tokens",
         )
         console.print()
+    console.print(f"[bold]{' and '.join(f'assets/{name}' for name in examples.PAIR)}[/bold], in one question")
+    show_answers(
+        console,
+        model,
+        processor,
+        [image_part(assets / name) for name in examples.PAIR],
+        examples.PAIR_QUESTIONS,
+        lambda tokens, slices: f"{tokens} visual tokens",
+    )
+    console.print()
+    show_page(console, model, processor, assets / examples.PAGE)
     show_thought(console, model, processor, assets / examples.SUM[0], examples.SUM[1])
 
     clip = str(assets / examples.CLIP)
@@ -72,7 +83,7 @@ def show(console: Any, model: Any, processor: Any, assets: Path) -> None:
         console,
         model,
         processor,
-        {"type": "video", "video": clip},
+        [{"type": "video", "video": clip}],
         examples.CLIP_QUESTIONS,
         lambda tokens, slices: (
             f"{len(video.frames_indices)} frames in {video.num_groups} groups of up to {video.packing}, "
@@ -82,9 +93,13 @@ def show(console: Any, model: Any, processor: Any, assets: Path) -> None:
     )
 
 
-def answer(model: Any, processor: Any, content: dict, question: str, **options: Any) -> tuple[str, int, int]:
-    """`(answer, number of visual tokens, number of slices)` for one image or video."""
-    messages = [{"role": "user", "content": [content, {"type": "text", "text": question}]}]
+def image_part(file: Path) -> dict[str, str]:
+    return {"type": "image", "image": str(file)}
+
+
+def answer(model: Any, processor: Any, media: Sequence[dict], question: str, **options: Any) -> tuple[str, int, int]:
+    """`(answer, number of visual tokens, number of slices)` for images or a video."""
+    messages = [{"role": "user", "content": [*media, {"type": "text", "text": question}]}]
     inputs = processor.apply_chat_template(
         messages,
         add_generation_prompt=True,
@@ -105,7 +120,7 @@ def show_answers(
     console: Any,
     model: Any,
     processor: Any,
-    content: dict,
+    media: Sequence[dict],
     questions: Sequence[str],
     describe: Callable[[int, int], str],
     **options: Any,
@@ -115,11 +130,24 @@ def show_answers(
 
     for position, question in enumerate(questions):
         begin = time.perf_counter()
-        text, visual_tokens, slices = answer(model, processor, content, question, **options)
+        text, visual_tokens, slices = answer(model, processor, media, question, **options)
         seconds = time.perf_counter() - begin
         if position == 0:
             console.print(f"  [dim]seen as {describe(visual_tokens, slices)}[/dim]")
-        console.print(f"  {escape(question):34} [bold green]{escape(text)}[/bold green]  [dim]{seconds:.2f} s[/dim]")
+        console.print(f"  {escape(question):46} [bold green]{escape(text)}[/bold green]  [dim]{seconds:.2f} s[/dim]")
+
+
+def show_page(console: Any, model: Any, processor: Any, page: Path) -> None:
+    """What `minicpmv read --format text` writes."""
+    from rich.markup import escape
+
+    from minicpmv.apps.documents.prompts import Prompts
+
+    text, _, _ = answer(model, processor, [image_part(page)], Prompts().text)
+    console.print(f"[bold]assets/{page.name}[/bold], all of it")
+    for line in text.splitlines():
+        console.print(f"  [bold green]{escape(line)}[/bold green]")
+    console.print()
 
 
 def show_thought(console: Any, model: Any, processor: Any, image: Path, question: str) -> None:
@@ -135,6 +163,6 @@ def show_thought(console: Any, model: Any, processor: Any, image: Path, question
         output = model.chat(msgs=messages, processor=processor, enable_thinking=thinking, **options)
         thought = f"  [dim]thought: {escape(' | '.join(output.reasoning.splitlines()))}[/dim]" if thinking else ""
         console.print(
-            f"  {'thinking' if thinking else 'at once':34} [bold green]{escape(output.text)}[/bold green]{thought}"
+            f"  {'thinking' if thinking else 'at once':46} [bold green]{escape(output.text)}[/bold green]{thought}"
         )
     console.print()

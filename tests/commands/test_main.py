@@ -129,6 +129,23 @@ def test_build_tokenizer_says_whether_it_wrote(tmp_path, monkeypatch):
     assert run("build-tokenizer", tmp_path).stdout.strip().endswith("tokenizer.json: written")
 
 
+def test_the_demo_shows_an_answer_of_every_kind_and_all_are_right():
+    result = run("demo")
+    assert result.exit_code == 0, result.stderr
+    shown = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    for right in (
+        "How many shapes are there? 2",
+        "What does it say? 47",
+        "What is the TOTAL? 12.50",
+        "What does the first picture say? 47",
+        "What color is the square in the second picture? blue",
+        "TIME: 18:05",  # of the page
+        "thinking 17 thought: 7+5-3+8 | 7+5=12 | 12-3=9 | 9+8=17",
+        "Which way does the shape move? right",
+    ):
+        assert any(line.startswith(right) for line in shown), (right, shown)
+
+
 def test_demo_of_a_folder_without_a_model_is_a_one_line_error(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({}))
     assert_one_line_error(run("demo", "--model", tmp_path), "holds no model")

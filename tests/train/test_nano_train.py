@@ -429,7 +429,7 @@ def test_an_installed_package_says_that_the_tokenizer_is_built_in_a_clone(tmp_pa
 
 
 def test_the_recipe_of_nano_is_valid_and_a_misspelt_field_is_named(tmp_path):
-    for name in ("pretraining", "third"):
+    for name in ("pretraining", "third", "fourth"):
         for stage in Recipe.load(REPOSITORY / "recipes" / "nano" / f"{name}.yaml").stages:
             assert set(stage.mixture.scenes) <= set(SCENES)
             assert set(stage.mixture.tasks or ()) <= set(ENGLISH.phrases)
