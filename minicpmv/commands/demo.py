@@ -134,7 +134,7 @@ def show_answers(
         seconds = time.perf_counter() - begin
         if position == 0:
             console.print(f"  [dim]seen as {describe(visual_tokens, slices)}[/dim]")
-        console.print(f"  {escape(question):46} [bold green]{escape(text)}[/bold green]  [dim]{seconds:.2f} s[/dim]")
+        console.print(f"  {escape(question):48} [bold green]{escape(text)}[/bold green]  [dim]{seconds:.2f} s[/dim]")
 
 
 def show_page(console: Any, model: Any, processor: Any, page: Path) -> None:
@@ -163,6 +163,6 @@ def show_thought(console: Any, model: Any, processor: Any, image: Path, question
         output = model.chat(msgs=messages, processor=processor, enable_thinking=thinking, **options)
         thought = f"  [dim]thought: {escape(' | '.join(output.reasoning.splitlines()))}[/dim]" if thinking else ""
         console.print(
-            f"  {'thinking' if thinking else 'at once':46} [bold green]{escape(output.text)}[/bold green]{thought}"
+            f"  {'thinking' if thinking else 'at once':48} [bold green]{escape(output.text)}[/bold green]{thought}"
         )
     console.print()
