@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import zlib
 from collections import Counter
@@ -364,9 +365,9 @@ def scripted(monkeypatch):
     return calls
 
 
-def run(prompts, folder, **options):
+def run(prompts, folder, model=NANO, **options):
     args = FeedbackArguments(dataset_name=str(prompts), output_dir=str(folder), batch_size=2, **options)
-    return feedback.run(ModelArguments(NANO), args)
+    return feedback.run(ModelArguments(str(model)), args)
 
 
 def log_of(folder):
@@ -455,6 +456,14 @@ def test_a_log_of_other_options_or_prompts_is_refused(prompts, scripted, tmp_pat
             run(prompts, tmp_path / "out")
     finally:
         prompts.write_text(text)
+    # The same path, but trained further since.
+    shutil.copytree(NANO, model := tmp_path / "model")
+    run(prompts, tmp_path / "further", model)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(TrainingError, match="made with weights = .*Take another output_dir"):
+        run(prompts, tmp_path / "further", model)
     log = tmp_path / "out" / "answers-000.jsonl"
     log.write_text(log.read_text().replace('"errors"', "errors", 1))
     with pytest.raises(TrainingError, match="line 2 is damaged"):
