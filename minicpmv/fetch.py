@@ -9,7 +9,6 @@ folder: it holds all of the weights or none. Commit and digests are written besi
 A download that was cut off goes on where it stopped when the command is run again.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -33,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 
 from minicpmv.checkpoint import PUBLISHED
 from minicpmv.errors import MiniCPMVError
-from minicpmv.files import write_whole
+from minicpmv.files import file_digest, write_whole
 
 
 INDEX = "model.safetensors.index.json"
@@ -200,18 +199,10 @@ def _check_digests(folder: Path, source: Source) -> None:
     altered = [
         file
         for file, digest in source.sha256.items()
-        if not (folder / file).is_file() or _sha256(folder / file) != digest
+        if not (folder / file).is_file() or file_digest(folder / file) != digest
     ]
     if altered:
         raise DamagedFilesError(folder, altered, f"not the bytes of {source.repository} at {source.commit}")
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def fetch(

@@ -1,5 +1,6 @@
-"""Files that runs write: whole or not at all, and JSON lines that outlive a kill."""
+"""Files that runs write: whole or not at all, and JSON lines that outlive a kill; and what tells two files apart."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,15 @@ class DamagedFileError(MiniCPMVError):
 
 class UnwritableFileError(MiniCPMVError):
     """A file cannot be written where it should go."""
+
+
+def file_digest(path: Path, method: str = "sha256") -> str:
+    """The digest of a file's bytes in hexadecimal digits, a block at a time. `method` is a name that hashlib knows."""
+    digest = hashlib.new(method, usedforsecurity=False)
+    with path.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -70,9 +70,10 @@ def test_read_writes_what_is_known_about_every_page(nano_model, nano_processor, 
     assert (seen["page"], seen["width"], seen["height"], seen["language"]) == (1, 278, 278, None)
     assert found["answers"][0]["question"] == "Who?" and found["files"] == [str(nano_pdf)]
     assert Image.open(found["regions"][0]["image"]).size == (278, 278)
-    boxes = found["regions"][0]["boxes"]
-    assert ("minicpmv: note: page 1: no regions" in result.stderr) == (not boxes)
-    assert all(box["left"] < box["right"] <= 278 and box["top"] < box["bottom"] <= 278 for box in boxes)
+    assert all(box["right"] <= 278 and box["bottom"] <= 278 for box in found["regions"][0]["boxes"])
+    seen = ("--pages", "1", "--regions", tmp_path / "seen", "--max-page-tokens", "1")  # no room for a box
+    result = run(read, nano_pdf, "-m", REPOSITORY / "nano", *seen)
+    assert "minicpmv: note: page 1: no regions" in result.stderr
 
 
 def assert_one_line_error(result, *words):

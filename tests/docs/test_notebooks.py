@@ -28,7 +28,7 @@ assert [(part.start, part.end, part.text) for part in segments] == [(0, 1, "red"
     "03_documents": """
 assert [page.number for page in texts] == [1, 2] and all(page.text for page in texts)
 assert [page.text.splitlines()[-1] for page in texts] == ["TOTAL: 12.50", "47"]
-assert result.text.startswith("12.50")
+assert result.text == "12.50 [page 2]"
 assert isinstance(data, DataError) and "fits the schema" in str(data)
 assert [box.corners for box in boxes] == [(70.4, 91.2, 262.4, 283.2)] and len(malformed) == 1
 assert found.boxes == []

@@ -9,7 +9,6 @@ What is special:
 """
 
 import fnmatch
-import hashlib
 import re
 import shutil
 import tarfile
@@ -26,6 +25,7 @@ from urllib.parse import quote, urlsplit
 
 from minicpmv.errors import MiniCPMVError
 from minicpmv.evaluate.data_sets.catalog import HUB, DataSet, HubFiles, RemoteFile
+from minicpmv.files import file_digest
 
 
 BLOCK = 1 << 20
@@ -270,14 +270,10 @@ def _check_digest(file: Download) -> None:
     if file.digest is None:
         return
     method, _, expected = file.digest.partition(":")
-    found = hashlib.new(method, usedforsecurity=False)
-    with file.part.open("rb") as content:
-        while block := content.read(BLOCK):
-            found.update(block)
-    if found.hexdigest() != expected:
+    if (found := file_digest(file.part, method)) != expected:
         file.part.unlink()
         raise DownloadError(
-            f"{file.path.name}: its {method.upper()} is {found.hexdigest()}, not {expected}: it was damaged on the way or "
+            f"{file.path.name}: its {method.upper()} is {found}, not {expected}: it was damaged on the way or "
             "has changed at its source; run the command again, and if that does not help the figures of this file are not "
             "those that were published"
         )

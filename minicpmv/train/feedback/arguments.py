@@ -1,11 +1,10 @@
 """Options of `minicpmv align feedback`."""
 
-import hashlib
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from minicpmv.files import file_digest
 from minicpmv.train.common.arguments import ModelArguments, option
 from minicpmv.train.common.errors import ArgumentsError
 
@@ -84,17 +83,12 @@ def settings_of(args: FeedbackArguments, model_args: ModelArguments) -> dict[str
     """What decides about the content of a log."""
     settings = asdict(args) | {"model_name_or_path": model_args.model_name_or_path, "dtype": model_args.dtype}
     # A model that was trained further under the same path is another one.
-    settings["weights"] = [weights_digest(name) for name in (model_args.model_name_or_path, args.feedback_model)]
+    settings["weights"] = [weights_digests(name) for name in (model_args.model_name_or_path, args.feedback_model)]
     return {name: value for name, value in settings.items() if name not in FREE_OPTIONS}
 
 
-def weights_digest(name: str | None) -> str | None:
-    """16 hexadecimal digits of the weight files in a folder; None for a name on the Hub, whose revision tells them apart."""
+def weights_digests(name: str | None) -> list[str] | None:
+    """16 hexadecimal digits for each weight file in a folder; None for a name on the Hub, whose revision tells them apart."""
     if name is None or not Path(name).is_dir():
         return None
-    digest = hashlib.sha256()
-    for path in sorted(Path(name).glob("*.safetensors")):
-        with path.open("rb") as file:
-            for block in iter(partial(file.read, 2**20), b""):
-                digest.update(block)
-    return digest.hexdigest()[:16]
+    return [file_digest(path)[:16] for path in sorted(Path(name).glob("*.safetensors"))]
