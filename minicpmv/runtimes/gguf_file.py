@@ -34,6 +34,7 @@ class StoredTensor:
 
     name: str
     kind: int  # ggml's number of its type
+    width: int  # values of a row
     data: np.ndarray  # float32 or float16 [...], of other types uint8 [..., bytes of a row]
 
     def rows(self, places: Any = slice(None)) -> np.ndarray:
@@ -66,7 +67,7 @@ class GGUFFile:
             alignment = self.fields.get("general.alignment", ALIGNMENT)
             start = -(-self._place // alignment) * alignment
             self.tensors = {info[0]: self._tensor(*info, start) for info in infos}
-        except (struct.error, ArithmeticError, ValueError, KeyError, TypeError) as error:
+        except (struct.error, ArithmeticError, ValueError, LookupError, TypeError) as error:
             raise GGUFError(f"{path} is no whole GGUF file ({error}): export or fetch it again") from error
 
     def _read_head(self) -> dict[str, Any]:
@@ -126,4 +127,4 @@ class GGUFFile:
         data = self._bytes[start + offset : start + offset + size]
         if len(data) != size:
             raise ValueError(f"it ends within {name}")
-        return StoredTensor(name, kind, data.view(layout).reshape(stored))
+        return StoredTensor(name, kind, shape[-1], data.view(layout).reshape(stored))

@@ -68,8 +68,8 @@ class Known(NamedTuple):
 class History(NamedTuple):
     """What one row of a batch has read so far, and is to read now."""
 
-    rows: Tensor  # [L, D], with padding
-    places: Tensor  # int64 [n], of those that are no padding
+    rows: np.ndarray  # float32 [L, D], with padding
+    places: np.ndarray  # int64 [n], of those that are no padding
     numbers: np.ndarray  # int64 [n]
     wanted: np.ndarray  # bool [n]: whose logits
 
@@ -189,31 +189,35 @@ class RememberingForCausalLM(nn.Module):
             with self._lock:  # conversations that forked share memory, and may go on in several threads
                 keys, values = cache.update(numbers[:, None, :, None], rows[:, None], 0)
             numbers, rows = keys[:, 0, :, 0], values[:, 0]
-        is_real = torch.ones(rows.shape[:2], dtype=torch.bool)
+        # In numpy from here on: a token is many small steps, each of which takes torch longer.
+        size, length = rows.shape[:2]
+        is_real = np.ones((size, length), dtype=bool)
         if attention_mask is not None:
-            if attention_mask.dim() != 2 or attention_mask.shape[1] < rows.shape[1]:
+            if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
                 raise self._reader.error(
-                    f"{self._reader.software} takes a mask of {tuple(rows.shape[:2])}, not {tuple(attention_mask.shape)}"
+                    f"{self._reader.software} takes a mask of {(size, length)}, not {tuple(attention_mask.shape)}"
                 )
-            is_real = attention_mask[:, : rows.shape[1]].bool().cpu()
-        kept = torch.arange(rows.shape[1] - new, rows.shape[1])
-        kept = kept[-logits_to_keep:] if isinstance(logits_to_keep, int) else kept[logits_to_keep.cpu()]
-        wanted = torch.zeros(rows.shape[1], dtype=torch.bool)
+            is_real = attention_mask.cpu().numpy()[:, :length] != 0
+        kept = np.arange(length - new, length)
+        kept = kept[-logits_to_keep:] if isinstance(logits_to_keep, int) else kept[logits_to_keep.cpu().numpy()]
+        wanted = np.zeros(length, dtype=bool)
         wanted[kept] = True
         with self._lock:
+            known, read = numbers.numpy(), rows.numpy()
             histories = [
-                History(rows[place], real.nonzero()[:, 0], numbers[place, real].numpy(), wanted[real].numpy())
+                History(read[place], np.flatnonzero(real), known[place, real], wanted[real])
                 for place, real in enumerate(is_real)
             ]
             found = self._read(histories)
-        if len(found) == 1 and len(found[0]) == wanted.sum():  # most often; a copy of 150,000 numbers a token is saved
+        places = np.flatnonzero(wanted)
+        if size == 1 and len(found[0]) == len(places):  # most often; a copy of 150,000 numbers a token is saved
             logits = torch.from_numpy(found[0])[None]
         else:
-            logits = torch.zeros(len(rows), int(wanted.sum()), self.config.vocab_size)  # of padding: zeros
+            logits = torch.zeros(size, len(places), self.config.vocab_size)  # of padding: zeros
             for place, part in enumerate(found):
-                logits[place, is_real[place][wanted]] = torch.from_numpy(part)
-        if logits.shape[1] != len(kept) or (kept.diff() < 0).any():  # asked for in an order of the caller's
-            logits = logits[:, torch.searchsorted(wanted.nonzero()[:, 0], kept)]
+                logits[place, torch.from_numpy(is_real[place, places])] = torch.from_numpy(part)
+        if not np.array_equal(places, kept):  # asked for in an order of the caller's
+            logits = logits[:, torch.from_numpy(np.searchsorted(places, kept))]
         return CausalLMOutputWithPast(logits=logits.to(inputs_embeds.device), **{CACHE_FIELD: cache})
 
     def _refusal(self, what: str) -> MiniCPMVError:
@@ -241,7 +245,7 @@ class RememberingForCausalLM(nn.Module):
             free.remove(sequence)
             asked = np.flatnonzero(wanted)
             start = int(min(common[sequence], asked[0] if len(asked) else len(numbers)))
-            parts.append(Part(sequence, start, rows[places[start:]].numpy(), wanted[start:]))
+            parts.append(Part(sequence, start, rows[places[start:]], wanted[start:]))
         # Whatever fails on the way, states that are half made count for nothing.
         for part in parts:
             self._known[part.sequence] = Known(np.empty(0, np.int64), self._calls)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minicpmv.errors import MiniCPMVError, require
+from minicpmv.runtimes.gguf_file import StoredTensor
 
 
 if TYPE_CHECKING:
@@ -286,9 +287,7 @@ class LlamaCpp:
     def _decode(self, rows: np.ndarray, wanted: np.ndarray, positions: np.ndarray, owners: np.ndarray) -> np.ndarray:
         count = len(rows)
         ids = np.ascontiguousarray(owners, dtype=np.int32)
-        pointers = (POINTER(c_int32) * count)(
-            *(ctypes.cast(ids.ctypes.data + 4 * place, POINTER(c_int32)) for place in range(count))
-        )
+        addresses = ids.ctypes.data + ids.itemsize * np.arange(count, dtype=np.uintp)
         ones, places = np.ones(count, dtype=np.int32), np.ascontiguousarray(positions, dtype=np.int32)
         batch = Batch(
             count,
@@ -296,7 +295,7 @@ class LlamaCpp:
             _pointer(rows, c_float),
             _pointer(places, c_int32),
             _pointer(ones, c_int32),
-            pointers,
+            _pointer(addresses, POINTER(c_int32)),
             _pointer(wanted, c_int8),
         )
         _last_error.clear()
@@ -336,6 +335,28 @@ class LlamaCpp:
 
 def _pointer(array: np.ndarray, kind: Any) -> Any:
     return array.ctypes.data_as(POINTER(kind))
+
+
+@lru_cache
+def _dequantizer(kind: int) -> Any:
+    """The library's function for a type made of blocks (by ggml's number), or None: its names are those of the types."""
+    from gguf import GGMLQuantizationType
+
+    name = GGMLQuantizationType(kind).name.lower().replace("_k", "_K")
+    function = getattr(library(), f"dequantize_row_{name}", None)
+    if function is not None:
+        function.restype, function.argtypes = None, [c_void_p, c_void_p, ctypes.c_int64]
+    return function
+
+
+def dequantized(tensor: StoredTensor, places: np.ndarray) -> np.ndarray:
+    """The rows `places` of a table as float32 [n, D], by ggml's own code where it has some: numpy takes ten times as long."""
+    if (function := _dequantizer(tensor.kind)) is None:
+        return tensor.rows(places)
+    data = tensor.data[places]  # uint8 [n, bytes of a row]
+    rows = np.empty((len(data), tensor.width), dtype=np.float32)
+    function(data.ctypes.data, rows.ctypes.data, rows.size)
+    return rows
 
 
 def quantize(rows: np.ndarray, type_number: int, row_bytes: int) -> np.ndarray:

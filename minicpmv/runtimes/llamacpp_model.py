@@ -8,12 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from minicpmv.runtimes.gguf_file import GGUFError, GGUFFile, StoredTensor
 from minicpmv.runtimes.language_model import History, RememberingForCausalLM
-from minicpmv.runtimes.llamacpp import PACKAGES, LlamaCpp
+from minicpmv.runtimes.llamacpp import PACKAGES, LlamaCpp, dequantized
 
 
 class FileEmbedding(nn.Module):
@@ -25,8 +26,9 @@ class FileEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> float32 [..., D]."""
-        distinct, places = torch.unique(ids.cpu(), return_inverse=True)
-        return torch.from_numpy(self._table.rows(distinct.numpy()))[places].to(ids.device)
+        distinct, places = np.unique(ids.cpu().numpy(), return_inverse=True)
+        rows = dequantized(self._table, distinct)
+        return torch.from_numpy(rows[places.reshape(ids.shape)]).to(ids.device)
 
 
 class LlamaCppForCausalLM(RememberingForCausalLM):
@@ -68,8 +70,8 @@ class LlamaCppForCausalLM(RememberingForCausalLM):
             inputs_embeds: what stands in their places [1, L, D], image features among them.
         """
         rows = inputs_embeds.detach().float().cpu()
-        places = torch.arange(rows.shape[1])
-        history = History(rows[0], places, self._numbers(rows)[0].numpy(), (places == len(places) - 1).numpy())
+        places = np.arange(rows.shape[1])
+        history = History(rows[0].numpy(), places, self._numbers(rows)[0].numpy(), places == len(places) - 1)
         with self._lock:
             self._read([history])
             sequence = max(range(len(self._known)), key=lambda place: self._known[place].used)

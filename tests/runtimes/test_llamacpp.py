@@ -28,7 +28,7 @@ from minicpmv.runtimes.gguf import (
     tower_tensors,
 )
 from minicpmv.runtimes.gguf_file import GGUFError, GGUFFile
-from minicpmv.runtimes.llamacpp import CONTEXT_DEFAULTS, MODEL_DEFAULTS, LlamaCppError, check_layout
+from minicpmv.runtimes.llamacpp import CONTEXT_DEFAULTS, MODEL_DEFAULTS, LlamaCppError, check_layout, dequantized
 from minicpmv.runtimes.llamacpp import library as load_library
 
 
@@ -231,6 +231,17 @@ def test_a_file_is_read_as_the_package_gguf_reads_it(ggufs):
         assert list(ours.fields) == names
         for name in set(names) - texts_in_lists:
             assert ours.fields[name] == theirs.get_field(name).contents(), name
+
+
+def test_rows_of_a_table_are_those_that_the_package_gguf_reads(ggufs):
+    kinds = set()
+    for file in ggufs.glob("nano-*.gguf"):
+        for tensor in GGUFFile(file).tensors.values():
+            if tensor.data.ndim == 2 and tensor.kind not in kinds:
+                kinds.add(tensor.kind)
+                places = np.array([3, 0, 3, len(tensor.data) - 1])
+                np.testing.assert_allclose(dequantized(tensor, places), tensor.rows(places), rtol=1e-6)
+    assert {gguf.GGMLQuantizationType[name] for name in ("F16", "Q8_0", "Q4_K", "Q6_K")} <= kinds
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.1, 0.9, 0.9999])
