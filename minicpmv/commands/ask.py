@@ -1,4 +1,4 @@
-"""`minicpmv ask`: one question about images and videos, for people and for pipes.
+"""`minicpmv ask`: one question about images and videos, or where something is in an image, for people and for pipes.
 
 What is special:
 - stdin is read where it is asked for (`-`), where the question is missing, and where no file was given. Else it is left
@@ -6,12 +6,18 @@ What is special:
 - What comes from stdin is told by its content: text belongs to the question, anything else is an image or a video.
 """
 
-from typing import Annotated, Any
+import mimetypes
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minicpmv.commands import media, options, terminal
 from minicpmv.errors import MiniCPMVError, one_line_errors
+
+
+if TYPE_CHECKING:
+    from minicpmv.apps.grounding import Grounding
 
 
 class QuestionError(MiniCPMVError):
@@ -25,6 +31,13 @@ def ask(
     ] = None,
     model: options.Model = ".",
     as_json: Annotated[bool, typer.Option("--json", help="Write answer, thought and figures as JSON.")] = False,
+    find: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="In place of a question: where in the image this is, as boxes in pixels."),
+    ] = None,
+    draw: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the image with the boxes of --find on it.")
+    ] = None,
     stream: Annotated[
         bool | None,
         typer.Option("--stream/--no-stream", help="Write the answer as it comes; on a terminal by default."),
@@ -49,6 +62,7 @@ def ask(
       minicpmv ask cat.jpg "What is on the table?" -m nano
       minicpmv ask before.jpg after.jpg "What changed?" --think
       minicpmv ask holiday.mp4 "Where is this?" --fps 1 --json | jq -r .text
+      minicpmv ask cat.jpg --find "the cat on the left" --draw found.png
       cat cat.jpg | minicpmv ask "What is this?"
       echo "What is this?" | minicpmv ask cat.jpg
       cat letter.txt | minicpmv ask scan.jpg - "Does the scan say the same?"
@@ -70,8 +84,10 @@ def ask(
             raise QuestionError("--json is written when the answer is complete: leave out --stream")
         files, question = split_inputs(inputs or [])
         media.check_media((file for file in files if file != "-"), "; the question comes last, in quotes")
+        if draw is not None:
+            check_drawing(draw, find)
         data, kind = b"", None
-        if "-" in files or ((not files or question is None) and not sys.stdin.isatty()):
+        if "-" in files or ((not files or (question is None and find is None)) and not sys.stdin.isatty()):
             data = sys.stdin.buffer.read()
             kind = kind_of(data)
             if "-" in files and not data:
@@ -81,10 +97,23 @@ def ask(
             question = "\n\n".join(part for part in (data.decode().strip(), question) if part)
         elif kind and "-" not in files:
             files = ["-", *files]
-        if not question:
+        if find is not None:
+            check_search(find, files, question, kind, bool(stream))
+        elif not question:
             raise QuestionError('there is no question: give it last, as in: minicpmv ask cat.jpg "What is this?"')
 
         loaded, processor = terminal.load_shown(console, model, revision, trust_remote_code)
+        if find is not None:
+            from minicpmv.apps.grounding import draw_boxes, locate
+
+            image = processor.load_image(data if files == ["-"] else files[0])
+            with console.status(f"Looking for {find}"):
+                found = locate(loaded, processor, image, find, system_prompt=system, **settings)
+            if draw is not None:
+                draw_boxes(image, found.boxes).save(draw)
+            show_boxes(found, {"model": model, "files": files, "find": find} if as_json else None)
+            terminal.note_knowledge(loaded, model)
+            return
         from minicpmv.chat import ChatSession  # imports torch, as loading did
 
         session = ChatSession(
@@ -119,6 +148,58 @@ def ask(
         terminal.note_limit(output, max_new_tokens)
         if files:
             terminal.note_knowledge(loaded, model)
+
+
+def check_drawing(file: Path, find: str | None) -> None:
+    """Refuse a file that could not be written with boxes, before anything expensive happens.
+
+    Raises:
+        QuestionError: there will be no boxes, or no images are written under such a name.
+        OutputError: the file has no place.
+    """
+    from PIL import Image
+
+    if find is None:
+        raise QuestionError("--draw draws the boxes of --find: say what to find")
+    terminal.check_output(file)
+    if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
+        raise QuestionError(f"--draw {file}: no image is written under such a name; let it end in .png or .jpg")
+
+
+def check_search(find: str, files: list[str], question: str | None, kind: str | None, streams: bool) -> None:
+    """Refuse what --find cannot answer.
+
+    Raises:
+        QuestionError: there is more to ask than where one thing is in one image.
+    """
+    if not find.strip():
+        raise QuestionError("--find is empty: name what to find")
+    if question:
+        raise QuestionError(f"--find asks by itself: leave out the question {question!r}")
+    if len(files) != 1:
+        raise QuestionError(f"--find looks at one image, not at {len(files)}: run it once for each")
+    if kind == "video" or (mimetypes.guess_type(files[0])[0] or "").startswith("video/"):
+        raise QuestionError("--find looks at one image, not at a video: cut a frame out of it first")
+    if streams:
+        raise QuestionError("--find writes boxes when the answer is complete: leave out --stream")
+
+
+def show_boxes(found: "Grounding", record: dict[str, Any] | None) -> None:
+    """The boxes on stdout, a line each (left, top, right, bottom), or as JSON behind the fields of `record`; on stderr
+    what the model wrote beside them."""
+    import json
+    from dataclasses import asdict
+
+    if record is not None:
+        terminal.write(json.dumps(record | asdict(found), ensure_ascii=False, indent=2))
+        return
+    for box in found.boxes:
+        place = " ".join(f"{corner:.0f}" for corner in box.corners)
+        terminal.write(f"{' '.join(str(box.label).split())}: {place}")
+    for piece in found.malformed:
+        terminal.note(f"no box: {piece}")
+    if not (found.boxes or found.malformed):
+        terminal.note(f"no box: the model answers {found.answer!r}")
 
 
 def split_inputs(inputs: list[str]) -> tuple[list[str], str | None]:

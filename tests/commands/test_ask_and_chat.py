@@ -6,17 +6,20 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GREEDY, REPOSITORY
+from conftest import GREEDY, REPOSITORY, ground_floor
+from PIL import Image, ImageChops
 from rich.console import Console
 from typer.testing import CliRunner
 
 from minicpmv import checkpoint
+from minicpmv.apps.grounding import locate
 from minicpmv.chat import ChatSession
 from minicpmv.commands import terminal
 from minicpmv.commands.chat import COMMANDS, Conversation
@@ -229,6 +232,61 @@ def test_stdin_is_left_alone_where_files_and_a_question_are_given(run):
 )
 def test_what_makes_no_question_is_a_one_line_error_with_the_remedy(run, arguments, stdin, parts):
     assert_one_line_error(run("ask", *arguments, stdin=stdin), *parts)
+
+
+def test_find_writes_what_locate_finds(run, nano):
+    found = locate(*nano, SHAPES, "red circle", max_new_tokens=24)
+    result = run("ask", SHAPES, "--find", "red circle", "--json", *SHORT)
+    record = json.loads(result.stdout)
+    assert record["find"] == "red circle" and record["files"] == [SHAPES]
+    assert {name: record[name] for name in ("boxes", "malformed", "answer")} == asdict(found)
+
+
+@pytest.fixture
+def answering(nano, monkeypatch):
+    """A function that lets nano answer what it is given."""
+
+    def answering(text):
+        output = ground_floor("chat_minicpmv").ChatOutput(text, None, "stop", prompt_tokens=9, generated_tokens=9)
+        monkeypatch.setattr(nano[0], "chat", lambda **_: output)
+
+    return answering
+
+
+def test_boxes_are_lines_and_drawn_where_that_is_asked_for(run, answering, tmp_path):
+    answering("<ref>circle</ref><box>100 300 400 700</box><box>500 0 100 10</box>")
+    file = tmp_path / "found.png"
+    result = run("ask", "--find", "circle", "--draw", file, stdin=Path(SHAPES).read_bytes())
+    assert result.stdout == "circle: 64 144 256 336\n"
+    assert "it has no area" in result.stderr
+    with Image.open(file) as drawn, Image.open(SHAPES) as image:
+        difference = ImageChops.difference(drawn.convert("RGB"), image.convert("RGB"))
+        assert difference.crop((60, 140, 68, 340)).getbbox() and not difference.crop((80, 160, 240, 320)).getbbox()
+
+
+def test_where_nothing_is_found_stdout_stays_empty_and_the_answer_is_noted(run, answering):
+    answering("There is no red star.")
+    result = run("ask", SHAPES, "--find", "red star")
+    assert result.exit_code == 0 and result.stdout == ""
+    assert "'There is no red star.'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        ([SHAPES, "How many?", "--find", "star"], ["leave out the question 'How many?'"]),
+        ([SHAPES, NUMBER, "--find", "star"], ["one image, not at 2"]),
+        ([STAR, "--find", "star"], ["not at a video"]),
+        ([SHAPES, "--find", " "], ["--find is empty"]),
+        ([SHAPES, "--find", "star", "--stream"], ["leave out --stream"]),
+        ([SHAPES, "--find", "star", "--draw", "found.txt"], ["found.txt", ".png or .jpg"]),
+        ([SHAPES, "--find", "star", "--draw", "nowhere/found.png"], ["nowhere/found.png", "cannot be written"]),
+        ([SHAPES, "How many?", "--draw", "found.png"], ["--find"]),
+    ],
+)
+def test_what_find_cannot_do_is_refused_before_the_model_is_loaded(monkeypatch, arguments, parts):
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert_one_line_error(CliRunner().invoke(app, ["ask", "-m", str(NANO), *arguments]), *parts)
 
 
 @pytest.mark.parametrize("temperature", ["inf", "nan", "-1"])
