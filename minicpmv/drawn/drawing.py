@@ -32,6 +32,7 @@ CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase + "
 # Classes of the labels for each patch; 0 is the background. Black or white print has the color class "neutral".
 KIND_CLASSES = ("background", *SHAPES, *CHARACTERS)
 COLOR_CLASSES = ("background", *COLORS, "neutral")
+BOX_BINS = 50  # of each side of a picture
 # Files of matplotlib; None is Pillow's own typeface (bold by a stroke).
 TYPEFACES = {
     ("aileron", False): None,
@@ -222,12 +223,13 @@ def add_noise(drawing: Drawing, rng: random.Random, amount: int) -> None:
 
 def patch_labels(
     drawing: Drawing, crop: tuple[float, float, float, float], grid: tuple[int, int], patch_size: int = 14
-) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of a slice's patches: two int64 arrays (rows * cols,), indices into KIND_CLASSES and COLOR_CLASSES.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels of a slice's patches, int64: indices into KIND_CLASSES and COLOR_CLASSES (rows * cols,), and in which of BOX_BINS
+    parts of the picture's sides left, top, right and bottom of the thing lie (rows * cols, 4).
 
     `crop` is the part of the picture that the slice shows (left, top, right, bottom in pixels), `grid` its
     (rows, cols) of patches. A patch belongs to the thing that covers most of it; -100 (ignored) if that is under 10 %,
-    or if it is a character too small to read.
+    or if it is a character too small to read. Only shapes have boxes, and only where the slice is the whole picture.
     """
     rows, cols = grid
     size = (cols * patch_size, rows * patch_size)
@@ -238,6 +240,12 @@ def patch_labels(
     counts = np.bincount((pixels + offsets).ravel(), minlength=rows * cols * bins).reshape(rows * cols, bins)
     kinds = np.array([0] + [KIND_CLASSES.index(thing.kind) for thing in drawing.things])
     colors = np.array([0] + [COLOR_CLASSES.index(thing.color) for thing in drawing.things])
+    sides = np.array(drawing.image.size * 2)
+    boxes = np.full((bins, 4), -100)
+    if crop == (0, 0, *drawing.image.size):
+        for place, thing in enumerate(drawing.things, 1):
+            if thing.kind in SHAPES:
+                boxes[place] = (np.array(thing.box) / sides * BOX_BINS).astype(int).clip(0, BOX_BINS - 1)
     owner = counts[:, 1:].argmax(1) + 1 if bins > 1 else np.zeros(rows * cols, dtype=int)
     covered = np.take_along_axis(counts, owner[:, None], 1)[:, 0] if bins > 1 else np.zeros(rows * cols)
     owner = np.where(covered > 0, owner, 0)
@@ -245,4 +253,6 @@ def patch_labels(
     small = [len(thing.kind) == 1 and scale * (thing.box[3] - thing.box[1]) < LEGIBLE for thing in drawing.things]
     small = [is_small and thing.kind not in ".:-=" for is_small, thing in zip(small, drawing.things, strict=True)]
     faint = ((covered > 0) & (covered < 0.1 * patch_size**2)) | np.array([False, *small])[owner]
-    return np.where(faint, -100, kinds[owner]), np.where(faint, -100, colors[owner])
+    kinds, colors, boxes = kinds[owner], colors[owner], boxes[owner]
+    kinds[faint] = colors[faint] = boxes[faint] = -100
+    return kinds, colors, boxes

@@ -23,6 +23,7 @@ from minicpmv.apps.documents.tables import find_tables
 from minicpmv.apps.grounding import parse_boxes
 from minicpmv.drawn import prompts
 from minicpmv.drawn.drawing import (
+    BOX_BINS,
     COLOR_CLASSES,
     COLORS,
     KIND_CLASSES,
@@ -358,27 +359,32 @@ def test_patch_labels_name_what_lies_under_each_patch():
     drawing = blank(112, 56)
     add_shape(drawing, "square", "red", (28, 28), 20, COLORS["red"])
     add_shape(drawing, "circle", "blue", (84, 28), 20, COLORS["blue"])
-    kinds, colors = patch_labels(drawing, (0, 0, 112, 56), (4, 8))
-    kinds, colors = kinds.reshape(4, 8), colors.reshape(4, 8)
+    kinds, colors, boxes = patch_labels(drawing, (0, 0, 112, 56), (4, 8))
+    kinds, colors, boxes = kinds.reshape(4, 8), colors.reshape(4, 8), boxes.reshape(4, 8, 4)
     assert KIND_CLASSES[kinds[1, 1]] == "square" and COLOR_CLASSES[colors[1, 1]] == "red"
     assert KIND_CLASSES[kinds[2, 5]] == "circle" and COLOR_CLASSES[colors[2, 6]] == "blue"
     assert kinds[0, 4] == 0 and colors[3, 4] == 0  # between the two
+    for thing, box in zip(drawing.things, (boxes[1, 1], boxes[2, 5]), strict=True):
+        found = (box + 0.5) / BOX_BINS * (112, 56, 112, 56)
+        assert np.abs(found - thing.box).max() <= 112 / BOX_BINS
+    assert (boxes[kinds <= 0] == -100).all()
     assert set(kinds[:, :4].ravel()) <= {0, -100, KIND_CLASSES.index("square")}
 
 
 def test_patch_labels_of_a_slice_are_those_of_its_part_of_the_picture():
     drawing = blank(112, 112)
     add_shape(drawing, "star", "green", (84, 28), 24, COLORS["green"])
-    upper_right, _ = patch_labels(drawing, (56, 0, 112, 56), (8, 8))
-    lower_left, _ = patch_labels(drawing, (0, 56, 56, 112), (8, 8))
+    upper_right, _, boxes = patch_labels(drawing, (56, 0, 112, 56), (8, 8))
+    lower_left, *_ = patch_labels(drawing, (0, 56, 56, 112), (8, 8))
     assert KIND_CLASSES.index("star") in upper_right
+    assert (boxes == -100).all()  # a part does not tell where in the whole it lies
     assert not lower_left.any()
 
 
 def test_each_character_has_labels_of_its_own():
     drawing = blank(112, 56)
     add_text(drawing, "A7", "neutral", (10, 0), Print("aileron", True, 44), (0, 0, 0))
-    kinds, _ = patch_labels(drawing, (0, 0, 112, 56), (4, 8))
+    kinds, *_ = patch_labels(drawing, (0, 0, 112, 56), (4, 8))
     assert {KIND_CLASSES.index("A"), KIND_CLASSES.index("7")} <= set(kinds)
     assert set(np.unique(np.asarray(drawing.object_map))) == {0, 1, 2}
 
@@ -386,8 +392,8 @@ def test_each_character_has_labels_of_its_own():
 def test_print_too_small_to_read_has_no_label():
     drawing = blank(1120, 1120)
     add_text(drawing, "A", "neutral", (500, 500), Print("sans", False, 60), (0, 0, 0))
-    whole, _ = patch_labels(drawing, (0, 0, 1120, 1120), (8, 8))
-    close, _ = patch_labels(drawing, (440, 440, 660, 660), (8, 8))
+    whole, *_ = patch_labels(drawing, (0, 0, 1120, 1120), (8, 8))
+    close, *_ = patch_labels(drawing, (440, 440, 660, 660), (8, 8))
     assert set(whole) <= {0, -100} and KIND_CLASSES.index("A") in close
 
 
@@ -397,7 +403,7 @@ def test_dense_labels_agree_with_the_colors_of_the_pixels():
     for index in range(60):
         for drawing in make_sample("train", 1, index, Mixture(scenes={"clip_move": 1, "clip_flash": 1})).drawings:
             width, height = drawing.image.size[0] // 14 * 14, drawing.image.size[1] // 14 * 14
-            _, colors = patch_labels(drawing, (0, 0, width, height), (height // 14, width // 14))
+            _, colors, _ = patch_labels(drawing, (0, 0, width, height), (height // 14, width // 14))
             pixels = np.asarray(drawing.image)[:height, :width].reshape(height // 14, 14, width // 14, 14, 3)
             pixels = pixels.transpose(0, 2, 1, 3, 4).reshape(-1, 196, 3)
             for color, patch in zip(colors, pixels, strict=True):

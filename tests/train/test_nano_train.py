@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 
-from minicpmv.drawn.drawing import COLOR_CLASSES, KIND_CLASSES
 from minicpmv.drawn.samples import SCENES, Mixture, Sample, Turn, bench_sample, make_sample
 from minicpmv.drawn.wording import ENGLISH
 from minicpmv.train import dpo, sft
@@ -27,7 +26,7 @@ from minicpmv.train.nano.packed import Tables, bundled, cheapest_groups, packed_
 from minicpmv.train.nano.pretrain import Recipe, Stage, is_trained, main, optimizers_of, train
 from minicpmv.train.nano.release import release
 from minicpmv.train.nano.tokenizer import build, train_merges
-from minicpmv.train.nano.trainee import Trainee, spread_queries
+from minicpmv.train.nano.trainee import HEADS, Trainee, spread_queries
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -92,8 +91,9 @@ def test_every_patch_has_a_label(encoder):
     for index in range(20):
         example = encoder.encode(make_sample("train", 6, index, EVERYTHING))
         patches = sum(rows * cols for rows, cols in example.tgt_sizes.tolist())
-        assert len(example.kind_labels) == len(example.color_labels) == patches
-        assert example.kind_labels.max() < len(KIND_CLASSES) and example.color_labels.max() < len(COLOR_CLASSES)
+        for name, (classes, choices) in HEADS.items():
+            labels = example.patch_labels[name]
+            assert labels.numel() == patches * choices and labels.max() < classes
 
 
 def test_a_training_batch_follows_from_its_number_and_has_one_layout(encoder):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minicpmv.data.collator import IGNORED
 from minicpmv.drawn.samples import Mixture
-from minicpmv.train.nano.batches import Example, SampleEncoder, training_examples
+from minicpmv.train.nano.batches import Example, SampleEncoder, joined_labels, training_examples
 
 
 # What one more group costs, in tokens of padding: about what a GPU does in the time that its kernels take to start.
@@ -91,12 +91,10 @@ def packed_step(encoder: SampleEncoder, batches: list[list[Example]], tower_view
     step: dict[str, Any] = {
         "pixels": bytes_of_patches([views[i][0] for i in order], image_processor),
         "tower": [padded_group([lengths[i] for i in group]) | {"learns": does_learn} for does_learn, group in groups],
-        "kinds": torch.cat([example.kind_labels for example in examples])[patches],
-        "colors": torch.cat([example.color_labels for example in examples])[patches],
-        "patch_weights": torch.cat(
-            [mean_weights([example.kind_labels for example in batch], len(batches)) for batch in batches]
-        )[patches],
+        "labels": {name: labels[patches] for name, labels in joined_labels(examples).items()},
     }
+    weights = [mean_weights(joined_labels(batch), len(batches)) for batch in batches]
+    step["weights"] = {name: torch.cat([part[name] for part in weights])[patches] for name in step["labels"]}
     frames = [frame for unit in units for frame in unit]
     step |= {name: torch.from_numpy(place) for name, place in grid_places([views[i][1] for i in order]).items()}
     step["time"] = torch.tensor([frames[i] for i in order]).repeat_interleave(
@@ -173,10 +171,10 @@ def answer_groups(
     return groups
 
 
-def mean_weights(labels: list[Tensor], batches: int) -> Tensor:
+def mean_weights(labels: dict[str, Tensor], batches: int) -> dict[str, Tensor]:
     """The weight of each label in the mean over those of its batch that count, and over the batches of a step."""
-    counts = torch.cat(labels) != IGNORED
-    return counts.float() / (counts.sum().clamp(min=1) * batches)
+    counts = {name: values != IGNORED for name, values in labels.items()}
+    return {name: count.float() / (count.sum().clamp(min=1) * batches) for name, count in counts.items()}
 
 
 def bytes_of_patches(strips: list[Tensor], image_processor: Any) -> Tensor:
@@ -285,9 +283,10 @@ def packed_losses(
     model = trainee.model
     patches = tower_states(model.vpm, step, tables)
     dense = torch.zeros((), device=patches.device)
-    for head, labels in ((trainee.kind_head, step["kinds"]), (trainee.color_head, step["colors"])):
-        losses = F.cross_entropy(head(patches).float(), labels, ignore_index=IGNORED, reduction="none")
-        dense = dense + (losses * step["patch_weights"]).sum()
+    for name, logits in trainee.dense(patches).items():
+        labels = step["labels"][name].flatten()
+        losses = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="none")
+        dense = dense + (losses * step["weights"][name].flatten()).sum()
     answer = torch.zeros((), device=patches.device)
     if not answers:
         return dense, answer

@@ -145,8 +145,9 @@ class Validation:
             batch = to_device(self.encoder.batch([example for example, _ in part]), trainee.device)
             with fast_products(trainee.device):
                 _, _, kinds, right_rows = trainee(batch, self.answers)
-            thing = batch["kind_labels"] > 0
-            named += int((kinds.argmax(-1) == batch["kind_labels"])[thing].sum())
+            kind_labels = batch["patch_labels"]["kind"]
+            thing = kind_labels > 0
+            named += int((kinds.argmax(-1) == kind_labels)[thing].sum())
             foreground += int(thing.sum())
             if self.answers:
                 for (_, task), row in zip(part, right_rows.tolist(), strict=True):
@@ -175,7 +176,7 @@ def optimizers_of(trainee: Trainee, weight_decay: float) -> list[torch.optim.Opt
     inner: list[nn.Parameter] = []
     other: list[nn.Parameter] = []
     for name, parameter in trainee.named_parameters():
-        is_table = any(part in name for part in ("embedding", "embed_tokens", "query", "_head"))
+        is_table = any(part in name for part in ("embedding", "embed_tokens", "query", "lm_head", "heads."))
         (inner if parameter.ndim == 2 and not is_table else other).append(parameter)
     muon = BatchedMuon(inner, lr=0.0, weight_decay=weight_decay)
     adamw = torch.optim.AdamW(other, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
@@ -221,8 +222,7 @@ def ready(trainee: Trainee, recipe: Recipe, device: torch.device) -> Trainee:
 def grow(trainee: Trainee, layers: dict[str, int], device: torch.device) -> Trainee:
     """The same trainee with more layers, which change nothing yet."""
     grown = Trainee(deepened(trainee.model, layers, **model_options(device))).train()
-    for name in ("kind_head", "color_head"):
-        getattr(grown, name).load_state_dict(getattr(trainee, name).state_dict())
+    grown.heads.load_state_dict(trainee.heads.state_dict())
     return grown
 
 
@@ -230,7 +230,9 @@ class Gradients:
     """The gradients of one step, batch by batch, to be summed in order."""
 
     def __init__(self, trainee: Trainee, stage: Stage):
-        used = trainee.parameters() if stage.answers else [*trainee.model.vpm.parameters(), *trainee.heads()]
+        used = (
+            trainee.parameters() if stage.answers else [*trainee.model.vpm.parameters(), *trainee.heads.parameters()]
+        )
         self.parameters = list(used)
         self.batches: dict[int, torch.Tensor] = {}
         self.count = stage.batches

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from minicpmv.data.collator import IGNORED
-from minicpmv.drawn.drawing import COLOR_CLASSES, KIND_CLASSES
+from minicpmv.drawn.drawing import BOX_BINS, COLOR_CLASSES, KIND_CLASSES
 
 
 @torch.no_grad()
@@ -43,25 +43,31 @@ def spread_queries(resampler: nn.Module) -> None:
     resampler.attn.in_proj_weight[: 2 * width] = pick.flatten(0, 1) + noise
 
 
+# What the heads say of each patch: how many answers to choose from, and how often.
+HEADS = {"kind": (len(KIND_CLASSES), 1), "color": (len(COLOR_CLASSES), 1), "box": (BOX_BINS, 4)}
 TOKENS_AT_ONCE = {"cpu": 1200, "cuda": 40_000}
 
 
 class Trainee(nn.Module):
-    """The model with the heads that name what lies under each patch; only the model is kept in the end."""
+    """The model with the heads that say what lies under each patch, and where it begins and ends; only the model is kept in
+    the end."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
         width = model.config.vision_config.hidden_size
-        self.kind_head = nn.Linear(width, len(KIND_CLASSES))
-        self.color_head = nn.Linear(width, len(COLOR_CLASSES))
+        self.heads = nn.ModuleDict({name: nn.Linear(width, math.prod(sizes)) for name, sizes in HEADS.items()})
 
     @property
     def device(self) -> torch.device:
-        return self.kind_head.weight.device
+        return self.heads["kind"].weight.device
 
-    def heads(self) -> list[nn.Parameter]:
-        return [*self.kind_head.parameters(), *self.color_head.parameters()]
+    def dense(self, patches: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What each head says of the tower's output [patches, D]: logits [patches, choices, classes]."""
+        return {
+            name: self.heads[name](patches).float().unflatten(-1, (choices, classes))
+            for name, (classes, choices) in HEADS.items()
+        }
 
     def forward(
         self, batch: dict[str, Any], answers: bool = True, tower_learns: bool = True
@@ -72,10 +78,15 @@ class Trainee(nn.Module):
         sizes = [tuple(size) for sample in batch["tgt_sizes"] for size in sample.tolist()]
         with torch.set_grad_enabled(torch.is_grad_enabled() and tower_learns):
             patches = self.patches(slices, sizes)
-        kinds = self.kind_head(patches).float()
-        dense_loss = F.cross_entropy(kinds, batch["kind_labels"], ignore_index=IGNORED)
-        colors = self.color_head(patches).float()
-        dense_loss = dense_loss + F.cross_entropy(colors, batch["color_labels"], ignore_index=IGNORED)
+        logits, dense_loss = self.dense(patches), torch.zeros((), device=patches.device)
+        for name, labels in batch["patch_labels"].items():
+            losses = F.cross_entropy(
+                logits[name].flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+            dense_loss = dense_loss + losses / (labels != IGNORED).sum().clamp(
+                min=1
+            )  # a page has no shape, and no box
+        kinds = logits["kind"][:, 0]
         if not answers:
             return dense_loss, torch.zeros((), device=kinds.device), kinds, None
         groups = [group for sample in batch["temporal_ids"] for group in sample]
