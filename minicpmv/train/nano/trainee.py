@@ -117,10 +117,16 @@ class Trainee(nn.Module):
         for rows in lengths.argsort(stable=True).split(at_once):
             longest = int(lengths[rows].max())
             ids, mask, labels = (batch[name][rows, :longest] for name in ("input_ids", "attention_mask", "labels"))
-            images = {"image": torch.cat([visual[row] for row in rows])}
-            output = self.model(input_ids=ids, attention_mask=mask, mm_encoder_outputs=images, use_cache=False)
-            logits, wanted = output.logits[:, :-1].float(), labels[:, 1:]
-            written = wanted != IGNORED
-            total = total + F.cross_entropy(logits[written], wanted[written], reduction="sum")
-            right[rows] = ((logits.argmax(-1) == wanted) | ~written).all(1)
+            embeddings = self.model.get_input_embeddings()(ids)
+            images = torch.cat([visual[row] for row in rows]).flatten(0, 1)
+            slots = self.model.get_placeholder_mask(ids, embeddings, images)[..., None]
+            embeddings = embeddings.masked_scatter(slots, images.to(embeddings.dtype))
+            output = self.model.llm.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
+            # The head is half as large as a layer: it is asked only where an answer is written.
+            written = labels[:, 1:] != IGNORED
+            states, wanted = output.last_hidden_state[:, :-1][written], labels[:, 1:][written]
+            logits = self.model.llm.lm_head(states).float()
+            total = total + F.cross_entropy(logits, wanted, reduction="sum")
+            missed = torch.zeros_like(written).masked_scatter(written, logits.argmax(-1) != wanted)
+            right[rows] = ~missed.any(1)
         return total / count, right
