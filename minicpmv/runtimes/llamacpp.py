@@ -350,7 +350,7 @@ def _dequantizer(kind: int) -> Any:
 
 
 def dequantized(tensor: StoredTensor, places: np.ndarray) -> np.ndarray:
-    """The rows `places` of a table as float32 [n, D], by ggml's own code where it has some: numpy takes ten times as long."""
+    """The rows `places` of a table as float32 [n, D], by ggml's own code where it has some, which is faster than numpy."""
     if (function := _dequantizer(tensor.kind)) is None:
         return tensor.rows(places)
     data = tensor.data[places]  # uint8 [n, bytes of a row]

@@ -80,12 +80,10 @@ class Trainee(nn.Module):
             patches = self.patches(slices, sizes)
         logits, dense_loss = self.dense(patches), torch.zeros((), device=patches.device)
         for name, labels in batch["patch_labels"].items():
-            losses = F.cross_entropy(
-                logits[name].flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-            )
-            dense_loss = dense_loss + losses / (labels != IGNORED).sum().clamp(
-                min=1
-            )  # a page has no shape, and no box
+            said = logits[name].flatten(0, 1)
+            count = (labels != IGNORED).sum().clamp(min=1)  # a page has no shape to box
+            losses = F.cross_entropy(said, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+            dense_loss = dense_loss + losses / count
         kinds = logits["kind"][:, 0]
         if not answers:
             return dense_loss, torch.zeros((), device=kinds.device), kinds, None
