@@ -3,6 +3,7 @@
 import base64
 import re
 import shutil
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -263,6 +264,15 @@ def test_a_damaged_head_is_no_traceback(ggufs, place, byte):
     file = ggufs.parent / "damaged.gguf"
     file.write_bytes(data)
     with pytest.raises(GGUFError):  # if for nothing else, since it is cut
+        GGUFFile(file)
+
+
+@pytest.mark.parametrize("kind", [0, 8])
+def test_a_tensor_without_dimensions_is_no_traceback(tmp_path, kind):
+    file = tmp_path / "scalar.gguf"
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 0, kind, 0)
+    file.write_bytes(head.ljust(4096, b"\0"))
+    with pytest.raises(GGUFError, match="no whole GGUF file"):
         GGUFFile(file)
 
 
