@@ -104,13 +104,13 @@ def ask(
 
         loaded, processor = terminal.load_shown(console, model, revision, trust_remote_code)
         if find is not None:
-            from minicpmv.apps.grounding import draw_boxes, locate
+            from minicpmv.apps.grounding import locate
 
-            image = processor.load_image(data if files == ["-"] else files[0])
+            image = processor.load_image(data if files == ["-"] else media.source_of(files[0]))
             with console.status(f"Looking for {find}"):
                 found = locate(loaded, processor, image, find, system_prompt=system, **settings)
             if draw is not None:
-                draw_boxes(image, found.boxes).save(draw)
+                write_drawing(draw, image, found)
             show_boxes(found, {"model": model, "files": files, "find": find} if as_json else None)
             terminal.note_knowledge(loaded, model)
             return
@@ -182,6 +182,21 @@ def check_search(find: str, files: list[str], question: str | None, kind: str | 
         raise QuestionError("--find looks at one image, not at a video: cut a frame out of it first")
     if streams:
         raise QuestionError("--find writes boxes when the answer is complete: leave out --stream")
+
+
+def write_drawing(file: Path, image: Any, found: "Grounding") -> None:
+    """Write an image with the boxes on it.
+
+    Raises:
+        OutputError: it cannot be written, as on a full disk.
+    """
+    from minicpmv.apps.grounding import draw_boxes
+
+    drawn = draw_boxes(image, found.boxes)
+    try:
+        drawn.save(file)
+    except OSError as error:
+        raise terminal.OutputError(f"{file} cannot be written: {error.strerror}") from error
 
 
 def show_boxes(found: "Grounding", record: dict[str, Any] | None) -> None:

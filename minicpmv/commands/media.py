@@ -71,6 +71,11 @@ def check_image(source: str) -> None:
         ) from error
 
 
+def source_of(name: str) -> str | Path:
+    """What a user named: an address, or a file, whose ~ is the home folder."""
+    return name if is_address(name) else Path(name).expanduser()
+
+
 def media_part(
     model: Any, processor: Any, source: str | Path | bytes, max_slice_nums: int | None = None, kind: str | None = None
 ) -> Any:
@@ -84,7 +89,7 @@ def media_part(
     """
     if isinstance(source, str) and not is_address(source):
         check_media([source])
-        source = Path(source).expanduser()
+        source = source_of(source)
     if (kind or processor.kind_of(str(source))) != "video":
         return model.encode_images(source, processor, max_slice_nums)
     from minicpmv.apps.clips import duration_of

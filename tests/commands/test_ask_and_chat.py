@@ -264,6 +264,22 @@ def test_boxes_are_lines_and_drawn_where_that_is_asked_for(run, answering, tmp_p
         assert difference.crop((60, 140, 68, 340)).getbbox() and not difference.crop((80, 160, 240, 320)).getbbox()
 
 
+def test_find_knows_the_home_folder(run, answering, monkeypatch, tmp_path):
+    answering("<box>100 300 400 700</box>")
+    (tmp_path / "shapes.jpg").write_bytes(Path(SHAPES).read_bytes())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("ask", "~/shapes.jpg", "--find", "circle").stdout == "circle: 64 144 256 336\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_a_drawing_that_cannot_be_written_is_a_one_line_error(run, answering, tmp_path):
+    answering("<box>100 300 400 700</box>")
+    file = tmp_path / "found.png"
+    file.symlink_to("/dev/full")
+    result = run("ask", SHAPES, "--find", "circle", "--draw", file)
+    assert_one_line_error(result, "found.png cannot be written: No space left on device")
+
+
 def test_where_nothing_is_found_stdout_stays_empty_and_the_answer_is_noted(run, answering):
     answering("There is no red star.")
     result = run("ask", SHAPES, "--find", "red star")
