@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import ProcessorMixin
 
-from minicpmv.data.collator import ConversationCollator, EncodedRow
+from minicpmv.data.collator import IGNORED, ConversationCollator, EncodedRow
 from minicpmv.drawn.drawing import Drawing, patch_labels
 from minicpmv.drawn.samples import CLIPS, PAPERS, Mixture, Sample, make_sample
 from minicpmv.drawn.stream import conversation_row
@@ -78,6 +78,12 @@ class SampleEncoder:
 
 def joined_labels(examples: list[Example]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([example.patch_labels[name] for example in examples]) for name in examples[0].patch_labels}
+
+
+def mean_weights(labels: dict[str, torch.Tensor], batches: int = 1) -> dict[str, torch.Tensor]:
+    """The weight of each label in the mean over those of its batch that count, and over the batches of a step."""
+    counts = {name: values != IGNORED for name, values in labels.items()}
+    return {name: count.float() / (count.sum().clamp(min=1) * batches) for name, count in counts.items()}
 
 
 def layout_key(example: Example) -> tuple[int, int]:

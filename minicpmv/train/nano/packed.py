@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minicpmv.data.collator import IGNORED
 from minicpmv.drawn.samples import Mixture
-from minicpmv.train.nano.batches import Example, SampleEncoder, joined_labels, training_examples
+from minicpmv.train.nano.batches import Example, SampleEncoder, joined_labels, mean_weights, training_examples
 
 
 # What one more group costs, in tokens of padding: about what a GPU does in the time that its kernels take to start.
@@ -171,12 +171,6 @@ def answer_groups(
     return groups
 
 
-def mean_weights(labels: dict[str, Tensor], batches: int) -> dict[str, Tensor]:
-    """The weight of each label in the mean over those of its batch that count, and over the batches of a step."""
-    counts = {name: values != IGNORED for name, values in labels.items()}
-    return {name: count.float() / (count.sum().clamp(min=1) * batches) for name, count in counts.items()}
-
-
 def bytes_of_patches(strips: list[Tensor], image_processor: Any) -> Tensor:
     """Strips [3, P, P * patches] as the bytes that they were before they were normalized: uint8 [patches, 3, P, P]."""
     strip = torch.cat(strips, dim=-1)
@@ -282,11 +276,7 @@ def packed_losses(
     the batches."""
     model = trainee.model
     patches = tower_states(model.vpm, step, tables)
-    dense = torch.zeros((), device=patches.device)
-    for name, logits in trainee.dense(patches).items():
-        labels = step["labels"][name].flatten()
-        losses = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="none")
-        dense = dense + (losses * step["weights"][name].flatten()).sum()
+    dense, _ = trainee.dense(patches, step["labels"], step["weights"])
     answer = torch.zeros((), device=patches.device)
     if not answers:
         return dense, answer

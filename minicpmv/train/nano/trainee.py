@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from minicpmv.data.collator import IGNORED
 from minicpmv.drawn.drawing import BOX_BINS, COLOR_CLASSES, KIND_CLASSES
+from minicpmv.train.nano.batches import mean_weights
 
 
 @torch.no_grad()
@@ -62,12 +63,16 @@ class Trainee(nn.Module):
     def device(self) -> torch.device:
         return self.heads["kind"].weight.device
 
-    def dense(self, patches: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What each head says of the tower's output [patches, D]: logits [patches, choices, classes]."""
-        return {
-            name: self.heads[name](patches).float().unflatten(-1, (choices, classes))
-            for name, (classes, choices) in HEADS.items()
-        }
+    def dense(
+        self, patches: torch.Tensor, labels: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weighted sum of all heads' losses on the tower's output [patches, D], and the logits of kinds [patches, classes]."""
+        loss, logits = torch.zeros((), device=patches.device), {}
+        for name, (classes, _) in HEADS.items():
+            logits[name] = self.heads[name](patches).float().view(-1, classes)
+            losses = F.cross_entropy(logits[name], labels[name].flatten(), ignore_index=IGNORED, reduction="none")
+            loss = loss + (losses * weights[name].flatten()).sum()
+        return loss, logits["kind"]
 
     def forward(
         self, batch: dict[str, Any], answers: bool = True, tower_learns: bool = True
@@ -78,13 +83,8 @@ class Trainee(nn.Module):
         sizes = [tuple(size) for sample in batch["tgt_sizes"] for size in sample.tolist()]
         with torch.set_grad_enabled(torch.is_grad_enabled() and tower_learns):
             patches = self.patches(slices, sizes)
-        logits, dense_loss = self.dense(patches), torch.zeros((), device=patches.device)
-        for name, labels in batch["patch_labels"].items():
-            said = logits[name].flatten(0, 1)
-            count = (labels != IGNORED).sum().clamp(min=1)  # a page has no shape to box
-            losses = F.cross_entropy(said, labels.flatten(), ignore_index=IGNORED, reduction="sum")
-            dense_loss = dense_loss + losses / count
-        kinds = logits["kind"][:, 0]
+        labels = batch["patch_labels"]
+        dense_loss, kinds = self.dense(patches, labels, mean_weights(labels))
         if not answers:
             return dense_loss, torch.zeros((), device=kinds.device), kinds, None
         groups = [group for sample in batch["temporal_ids"] for group in sample]
@@ -115,16 +115,15 @@ class Trainee(nn.Module):
         for rows in lengths.argsort(stable=True).split(at_once):
             longest = int(lengths[rows].max())
             ids, mask, labels = (batch[name][rows, :longest] for name in ("input_ids", "attention_mask", "labels"))
-            embeddings = self.model.get_input_embeddings()(ids)
-            images = torch.cat([visual[row] for row in rows]).flatten(0, 1)
-            slots = self.model.get_placeholder_mask(ids, embeddings, images)[..., None]
-            embeddings = embeddings.masked_scatter(slots, images.to(embeddings.dtype))
-            output = self.model.llm.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
-            # The head is half as large as a layer: it is asked only where an answer is written.
+            images = {"image": torch.cat([visual[row] for row in rows])}
+            # The head is half as large as a layer: it is asked only where an answer of some row is written.
             written = labels[:, 1:] != IGNORED
-            states, wanted = output.last_hidden_state[:, :-1][written], labels[:, 1:][written]
-            logits = self.model.llm.lm_head(states).float()
-            total = total + F.cross_entropy(logits, wanted, reduction="sum")
-            missed = torch.zeros_like(written).masked_scatter(written, logits.argmax(-1) != wanted)
-            right[rows] = ~missed.any(1)
+            kept = written.any(0).nonzero()[:, 0]
+            wanted, written = labels[:, 1:][:, kept], written[:, kept]
+            output = self.model(
+                input_ids=ids, attention_mask=mask, mm_encoder_outputs=images, use_cache=False, logits_to_keep=kept
+            )
+            logits = output.logits.float()
+            total = total + F.cross_entropy(logits[written], wanted[written], reduction="sum")
+            right[rows] = ((logits.argmax(-1) == wanted) | ~written).all(1)
         return total / count, right
