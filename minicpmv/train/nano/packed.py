@@ -276,11 +276,14 @@ def packed_losses(
     the batches."""
     model = trainee.model
     patches = tower_states(model.vpm, step, tables)
-    dense, _ = trainee.dense(patches, step["labels"], step["weights"])
+    dense, _ = trainee.tower_heads(patches, step["labels"], step["weights"])
     answer = torch.zeros((), device=patches.device)
     if not answers:
         return dense, answer
-    tokens = visual_tokens(model.resampler, patches, step, tables)
+    tokens, read = visual_tokens(trainee, patches, step, tables)
+    order = torch.cat([group["source"] for group in step["resampler"]])
+    labels, weights = ({name: part[order] for name, part in step[name].items()} for name in ("labels", "weights"))
+    dense = dense + trainee.reader_heads(read, labels, weights)[0]
     for group in step["answers"]:
         embeddings = model.get_input_embeddings()(group["ids"])
         rows = tokens.index_select(0, group["visual"]).to(embeddings.dtype)
@@ -310,12 +313,17 @@ def tower_states(tower: torch.nn.Module, step: dict[str, Any], tables: Tables) -
     return torch.cat(outputs)
 
 
-def visual_tokens(resampler: torch.nn.Module, patches: Tensor, step: dict[str, Any], tables: Tables) -> Tensor:
-    """The tokens of all units, flat [units * Q, D], in the order of the step's groups."""
+def visual_tokens(
+    trainee: torch.nn.Module, patches: Tensor, step: dict[str, Any], tables: Tables
+) -> tuple[Tensor, Tensor]:
+    """The tokens of all units, flat [units * Q, D], and what they tell of each patch [patches, D], both in the order of the
+    step's groups."""
+    resampler = trainee.model.resampler
     attention = resampler.attn
     values = resampler.ln_kv(resampler.kv_proj(patches))
     places = torch.cat([tables.axis[step["column"]], tables.axis[step["row"]]], dim=-1)
-    keys = values + places + tables.times[step["time"] + 1]
+    places = places + tables.times[step["time"] + 1]
+    keys = values + places
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     query = F.linear(resampler.ln_q(resampler.query), weights[0], biases[0])
     keys, values = F.linear(keys, weights[1], biases[1]), F.linear(values, weights[2], biases[2])
@@ -323,15 +331,19 @@ def visual_tokens(resampler: torch.nn.Module, patches: Tensor, step: dict[str, A
     def heads(states: Tensor) -> Tensor:  # [B, L, D] -> [B, H, L, d]
         return states.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
 
-    outputs = []
+    outputs, read = [], []
     for group in step["resampler"]:
-        own_keys, own_values = (padded(states.index_select(0, group["source"]), group) for states in (keys, values))
+        own_keys, own_values, own_places = (
+            padded(states.index_select(0, group["source"]), group) for states in (keys, values, places)
+        )
         queries = query.expand(len(own_keys), -1, -1)
         attended = F.scaled_dot_product_attention(
             heads(queries), heads(own_keys), heads(own_values), attn_mask=key_mask(group, queries.shape[1])
         )
-        outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
-    return resampler.ln_post(attention.out_proj(torch.cat(outputs))) @ resampler.proj
+        tokens = resampler.ln_post(attention.out_proj(attended.transpose(1, 2).flatten(2))) @ resampler.proj
+        outputs.append(tokens.flatten(0, 1))
+        read.append(trainee.reader(tokens, own_places).flatten(0, 1).index_select(0, group["place"]))
+    return torch.cat(outputs), torch.cat(read)
 
 
 def padded(states: Tensor, group: dict[str, Any]) -> Tensor:

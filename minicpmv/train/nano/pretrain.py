@@ -5,7 +5,8 @@
 What is special:
 - stages: first the tower alone learns what lies under each patch (dense labels cost nothing, since we draw), then
   resampler and language model learn conversations, with the dense loss kept beside;
-- the resampler's queries start spread over the image, each looking at one spot (`spread_queries`);
+- the resampler's queries start spread over the image, each looking at one spot (`spread_queries`), and a reader that exists in
+  training alone asks the tokens what lies at each place, so that they carry it before an answer needs it;
 - on a CPU one single-threaded process a core. Each takes the next batch of a step as soon as it is free: on shared cores
   much faster than threads, which wait for each other in every operation. On a GPU one process trains, all batches of a
   step at once (`packed`), and all other cores draw;
@@ -222,7 +223,8 @@ def ready(trainee: Trainee, recipe: Recipe, device: torch.device) -> Trainee:
 def grow(trainee: Trainee, layers: dict[str, int], device: torch.device) -> Trainee:
     """The same trainee with more layers, which change nothing yet."""
     grown = Trainee(deepened(trainee.model, layers, **model_options(device))).train()
-    grown.heads.load_state_dict(trainee.heads.state_dict())
+    helpers = {name: part for name, part in trainee.state_dict().items() if not name.startswith("model.")}
+    grown.load_state_dict(grown.state_dict() | helpers)
     return grown
 
 
@@ -231,7 +233,9 @@ class Gradients:
 
     def __init__(self, trainee: Trainee, stage: Stage):
         used = (
-            trainee.parameters() if stage.answers else [*trainee.model.vpm.parameters(), *trainee.heads.parameters()]
+            trainee.parameters()
+            if stage.answers
+            else [*trainee.model.vpm.parameters(), *trainee.tower_heads.parameters()]
         )
         self.parameters = list(used)
         self.batches: dict[int, torch.Tensor] = {}

@@ -49,30 +49,56 @@ HEADS = {"kind": (len(KIND_CLASSES), 1), "color": (len(COLOR_CLASSES), 1), "box"
 TOKENS_AT_ONCE = {"cpu": 1200, "cuda": 40_000}
 
 
+class Heads(nn.Module):
+    """What lies under each patch, and where it begins and ends, read off its state by linear maps."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(width, math.prod(sizes)) for name, sizes in HEADS.items()})
+
+    def forward(
+        self, states: torch.Tensor, labels: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weighted sum of all heads' losses on states [patches, D], and the logits of kinds [patches, classes]."""
+        loss, logits = torch.zeros((), device=states.device), {}
+        for name, (classes, _) in HEADS.items():
+            logits[name] = self.heads[name](states).float().view(-1, classes)
+            losses = F.cross_entropy(logits[name], labels[name].flatten(), ignore_index=IGNORED, reduction="none")
+            loss = loss + (losses * weights[name].flatten()).sum()
+        return loss, logits["kind"]
+
+
+class Reader(nn.Module):
+    """What the tokens of a unit tell of each place of it, and of each time.
+
+    The language model can learn to say where a thing lies only from tokens that carry it, and they come to carry it only
+    where it is used: each waits for the other. This makes the tokens begin.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.place = nn.Linear(width, width)
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """tokens [units, Q, D], positions of patches, in space and time, [units, patches, D] -> what is there [units, patches, D]."""
+        return self.norm(self.attention(self.place(places), tokens, tokens, need_weights=False)[0])
+
+
 class Trainee(nn.Module):
-    """The model with the heads that say what lies under each patch, and where it begins and ends; only the model is kept in
-    the end."""
+    """The model, with heads that say what lies under each patch, by the tower's output and by the tokens; only the model is
+    kept in the end."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-        width = model.config.vision_config.hidden_size
-        self.heads = nn.ModuleDict({name: nn.Linear(width, math.prod(sizes)) for name, sizes in HEADS.items()})
+        self.tower_heads = Heads(model.config.vision_config.hidden_size)
+        self.reader, self.reader_heads = Reader(model.config.hidden_size), Heads(model.config.hidden_size)
 
     @property
     def device(self) -> torch.device:
-        return self.heads["kind"].weight.device
-
-    def dense(
-        self, patches: torch.Tensor, labels: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weighted sum of all heads' losses on the tower's output [patches, D], and the logits of kinds [patches, classes]."""
-        loss, logits = torch.zeros((), device=patches.device), {}
-        for name, (classes, _) in HEADS.items():
-            logits[name] = self.heads[name](patches).float().view(-1, classes)
-            losses = F.cross_entropy(logits[name], labels[name].flatten(), ignore_index=IGNORED, reduction="none")
-            loss = loss + (losses * weights[name].flatten()).sum()
-        return loss, logits["kind"]
+        return self.model.device
 
     def forward(
         self, batch: dict[str, Any], answers: bool = True, tower_learns: bool = True
@@ -84,13 +110,30 @@ class Trainee(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and tower_learns):
             patches = self.patches(slices, sizes)
         labels = batch["patch_labels"]
-        dense_loss, kinds = self.dense(patches, labels, mean_weights(labels))
+        dense_loss, kinds = self.tower_heads(patches, labels, mean_weights(labels))
         if not answers:
             return dense_loss, torch.zeros((), device=kinds.device), kinds, None
         groups = [group for sample in batch["temporal_ids"] for group in sample]
         tokens = self.model.resampler(patches, sizes, groups)  # [units, Q, D]
+        dense_loss = dense_loss + self.read_loss(tokens, sizes, groups, labels)
         answer_loss, right = self.answer(batch, tokens)
         return dense_loss, answer_loss, kinds, right
+
+    def read_loss(
+        self,
+        tokens: torch.Tensor,
+        sizes: list[tuple[int, int]],
+        groups: list[list[int]],
+        labels: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """The heads' loss on what is read off the tokens [units, Q, D]."""
+        patches = iter([rows * columns for rows, columns in sizes])
+        lengths = torch.tensor([sum(next(patches) for _ in group) for group in groups])
+        places = self.model.resampler.positions(sizes, [time for group in groups for time in group], tokens.device)
+        places = nn.utils.rnn.pad_sequence(places.split(lengths.tolist()), batch_first=True)
+        is_patch = torch.arange(places.shape[1]) < lengths[:, None]
+        read = self.reader(tokens, places)[is_patch.to(tokens.device)]
+        return self.reader_heads(read, labels, mean_weights(labels))[0]
 
     def patches(self, slices: list[torch.Tensor], sizes: list[tuple[int, int]]) -> torch.Tensor:
         """The tower's output [patches, D], in the order of the slices; equally long ones go through it side by side."""
