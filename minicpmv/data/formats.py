@@ -1,8 +1,8 @@
 """Rows as other software writes them -> conversation rows.
 
 A conversation row is `{"messages": [...]}`, for preferences `{"prompt", "chosen", "rejected"}`, or `{"prompt"}` alone. A
-message is `{"role", "content"}`, its content a list of parts: `{"type": "text", "text"}`, `{"type": "image", "image"}`,
-`{"type": "video", "video"}`. All other columns of a row stay as they are.
+message is `{"role", "content"}`, its content a list of parts: `{"type": "text", "text"}`, with the name of a region as `"ref"`
+where it asks for one, `{"type": "image", "image"}`, `{"type": "video", "video"}`. All other columns of a row stay as they are.
 
 What is special:
 - A row of any format becomes the same, a conversation row itself included: formats are told apart by their columns.
@@ -93,7 +93,8 @@ def conversation_row(row: Mapping[str, Any], folder: str | os.PathLike | None = 
 
 def text_of(message: Mapping[str, Any]) -> str:
     """The text of a message as the chat template renders it."""
-    return "\n".join(part["text"] for part in message["content"] if part["type"] == "text")
+    texts = [part for part in message["content"] if part["type"] == "text"]
+    return "\n".join(part["text"] + (f"<ref>{part['ref']}</ref>" if "ref" in part else "") for part in texts)
 
 
 def has_thought(message: Mapping[str, Any]) -> bool:
@@ -223,6 +224,8 @@ def _read_answer(parts, thought):
     """An assistant's text with its thought, checked for what the chat template would lose."""
     if any(part["type"] != "text" for part in parts):
         raise BadRowError("an assistant's message holds an image or video; the model writes text only")
+    if any("ref" in part for part in parts):
+        raise BadRowError("a ref belongs to a question; write <ref>name</ref> into the text of an answer")
     text = "\n".join(part["text"] for part in parts)
     if thought is not None:
         text = f"{THINK_START}\n{thought}\n{THINK_END}\n\n{text}"
@@ -247,7 +250,10 @@ def _read_part(item, folder):
         raise BadRowError(f"a message's content is text or a list of parts, not {_short(item)}")
     kind = str(item.get("type")).removesuffix("_url")
     if item.get("type") == "text" and isinstance(item.get("text"), str):
-        return {"type": "text", "text": item["text"]}
+        ref = item.get("ref")
+        if not isinstance(ref, str | None):
+            raise BadRowError(f"the ref of a part is the name of what to find, a text, not {_short(ref)}")
+        return {"type": "text", "text": item["text"]} | ({} if ref is None else {"ref": ref})
     if kind not in MARKS:
         raise BadRowError(f"a part of a message is text or has the type text, image or video, not {_short(item)}")
     names = (f"{kind}_url",) if kind != item["type"] else (kind, "url", "path", "base64")
@@ -351,6 +357,9 @@ def _split_at_marks(part, kind, waiting):
         if mark:
             parts.append({"type": kind, kind: waiting[mark[0]].pop(0)})
             start = mark.end()
+    if "ref" in part:  # it follows the text
+        last = parts.pop() if parts and parts[-1]["type"] == "text" else {"type": "text", "text": ""}
+        parts.append(last | {"ref": part["ref"]})
     return parts
 
 

@@ -37,6 +37,7 @@ MESSAGES = [
             {
                 "type": datasets.Value("string"),
                 "text": datasets.Value("string"),
+                "ref": datasets.Value("string"),
                 "image": datasets.Image(decode=False),
                 "video": datasets.Value("string"),
             }

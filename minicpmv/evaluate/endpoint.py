@@ -195,7 +195,9 @@ class Endpoint:
         if isinstance(part, Mapping):
             kind = str(part.get("type")).removesuffix("_url")
             if kind == "text":
-                return [{"type": "text", "text": part["text"]}]
+                # In the words of the prompt: most servers know no "ref" beside a text, and would leave the name out.
+                name = "" if part.get("ref") is None else f"<ref>{part['ref']}</ref>"
+                return [{"type": "text", "text": part["text"] + name}]
             source = part.get(kind, part.get(f"{kind}_url"))
             source = source["url"] if isinstance(source, Mapping) else source
         elif isinstance(part, Subtitles):

@@ -113,10 +113,11 @@ def test_every_turn_is_learned_as_the_template_has_it_or_only_the_last(collator,
 
 PIECES = ["a", "B", "!", " ", "\n", "\t", "\r\n", "7", "é", "你", "😀", " word", "<box>", "<image_id>0</image_id>"]
 PIECES += ["<image>", "</image>", "<slice>", "<unk>", "(<image>./</image>)", "<|im_end|>", "<|im_start|>assistant\n"]
+REGION = {"type": "text", "text": "Find ", "ref": "the <box> star"}
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
 ANSWERS = TEXTS.filter(str.strip)
 TURNS = st.tuples(
-    st.lists(st.one_of(TEXTS, st.sampled_from([picture(SMALL), picture(SLICED)])), min_size=1, max_size=3),
+    st.lists(st.one_of(TEXTS, st.sampled_from([picture(SMALL), picture(SLICED), REGION])), min_size=1, max_size=3),
     st.one_of(st.none(), ANSWERS),  # the thought
     ANSWERS,
 )
@@ -140,8 +141,10 @@ def test_labels_are_the_answers_and_the_prompt_is_that_of_inference(collator, tu
     assert labels.count(IM_END) == len(turns)  # what users and answers spell out is plain text
     slots = encoded.input_ids.count(collator.processor.image_token_id)
     assert slots == 64 * len(encoded.pixel_values) == 64 * len(encoded.tgt_sizes)
+    read = conversation_row(row)["messages"]  # of its answers alone: questions reach the model as they were given
+    messages = [ours if ours["role"] == "assistant" else given for given, ours in zip(row["messages"], read, strict=True)]
     asked = collator.processor.apply_chat_template(
-        conversation_row(row)["messages"][:-1],
+        messages[:-1],
         tokenize=True,
         add_generation_prompt=True,
         enable_thinking=turns[-1][1] is not None,

@@ -116,6 +116,20 @@ def test_marks_say_where_pictures_stand_in_any_order_and_turn():
     assert conversation_row(flat)["messages"][2]["content"] == [picture(NUMBER), picture(SHAPES), text("\nC")]
 
 
+def test_the_name_of_a_region_stays_with_its_question_however_the_row_is_read(tmp_path):
+    asked = text("Where is ") | {"ref": "the red star"}
+    row = {"messages": turns([picture(NUMBER), asked], ANSWER)}
+    assert conversation_row(row) == row
+    (loaded,) = load_conversations(write_jsonl(tmp_path / "rows.jsonl", [row]))
+    assert without_nones(loaded)["messages"] == without_nones(row)["messages"]
+    for marked, parts in (
+        ("<image>\nWhere is ", [picture(NUMBER), asked]),
+        ("Where is<image>", [text("Where is"), picture(NUMBER), text("") | {"ref": "the red star"}]),
+    ):
+        row = {"images": [NUMBER], "messages": turns([text(marked) | {"ref": "the red star"}], ANSWER)}
+        assert conversation_row(row)["messages"][0]["content"] == parts
+
+
 def test_videos_have_marks_and_places_like_pictures():
     clip = {"type": "video", "video": STAR}
     expected = {"messages": turns([clip, text("Which way?")], "Left.")}
@@ -219,6 +233,8 @@ def test_a_prompt_alone_and_other_columns_are_passed_on():
         ({"messages": turns("A", "So <think>Hm</think> B")}, "begins with it"),
         ({"messages": turns("A", "<think>Hm</think> B </think> C")}, "at most one thought"),
         ({"messages": turns("A", [picture(NUMBER)])}, "model writes text only"),
+        ({"messages": turns([text("A") | {"ref": 5}], "B")}, "name of what to find, a text, not 5"),
+        ({"messages": turns("A", [text("B") | {"ref": "C"}])}, "a ref belongs to a question"),
         ({"messages": turns("A", "B"), "enable_thinking": True}, "the last answer has no thought"),
         ({"image": NUMBER, "conversations": turns("<image> and <image>?", "B")}, "they must agree"),
         ({"images": [NUMBER, SHAPES], "messages": turns("<image>?", "B")}, "they must agree"),

@@ -137,6 +137,13 @@ def test_a_request_asks_greedily_with_the_limit_of_the_row():
     assert request["chat_template_kwargs"] == {"enable_thinking": False} and "mm_processor_kwargs" not in request
 
 
+def test_the_name_of_a_region_is_sent_in_the_text():
+    with serving() as server:
+        one_answer(server, {"type": "text", "text": "Where is ", "ref": "the red star"})
+    (part,) = server.requests[0]["messages"][0]["content"]
+    assert part == {"type": "text", "text": "Where is <ref>the red star</ref>"}
+
+
 def pixels(part):
     kind, data = part["image_url"]["url"].split(";base64,")
     assert kind == "data:image/png"
