@@ -124,6 +124,12 @@ def test_a_question_alone_is_about_what_was_shown_by_then():
     assert [len(single.drawings) for single in singles] == [1, *[len(sample.drawings)] * (len(singles) - 1)]
 
 
+def test_who_is_asked_for_a_box_is_told_of_what(encoder):
+    sample = make_sample("train", 0, 0, Mixture(scenes={"shapes": 1}, sliced=0, tasks=["grounding"], turns=(2, 2)))
+    shown = encoder.collator.processor.tokenizer.decode(encoder.encode(sample).input_ids)
+    assert [f"<ref>{turn.ref}</ref>" in shown for turn in sample.turns] == [True, True]
+
+
 # --- Growth ---
 
 
@@ -429,7 +435,7 @@ def test_an_installed_package_says_that_the_tokenizer_is_built_in_a_clone(tmp_pa
 
 
 def test_the_recipe_of_nano_is_valid_and_a_misspelt_field_is_named(tmp_path):
-    for name in ("pretraining", "third", "fourth"):
+    for name in ("pretraining", "third", "fourth", "fourth_cpu"):
         for stage in Recipe.load(REPOSITORY / "recipes" / "nano" / f"{name}.yaml").stages:
             assert set(stage.mixture.scenes) <= set(SCENES)
             assert set(stage.mixture.tasks or ()) <= set(ENGLISH.phrases)
