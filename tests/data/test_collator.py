@@ -142,7 +142,9 @@ def test_labels_are_the_answers_and_the_prompt_is_that_of_inference(collator, tu
     slots = encoded.input_ids.count(collator.processor.image_token_id)
     assert slots == 64 * len(encoded.pixel_values) == 64 * len(encoded.tgt_sizes)
     read = conversation_row(row)["messages"]  # of its answers alone: questions reach the model as they were given
-    messages = [ours if ours["role"] == "assistant" else given for given, ours in zip(row["messages"], read, strict=True)]
+    messages = [
+        ours if ours["role"] == "assistant" else given for given, ours in zip(row["messages"], read, strict=True)
+    ]
     asked = collator.processor.apply_chat_template(
         messages[:-1],
         tokenize=True,
