@@ -94,7 +94,8 @@ def conversation_row(row: Mapping[str, Any], folder: str | os.PathLike | None = 
 def text_of(message: Mapping[str, Any]) -> str:
     """The text of a message as the chat template renders it."""
     texts = [part for part in message["content"] if part["type"] == "text"]
-    return "\n".join(part["text"] + (f"<ref>{part['ref']}</ref>" if "ref" in part else "") for part in texts)
+    refs = ["" if part.get("ref") is None else f"<ref>{part['ref']}</ref>" for part in texts]
+    return "\n".join(part["text"] + ref for part, ref in zip(texts, refs, strict=True))
 
 
 def has_thought(message: Mapping[str, Any]) -> bool:

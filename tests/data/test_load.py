@@ -13,7 +13,7 @@ from PIL import Image
 
 
 datasets = pytest.importorskip("datasets")
-from minicpmv.data.formats import BadRowError, DataError, conversation_row  # noqa: E402
+from minicpmv.data.formats import BadRowError, DataError, conversation_row, text_of  # noqa: E402
 from minicpmv.data.load import load_conversations, read_conversations_file  # noqa: E402
 
 
@@ -122,6 +122,7 @@ def test_the_name_of_a_region_stays_with_its_question_however_the_row_is_read(tm
     assert conversation_row(row) == row
     (loaded,) = load_conversations(write_jsonl(tmp_path / "rows.jsonl", [row]))
     assert without_nones(loaded)["messages"] == without_nones(row)["messages"]
+    assert [text_of(message) for message in loaded["messages"]] == ["Where is <ref>the red star</ref>", ANSWER]
     for marked, parts in (
         ("<image>\nWhere is ", [picture(NUMBER), asked]),
         ("Where is<image>", [text("Where is"), picture(NUMBER), text("") | {"ref": "the red star"}]),
