@@ -93,9 +93,12 @@ def conversation_row(row: Mapping[str, Any], folder: str | os.PathLike | None = 
 
 def text_of(message: Mapping[str, Any]) -> str:
     """The text of a message as the chat template renders it."""
-    texts = [part for part in message["content"] if part["type"] == "text"]
-    refs = ["" if part.get("ref") is None else f"<ref>{part['ref']}</ref>" for part in texts]
-    return "\n".join(part["text"] + ref for part, ref in zip(texts, refs, strict=True))
+    return "\n".join(_with_ref(part) for part in message["content"] if part["type"] == "text")
+
+
+def _with_ref(part):
+    """The text of a part, and the name of the region that it asks for."""
+    return part["text"] if part.get("ref") is None else f"{part['text']}<ref>{part['ref']}</ref>"
 
 
 def has_thought(message: Mapping[str, Any]) -> bool:

@@ -280,10 +280,11 @@ def packed_losses(
     answer = torch.zeros((), device=patches.device)
     if not answers:
         return dense, answer
-    tokens, read = visual_tokens(trainee, patches, step, tables)
-    order = torch.cat([group["source"] for group in step["resampler"]])
-    labels, weights = ({name: part[order] for name, part in step[name].items()} for name in ("labels", "weights"))
-    dense = dense + trainee.reader_heads(read, labels, weights)[0]
+    places = torch.cat([tables.axis[step["column"]], tables.axis[step["row"]]], dim=-1)
+    places = places + tables.times[step["time"] + 1]
+    tokens = visual_tokens(model.resampler, patches, places, step)
+    read = read_patches(trainee.reader, tokens.unflatten(0, (-1, model.resampler.num_queries)), places, step)
+    dense = dense + trainee.reader_heads(read, step["labels"], step["weights"])[0]
     for group in step["answers"]:
         embeddings = model.get_input_embeddings()(group["ids"])
         rows = tokens.index_select(0, group["visual"]).to(embeddings.dtype)
@@ -313,16 +314,10 @@ def tower_states(tower: torch.nn.Module, step: dict[str, Any], tables: Tables) -
     return torch.cat(outputs)
 
 
-def visual_tokens(
-    trainee: torch.nn.Module, patches: Tensor, step: dict[str, Any], tables: Tables
-) -> tuple[Tensor, Tensor]:
-    """The tokens of all units, flat [units * Q, D], and what they tell of each patch [patches, D], both in the order of the
-    step's groups."""
-    resampler = trainee.model.resampler
+def visual_tokens(resampler: torch.nn.Module, patches: Tensor, places: Tensor, step: dict[str, Any]) -> Tensor:
+    """The tokens of all units, flat [units * Q, D], in the order of the step's groups."""
     attention = resampler.attn
     values = resampler.ln_kv(resampler.kv_proj(patches))
-    places = torch.cat([tables.axis[step["column"]], tables.axis[step["row"]]], dim=-1)
-    places = places + tables.times[step["time"] + 1]
     keys = values + places
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     query = F.linear(resampler.ln_q(resampler.query), weights[0], biases[0])
@@ -331,19 +326,26 @@ def visual_tokens(
     def heads(states: Tensor) -> Tensor:  # [B, L, D] -> [B, H, L, d]
         return states.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
 
-    outputs, read = [], []
+    outputs = []
     for group in step["resampler"]:
-        own_keys, own_values, own_places = (
-            padded(states.index_select(0, group["source"]), group) for states in (keys, values, places)
-        )
+        own_keys, own_values = (padded(states.index_select(0, group["source"]), group) for states in (keys, values))
         queries = query.expand(len(own_keys), -1, -1)
         attended = F.scaled_dot_product_attention(
             heads(queries), heads(own_keys), heads(own_values), attn_mask=key_mask(group, queries.shape[1])
         )
-        tokens = resampler.ln_post(attention.out_proj(attended.transpose(1, 2).flatten(2))) @ resampler.proj
-        outputs.append(tokens.flatten(0, 1))
-        read.append(trainee.reader(tokens, own_places).flatten(0, 1).index_select(0, group["place"]))
-    return torch.cat(outputs), torch.cat(read)
+        outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
+    return resampler.ln_post(attention.out_proj(torch.cat(outputs))) @ resampler.proj
+
+
+def read_patches(reader: torch.nn.Module, tokens: Tensor, places: Tensor, step: dict[str, Any]) -> Tensor:
+    """What the tokens [units, Q, D] tell of each patch [patches, D], in the order of the tower."""
+    groups = step["resampler"]
+    outputs = []
+    for group, own_tokens in zip(groups, tokens.split([group["shape"][0] for group in groups]), strict=True):
+        read = reader(own_tokens, padded(places.index_select(0, group["source"]), group))
+        outputs.append(read.flatten(0, 1).index_select(0, group["place"]))
+    read = torch.cat(outputs)
+    return torch.empty_like(read).index_copy(0, torch.cat([group["source"] for group in groups]), read)
 
 
 def padded(states: Tensor, group: dict[str, Any]) -> Tensor:

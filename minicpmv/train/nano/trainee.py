@@ -110,30 +110,24 @@ class Trainee(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and tower_learns):
             patches = self.patches(slices, sizes)
         labels = batch["patch_labels"]
-        dense_loss, kinds = self.tower_heads(patches, labels, mean_weights(labels))
+        weights = mean_weights(labels)
+        dense_loss, kinds = self.tower_heads(patches, labels, weights)
         if not answers:
             return dense_loss, torch.zeros((), device=kinds.device), kinds, None
         groups = [group for sample in batch["temporal_ids"] for group in sample]
         tokens = self.model.resampler(patches, sizes, groups)  # [units, Q, D]
-        dense_loss = dense_loss + self.read_loss(tokens, sizes, groups, labels)
+        dense_loss = dense_loss + self.reader_heads(self.read(tokens, sizes, groups), labels, weights)[0]
         answer_loss, right = self.answer(batch, tokens)
         return dense_loss, answer_loss, kinds, right
 
-    def read_loss(
-        self,
-        tokens: torch.Tensor,
-        sizes: list[tuple[int, int]],
-        groups: list[list[int]],
-        labels: dict[str, torch.Tensor],
-    ) -> torch.Tensor:
-        """The heads' loss on what is read off the tokens [units, Q, D]."""
+    def read(self, tokens: torch.Tensor, sizes: list[tuple[int, int]], groups: list[list[int]]) -> torch.Tensor:
+        """What the tokens [units, Q, D] tell of each patch [patches, D], in the order of the slices."""
         patches = iter([rows * columns for rows, columns in sizes])
         lengths = torch.tensor([sum(next(patches) for _ in group) for group in groups])
         places = self.model.resampler.positions(sizes, [time for group in groups for time in group], tokens.device)
         places = nn.utils.rnn.pad_sequence(places.split(lengths.tolist()), batch_first=True)
         is_patch = torch.arange(places.shape[1]) < lengths[:, None]
-        read = self.reader(tokens, places)[is_patch.to(tokens.device)]
-        return self.reader_heads(read, labels, mean_weights(labels))[0]
+        return self.reader(tokens, places)[is_patch.to(tokens.device)]
 
     def patches(self, slices: list[torch.Tensor], sizes: list[tuple[int, int]]) -> torch.Tensor:
         """The tower's output [patches, D], in the order of the slices; equally long ones go through it side by side."""
