@@ -11,7 +11,10 @@ What is special:
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import yaml
 from PIL import Image
 
 from minicpmv.drawn import photos
@@ -151,6 +154,21 @@ class Mixture:
     characters: tuple[int, int] = (1, 12)
     tasks: list[str] | None = None
     systems: float = 0.0
+
+    @classmethod
+    def read(cls, described: dict[str, Any] | str, file: Path) -> "Mixture":
+        """What a YAML file has as its mixture: the fields, or the name of a YAML file beside it that holds them.
+
+        Raises:
+            SampleError: that file is not there.
+            TypeError, yaml.YAMLError: there are other fields, or it is no YAML.
+        """
+        if not isinstance(described, str):
+            return cls(**described)
+        other = file.parent / described
+        if not other.is_file():
+            raise SampleError(f"{file}: mixture: there is no {other}")
+        return cls(**yaml.safe_load(other.read_text(encoding="utf-8")))
 
 
 def sample_rng(split: str, *key) -> random.Random:

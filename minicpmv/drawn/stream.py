@@ -35,7 +35,7 @@ class SyntheticData:
         """Read a YAML file. Raises SampleError for unknown fields, and for a file that is no mapping."""
         try:
             fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            return cls(**{**fields, "mixture": Mixture(**fields.get("mixture", {}))})
+            return cls(**{**fields, "mixture": Mixture.read(fields.get("mixture", {}), Path(path))})
         except (TypeError, AttributeError, yaml.YAMLError) as error:
             raise SampleError(f"{path}: {error}; fields are those of SyntheticData and Mixture") from error
 

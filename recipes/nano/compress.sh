@@ -10,7 +10,7 @@ measure() { $PYTHON -m minicpmv evaluate nanobench -m "$1" --samples "${SAMPLES:
 for share in ${SHARES:-90 75 60}; do
     # Weighed and fitted on what nano was taught: other tasks, which it answers wrongly, would outweigh them.
     [ -d "$OUT/$share" ] || $PYTHON -m minicpmv compress -m nano --output "$OUT/$share" --samples 0 \
-        --conversations "${CONVERSATIONS:-64}" --data recipes/nano/sft_data.yaml \
+        --conversations "${CONVERSATIONS:-64}" --data recipes/nano/distill_data.yaml \
         --target-parameters "llm=$share%" --target-parameters "tower=$share%"
     measure "$OUT/$share" "$OUT/$share-nanobench"
     if [ "${STEPS:-1}" -gt 0 ]; then

@@ -23,6 +23,8 @@ class BatchedMuon(torch.optim.Muon):
             gradients: list[torch.Tensor] = []
             momenta: list[torch.Tensor] = []
             self._init_group(group, parameters, gradients, momenta)
+            if not parameters:  # a stage in which the heads alone learn
+                continue
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])

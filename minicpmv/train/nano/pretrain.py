@@ -78,6 +78,9 @@ class Stage:
         0  # every other step repeats the one drawn so many draws before: for a GPU that is faster than the drawing
     )
 
+    def __post_init__(self):
+        self.learning_rate = float(self.learning_rate)  # YAML takes 1e-3, without a point, for text
+
     def rate(self, step: int, time_left: float = 1.0) -> float:
         """The learning rate of a step; `time_left` is the share of the time that is left, where time is what ends it."""
         left = min(time_left, (self.steps - step) / self.steps) / max(1 / self.steps, self.decay)
@@ -99,7 +102,7 @@ class Recipe:
     seed: int = 0
     first_batch: int = 0  # a later run counts on, so that it draws other samples
     processes: int = 2  # on a CPU
-    compiles: bool = False  # twice as fast on a CPU; takes a C++ compiler
+    compiles: bool = False  # on a CPU: twice as fast there, and takes a C++ compiler
     weight_decay: float = 0.1
     save_minutes: float = 4.0
     validate_every: int = 200
@@ -114,11 +117,14 @@ class Recipe:
         """
         try:
             fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-            stages = [Stage(**{**stage, "mixture": Mixture(**stage.get("mixture", {}))}) for stage in fields["stages"]]
+            stages = [
+                Stage(**{**stage, "mixture": Mixture.read(stage.get("mixture", {}), path)})
+                for stage in fields["stages"]
+            ]
             return cls(**{**fields, "stages": stages})
         except OSError as error:
             raise ArgumentsError(f"--config: {path} cannot be read: {error.strerror}") from error
-        except (TypeError, KeyError, yaml.YAMLError) as error:
+        except (TypeError, ValueError, KeyError, yaml.YAMLError) as error:
             raise ArgumentsError(f"{path}: {error}; fields are those of Recipe, Stage and Mixture") from error
 
 
@@ -209,10 +215,10 @@ def load_start(recipe: Recipe, device: torch.device) -> tuple[Trainee, SampleEnc
 
 
 def ready(trainee: Trainee, recipe: Recipe, device: torch.device) -> Trainee:
-    """The trainee on its device, its layers compiled if the recipe says so."""
+    """The trainee on its device; on a CPU its layers are compiled if the recipe says so. On a GPU that took over a minute of ten."""
     trainee.to(device)
     trainee.model.config.vision_batch_size = 4096  # memory is no concern here, and whole batches are faster
-    if recipe.compiles:
+    if recipe.compiles and device.type == "cpu":
         for layer in trainee.model.llm.model.layers:
             layer.compile(dynamic=True)
         for layer in trainee.model.vpm.encoder.layers:
@@ -408,7 +414,7 @@ def learned_steps(run: Run, stage: Stage, store: dist.Store | None) -> Iterator[
 
 
 def finite_losses(averages: torch.Tensor, run: Run, stage: Stage, step: int) -> dict[str, float]:
-    """The means of the dense and the answer loss.
+    """The means of the dense and, where answers are learned, the answer loss.
 
     Raises:
         TrainingError: one of them is no number.
@@ -419,7 +425,7 @@ def finite_losses(averages: torch.Tensor, run: Run, stage: Stage, step: int) -> 
             f"Stage {stage.name}, step {step}: the loss is {dense + answer}. The state of an earlier step stays in "
             f"{run.output}. Lower the learning_rate ({stage.learning_rate}) or lengthen the warmup ({stage.warmup})."
         )
-    return {"dense": round(dense, 4), "answer": round(answer, 4)}
+    return {"dense": round(dense, 4)} | ({"answer": round(answer, 4)} if stage.answers else {})
 
 
 def run_stage(run: Run, stage: Stage, store: dist.Store | None, deadline: float, finishes: bool) -> bool:
