@@ -218,6 +218,16 @@ def small_config(**changes):
     return type(config)(**fields | changes)
 
 
+def nano_sized_config(**changes):
+    """nano's configuration for models of random weights. Its depth is fixed: what they write depends on it, and nano's may change."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(REPOSITORY / "nano", trust_remote_code=True)
+    fields = {name: value for name, value in config.to_dict().items() if name != "layer_types"}
+    fields["vision_config"] |= {"num_hidden_layers": 6}
+    return type(config)(**fields | {"num_hidden_layers": 4, "max_window_layers": 4} | changes)
+
+
 def name_seeded_model(config, attn_implementation="sdpa"):
     """A float32 model whose parameters are functions of their names, as in the golden values."""
     from transformers import AutoModel

@@ -11,8 +11,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import GREEDY, REPOSITORY, name_seeded_model, wave_picture
-from transformers import AutoConfig, AutoProcessor
+from conftest import GREEDY, REPOSITORY, name_seeded_model, nano_sized_config, wave_picture
+from transformers import AutoProcessor
 
 from minicpmv.chat import ChatSession, SessionBusyError, SessionFullError
 
@@ -32,7 +32,7 @@ def processor():
 @pytest.fixture(scope="module")
 def model():
     """A random model of nano's size: its answers depend on every token before them."""
-    return name_seeded_model(AutoConfig.from_pretrained(REPOSITORY / "nano", trust_remote_code=True))
+    return name_seeded_model(nano_sized_config())
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import GREEDY, REPOSITORY, ground_floor, name_seeded_model, wave_picture
+from conftest import GREEDY, REPOSITORY, ground_floor, name_seeded_model, nano_sized_config, wave_picture
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModel, AutoProcessor, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModel, AutoProcessor, Qwen3Config, Qwen3ForCausalLM
 
 
 PICTURE = wave_picture(260, 180, 1)  # in slices
@@ -17,14 +17,9 @@ def processor():
     return AutoProcessor.from_pretrained(REPOSITORY / "nano", trust_remote_code=True)
 
 
-def nano_config(**changes):
-    config = AutoConfig.from_pretrained(REPOSITORY / "nano", trust_remote_code=True)
-    return type(config)(**{name: v for name, v in config.to_dict().items() if name != "layer_types"} | changes)
-
-
 @pytest.fixture(scope="module")
 def model():
-    return name_seeded_model(nano_config())
+    return name_seeded_model(nano_sized_config())
 
 
 @pytest.fixture
@@ -200,7 +195,7 @@ def test_a_threshold_is_a_number_from_0_to_1(model, threshold):
 
 
 def test_the_threshold_is_saved_with_the_model(tmp_path):
-    config = nano_config()
+    config = nano_sized_config()
     del config.thinking_threshold  # nano brings one
     model = name_seeded_model(config)
     assert model.thinking_threshold == 0.5
@@ -232,14 +227,14 @@ def test_a_stop_string_is_a_stop_and_no_length(ask):
 def assistants():
     small = {"hidden_size": 128, "num_hidden_layers": 1, "max_window_layers": 1}
     text = Qwen3Config(
-        vocab_size=nano_config().vocab_size,
+        vocab_size=nano_sized_config().vocab_size,
         hidden_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
     )
-    return [name_seeded_model(nano_config(**small)), Qwen3ForCausalLM(text).eval()]
+    return [name_seeded_model(nano_sized_config(**small)), Qwen3ForCausalLM(text).eval()]
 
 
 def test_guessed_decoding_gives_the_plain_tokens_with_pictures(model, processor, ask):
