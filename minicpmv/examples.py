@@ -15,6 +15,7 @@ IMAGES = {
 }
 PAIR = ("number.jpg", "shapes.jpg")
 PAIR_QUESTIONS = ("What does the first picture say?", "What color is the square in the second picture?")
+FIND = ("shapes.jpg", ("red circle", "blue square"))
 PAGE = "receipt.jpg"
 SUM = ("sum.jpg", "What is the result?")
 CLIP = "star.mp4"

@@ -73,6 +73,7 @@ def show(console: Any, model: Any, processor: Any, assets: Path) -> None:
         lambda tokens, slices: f"{tokens} visual tokens",
     )
     console.print()
+    show_boxes(console, model, processor, assets / examples.FIND[0], examples.FIND[1])
     show_page(console, model, processor, assets / examples.PAGE)
     show_thought(console, model, processor, assets / examples.SUM[0], examples.SUM[1])
 
@@ -135,6 +136,20 @@ def show_answers(
         if position == 0:
             console.print(f"  [dim]seen as {describe(visual_tokens, slices)}[/dim]")
         console.print(f"  {escape(question):48} [bold green]{escape(text)}[/bold green]  [dim]{seconds:.2f} s[/dim]")
+
+
+def show_boxes(console: Any, model: Any, processor: Any, image: Path, names: Sequence[str]) -> None:
+    """What `minicpmv ask --find` gives: pixels of the first box, or the model's words where there is none."""
+    from rich.markup import escape
+
+    from minicpmv.apps.grounding import locate
+
+    console.print(f"[bold]assets/{image.name}[/bold], where things are: left, top, right, bottom in pixels")
+    for name in names:
+        found = locate(model, processor, image, name, max_new_tokens=64)
+        place = ", ".join(f"{corner:.0f}" for corner in found.boxes[0].corners) if found.boxes else found.answer
+        console.print(f"  {escape(name):48} [bold green]{escape(place)}[/bold green]")
+    console.print()
 
 
 def show_page(console: Any, model: Any, processor: Any, page: Path) -> None:

@@ -11,6 +11,8 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from conftest import GREEDY, REPOSITORY, ground_floor
@@ -24,6 +26,7 @@ from minicpmv.chat import ChatSession
 from minicpmv.commands import terminal
 from minicpmv.commands.chat import COMMANDS, Conversation
 from minicpmv.commands.main import app
+from minicpmv.evaluate.scoring.boxes import iou
 
 
 ASSETS = REPOSITORY / "assets"
@@ -240,6 +243,21 @@ def test_find_writes_what_locate_finds(run, nano):
     record = json.loads(result.stdout)
     assert record["find"] == "red circle" and record["files"] == [SHAPES]
     assert {name: record[name] for name in ("boxes", "malformed", "answer")} == asdict(found)
+
+
+def test_nano_finds_the_star_of_a_frame(run, tmp_path):
+    with av.open(STAR) as video:
+        frame = next(video.decode(video=0)).to_image()
+    frame.save(tmp_path / "frame.png")
+    hue, saturation, _ = np.moveaxis(np.asarray(frame.convert("HSV")).astype(int), -1, 0)
+    rows, columns = np.nonzero((saturation > 150) & ((hue < 12) | (hue > 243)))  # red
+    result = run("ask", tmp_path / "frame.png", "--find", "red star")
+    name, _, corners = result.stdout.strip().partition(": ")
+    assert name == "red star"
+    assert (
+        iou([float(corner) for corner in corners.split()], (columns.min(), rows.min(), columns.max(), rows.max()))
+        >= 0.5
+    )
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import minicpmv
 from minicpmv import build_tokenizer, examples
 from minicpmv import fetch as weights
 from minicpmv.commands.main import app
+from minicpmv.evaluate.scoring.boxes import iou
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -75,7 +76,7 @@ def test_the_version_is_that_of_the_package():
 
 def test_show_tells_what_a_checkpoint_is_without_loading_it():
     facts = json.loads(run("show", "-m", REPOSITORY / "nano", "--json").stdout)
-    assert facts["parameters"] == 5_401_152 and facts["types"] == ["BF16"] and facts["context"] == 4096
+    assert facts["parameters"] == 7_323_968 and facts["types"] == ["BF16"] and facts["context"] == 4096
     assert "drawn shapes" in facts["knows"] and "knows" in run("show", "-m", REPOSITORY / "nano").stdout
 
 
@@ -144,6 +145,9 @@ def test_the_demo_shows_an_answer_of_every_kind_and_all_are_right():
         "Which way does the shape move? right",
     ):
         assert any(line.startswith(right) for line in shown), (right, shown)
+    for name, drawn in (("red circle", (65, 145, 255, 335)), ("blue square", (398, 158, 561, 322))):
+        line = next(line for line in shown if line.startswith(name))
+        assert iou([float(number) for number in line.removeprefix(name).split(",")], drawn) >= 0.5, line
 
 
 def test_demo_of_a_folder_without_a_model_is_a_one_line_error(tmp_path):

@@ -27,11 +27,11 @@ assert [(part.start, part.end, part.text) for part in segments] == [(0, 1, "red"
 """,
     "03_documents": """
 assert [page.number for page in texts] == [1, 2] and all(page.text for page in texts)
-assert [page.text.splitlines()[-1] for page in texts] == ["TOTAL: 12.50", "47"]
-assert result.text == "12.50 [page 2]"
-assert isinstance(data, DataError) and "fits the schema" in str(data)
+assert [page.text.splitlines()[-1] for page in texts] == ["TOTAL: 12.50", "7+5-3+8"]
+assert result.text == "12.50 [page 1]"
+assert data == {"total": 12.5, "date": "21/11"}
 assert [box.corners for box in boxes] == [(70.4, 91.2, 262.4, 283.2)] and len(malformed) == 1
-assert found.boxes == []
+assert len(found.boxes) == 1 and max(abs(a - b) for a, b in zip(found.boxes[0].corners, (65, 145, 255, 335))) < 40
 """,
     "04_fine_tuning": """
 assert before != "a CUP" and after == "a CUP"
