@@ -33,7 +33,7 @@ demo: $(VENV)/demo.stamp tokenizer.json ## nano answers questions about a pictur
 	@$(PY) -m minicpmv demo
 
 # Each stage is skipped when its result is there and goes on from its last checkpoint when it was stopped, by a kill or after
-# MINUTES: so a machine that is lent for ten minutes can do a part. Without a GPU it takes a night or two on two cores.
+# MINUTES: so a machine that is lent for ten minutes can do a part. Two cores take two days.
 # With WEIGHTS=nano what made the version that is here is left out: it is taught further.
 NANO := runs/nano
 NICE := nice -n 19

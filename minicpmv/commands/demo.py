@@ -153,13 +153,13 @@ def show_boxes(console: Any, model: Any, processor: Any, image: Path, names: Seq
 
 
 def show_page(console: Any, model: Any, processor: Any, page: Path) -> None:
-    """What `minicpmv read --format text` writes."""
+    """What `minicpmv read` writes."""
     from rich.markup import escape
 
     from minicpmv.apps.documents.prompts import Prompts
 
-    text, _, _ = answer(model, processor, [image_part(page)], Prompts().text)
-    console.print(f"[bold]assets/{page.name}[/bold], all of it")
+    text, _, _ = answer(model, processor, [image_part(page)], Prompts().markdown)
+    console.print(f"[bold]assets/{page.name}[/bold], all of it, as Markdown")
     for line in text.splitlines():
         console.print(f"  [bold green]{escape(line)}[/bold green]")
     console.print()

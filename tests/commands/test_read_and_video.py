@@ -82,6 +82,12 @@ def assert_one_line_error(result, *words):
     assert all(word in result.stderr for word in words)
 
 
+def test_nano_reads_the_receipt_and_tells_the_clip_with_no_prompt_given():
+    nano = ("-m", REPOSITORY / "nano")
+    assert run(read, ASSETS / "receipt.jpg", *nano).stdout == "TABLE: 47\nDATE: 21/11\nTIME: 18:05\nTOTAL: 12.50\n"
+    assert run(video, ASSETS / "star.mp4", *nano).stdout == "[0:00 - 0:02] The red star moves to the right.\n"
+
+
 def test_read_ends_with_one_line_and_the_remedy_before_a_model_is_loaded(tmp_path, nano_pdf, monkeypatch):
     monkeypatch.setattr("minicpmv.checkpoint.load", lambda *arguments: pytest.fail("a model was loaded"))
     secret = pdf_file(tmp_path / "s.pdf", "number.jpg", encrypt=StandardEncryption("a", "b"))
