@@ -64,10 +64,10 @@ def paper(size, lines, points, seed, margin=0.06):
 
 
 def moving_star(size, frames=60, radius=48):
-    """A red star that crosses the picture from left to right."""
-    room = size[0] - 2.4 * radius
+    """A red star that crosses the picture from left to right, a little beyond both edges."""
+    begin, end = 0.7 * radius, size[0] - 0.7 * radius
     for i in range(frames):
-        place = (1.2 * radius + room * i / (frames - 1), 0.5 * size[1])
+        place = (begin + (end - begin) * i / (frames - 1), 0.5 * size[1])
         yield draw(size, seed=i, things=[("star", "red", place, radius)])
 
 

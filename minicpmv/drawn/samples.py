@@ -167,7 +167,7 @@ class Mixture:
             return cls(**described)
         other = file.parent / described
         if not other.is_file():
-            raise SampleError(f"{file}: mixture: there is no {other}")
+            raise SampleError(f"mixture: there is no {other}")
         return cls(**yaml.safe_load(other.read_text(encoding="utf-8")))
 
 

@@ -78,7 +78,7 @@ def test_nano_answers_about_files(here, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fields = {"temperature": 0, "max_tokens": 16}
     found = answer(tmp_path / "in.jsonl", tmp_path / "out.jsonl", here, Asked(fields=fields))
-    assert [found[name]["text"] for name in ("number.jpg", "sum.jpg", "film")] == ["47", "11", "red"]
+    assert [found[name]["text"] for name in ("number.jpg", "sum.jpg", "film")] == ["47", "12", "red"]
     assert found["number.jpg"]["prompt_tokens"] > 64 and found["number.jpg"]["finish_reason"] == "stop"
     assert found["mine"]["text"] is None and "content" in found["mine"]["error"]  # a part has a type
 

@@ -434,7 +434,7 @@ def test_the_recipe_is_that_of_the_paper(tmp_path):
 
 
 def taught_two_ways(model, processor, steps=24):
-    """The model after a little supervised tuning: with and without a thought, half of its answers are longer than asked."""
+    """The model after a little supervised tuning: with and without a thought, most of its answers are longer than asked."""
     rng = random.Random(0)
     model.vpm.requires_grad_(False)  # half of a step's time
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -442,7 +442,7 @@ def taught_two_ways(model, processor, steps=24):
         conversations = []
         for thought in ("", "<think>\nlook\n</think>\n\n"):
             for color in PICTURES:
-                answer = {"role": "assistant", "content": thought + rng.choice((color, f"the {color} shape"))}
+                answer = {"role": "assistant", "content": thought + rng.choice((color, *[f"the {color} shape"] * 2))}
                 conversations.append([*ask({"type": "image", "image": PICTURES[color]}), answer])
         inputs = processor.apply_chat_template(
             conversations, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
@@ -474,7 +474,7 @@ def test_grpo_learns_what_the_reward_wants_about_pictures_in_both_modes(processo
     after = run.evaluate()
     for mode in ("deep", "fast"):
         name = f"eval_accuracy/{mode}"
-        assert after[name] > before[name] + 0.3, (before, after)
+        assert after[name] > before[name] + 0.3, (name, before[name], after[name])
     assert all(entry.get("thinking_share", 0.5) == 0.5 for entry in run.state.log_history)
 
 

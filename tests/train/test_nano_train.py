@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 
-from minicpmv.drawn.samples import SCENES, Mixture, Sample, SampleError, Turn, bench_sample, make_sample
+from minicpmv.drawn.samples import SCENES, Mixture, Sample, Turn, bench_sample, make_sample
 from minicpmv.drawn.wording import ENGLISH
 from minicpmv.train import dpo, sft
 from minicpmv.train.common.errors import ArgumentsError, TrainingError
@@ -451,7 +451,7 @@ def test_the_recipe_of_nano_is_valid_and_a_misspelt_field_is_named(tmp_path):
     wrong.write_text("stages: [{name: a, steps: 1, batch_size: 1, learning_rate: 2e-3}]")
     assert Recipe.load(wrong).stages[0].rate(0, 1.0) == 2e-5  # the first of 100 steps of warming up
     wrong.write_text("stages: [{name: a, steps: 1, batch_size: 1, learning_rate: 1, mixture: elsewhere.yaml}]")
-    with pytest.raises(SampleError, match="there is no .*elsewhere.yaml"):
+    with pytest.raises(ArgumentsError, match="mixture: there is no .*elsewhere.yaml"):
         Recipe.load(wrong)
     (tmp_path / "elsewhere.yaml").write_text("scenes: {line: 2}\nsystems: 0.5")
     assert Recipe.load(wrong).stages[0].mixture == Mixture({"line": 2}, systems=0.5)
