@@ -146,7 +146,7 @@ def _rise(points: Sequence[tuple[int, float]]) -> Callable[[int], float]:
 def choose(
     whole: Shape, kinds: Sequence[str], cost: Callable[[Shape], float], limit: float, curves: Curves | None
 ) -> Shape:
-    """The first shape on the path whose cost is within the limit.
+    """The first shape on the path whose cost is within the limit, without the cuts that its last one made needless.
 
     Raises:
         CompressionError: none is.
@@ -154,11 +154,27 @@ def choose(
     shape = whole
     for shape in steps(whole, kinds, cost, curves):
         if cost(shape) <= limit:
-            return shape
+            return given_back(shape, whole, cost, limit, curves or {})
     raise CompressionError(
         f"{limit:,.0f} cannot be reached: {', '.join(kinds)} cut as far as it goes leave {cost(shape):,.0f}. Cut more kinds, "
         "or give smaller sizes yourself"
     )
+
+
+def given_back(shape: Shape, whole: Shape, cost: Callable[[Shape], float], limit: float, curves: Curves) -> Shape:
+    """A shape within the limit, larger where that is still within it: a whole layer saves more than was left to save, and
+    what was cut before it may stay. What wins back most of the loss comes first."""
+    while True:
+        options: list[tuple[float, int, Shape]] = []
+        for kind, points in curves.items():
+            rise, now = _rise(points), dict(shape)[kind]
+            for size in sizes_of(kind, dict(whole)[kind], now + 1):
+                larger = replace(shape, **{kind: size})
+                if size > now and cost(larger) <= limit:
+                    options.append((rise(now) - rise(size), len(options), larger))
+        if not options:
+            return shape
+        shape = max(options, key=lambda option: option[:2])[2]
 
 
 def choose_by_time(path: Sequence[Shape], seconds_of: Callable[[Shape], float], limit: float) -> Shape:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -69,6 +70,16 @@ def test_without_measurements_all_kinds_keep_about_the_same_share():
     assert area(shape) <= 0.4 * area(WHOLE)
     shares = [shape.layers / 8, shape.mlp / 512, shape.heads / 4]
     assert max(shares) - min(shares) <= 0.26
+
+
+def test_what_a_whole_layer_made_needless_is_given_back():
+    curves = {"mlp": [(512, 0.1), (256, 0.101)], "layers": [(8, 0.1), (4, 0.2)]}
+    half = replace(WHOLE, mlp=256)  # as far as the MLPs go; then layers follow
+    limit = area(half) - 1
+    first = next(shape for shape in plan.steps(WHOLE, list(curves), area, curves) if area(shape) <= limit)
+    chosen = plan.choose(WHOLE, list(curves), area, limit, curves)
+    assert first.mlp == 256 and first.layers == chosen.layers == 7
+    assert chosen.mlp > 256 and area(chosen) <= limit < area(replace(chosen, mlp=chosen.mlp + 16))
 
 
 def test_a_target_out_of_reach_names_how_far_it_goes():
