@@ -178,12 +178,23 @@ def wave_picture(width, height, k):
     return Image.fromarray(np.stack([red, green, blue], -1).astype(np.uint8))
 
 
-def tiny_config(**changes):
-    """The published configuration with two small layers."""
+def resized_config(folder, vision, fields):
+    """A folder's configuration with other fields, and others of its vision part."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(REPOSITORY, trust_remote_code=True)
-    fields = config.to_dict() | {
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    kept = config.to_dict()
+    kept.pop("layer_types", None)
+    kept["vision_config"] |= vision
+    return type(config)(**kept | fields)
+
+
+SMALL_VISION = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+
+
+def tiny_config(**changes):
+    """The published configuration with two small layers."""
+    fields = {
         "hidden_size": 256,
         "head_dim": 64,
         "intermediate_size": 512,
@@ -192,40 +203,18 @@ def tiny_config(**changes):
         "num_hidden_layers": 2,
         "max_window_layers": 2,
     }
-    fields.pop("layer_types", None)
-    fields["vision_config"] |= {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-    }
-    return type(config)(**fields | changes)
+    return resized_config(REPOSITORY, SMALL_VISION, fields | changes)
 
 
 def small_config(**changes):
     """A configuration as small as nano's, for nano's processor, whose parts are those of the published one."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(NANO, trust_remote_code=True)
-    fields = config.to_dict() | {"num_hidden_layers": 2, "max_window_layers": 2, "tie_word_embeddings": False}
-    fields.pop("layer_types", None)
-    fields["vision_config"] |= {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-    }
-    return type(config)(**fields | changes)
+    fields = {"num_hidden_layers": 2, "max_window_layers": 2, "tie_word_embeddings": False}
+    return resized_config(NANO, SMALL_VISION, fields | changes)
 
 
 def nano_sized_config(**changes):
     """nano's configuration for models of random weights. Its depth is fixed: what they write depends on it, and nano's may change."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(REPOSITORY / "nano", trust_remote_code=True)
-    fields = {name: value for name, value in config.to_dict().items() if name != "layer_types"}
-    fields["vision_config"] |= {"num_hidden_layers": 6}
-    return type(config)(**fields | {"num_hidden_layers": 4, "max_window_layers": 4} | changes)
+    return resized_config(NANO, {"num_hidden_layers": 6}, {"num_hidden_layers": 4, "max_window_layers": 4} | changes)
 
 
 def name_seeded_model(config, attn_implementation="sdpa"):

@@ -385,9 +385,9 @@ def test_muon_for_many_matrices_takes_the_steps_of_pytorchs(monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)  # bfloat16
     assert optimizers[1].state_dict().keys() == optimizers[0].state_dict().keys()
     before = [one.detach().clone() for one in ours]
-    next(optimizer for optimizer in optimizers if isinstance(optimizer, muon.BatchedMuon)).zero_grad()
-    for optimizer in optimizers:
-        optimizer.step()  # a stage in which only the heads learn
+    (own,) = (optimizer for optimizer in optimizers if isinstance(optimizer, muon.BatchedMuon))
+    own.zero_grad()
+    own.step()  # as in a stage in which only the heads learn
     assert all(torch.equal(one, old) for one, old in zip(ours, before, strict=True))
 
 
